@@ -1,0 +1,90 @@
+"""What a margin says about the negatives (math.md 1.2), and what a sweep says about each row."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+Coefficients = tuple[float, float, float, float, float]
+
+PLAIN: Coefficients = (0.0, 1.0, 0.0, 0.0, 1.0)
+
+# Rows of the packed (RULE_ROWS, N) float32 matrix every kernel reads: clamp, threshold, above (a2 a1 a0 b1 b0), below (a2 a1 a0 b1 b0).
+RULE_ROWS = 12
+NO_CLAMP = 4.0
+NO_THRESHOLD = 4.0
+
+
+@dataclass(frozen=True)
+class NegativeRule:
+    """Hard-negative epilogue of one paper, math.md 1.2.
+
+    A negative logit is z = s f(c) and its derivative dz/dc = s g(c), with
+    f(c) = a2 c^2 + a1 c + a0 and g(c) = b1 c + b0; `above` = (a2, a1, a0, b1, b0) holds where c > threshold of the row,
+    `below` elsewhere. g is stated apart from f because some papers detach their weights (g != f').
+    `f_max` bounds f over [-1, 1]: the fixed exponent offset needs it.
+
+    Raises ValueError for coefficients that are not five finite numbers or a non-finite f_max.
+    """
+
+    above: Coefficients
+    below: Coefficients = PLAIN
+    f_max: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("above", "below"):
+            value = getattr(self, name)
+            if len(value) != 5 or not all(abs(float(v)) < float("inf") for v in value):
+                raise ValueError(f"NegativeRule: expected {name} = five finite numbers (a2, a1, a0, b1, b0), got {value!r}")
+        if not abs(float(self.f_max)) < float("inf"):
+            raise ValueError(f"NegativeRule: expected a finite f_max, got {self.f_max!r}")
+
+
+class RowStats(NamedTuple):
+    """What the forward sweep learned of each row; every field is (N,), detached.
+
+    lse                 float32  logsumexp over the negatives' logits s f(c) (C = 1: -inf); unlabelled rows: plain logsumexp over all classes
+    target_cosine       float32  <x^, P_y>; 0 for unlabelled rows
+    nearest_cosine      float32  raw cosine of the nearest negative (C = 1: -2); unlabelled rows: over all classes
+    nearest_index       int64    its global class id (C = 1: -1); ties: the lowest
+    target_probability  float32  p_y = 1 - sigmoid(lse - s t); 0 for unlabelled rows
+    subcenter           int64    which sub-center of the target class won; 0 without sub-centers
+    max_probability     float32  unlabelled rows: exp(s c_max - lse); labelled rows: 0
+    dropped_mass        float32  summed q of what skipping dropped, as a share of the row's q; 0 when nothing is skipped
+    """
+
+    lse: Tensor
+    target_cosine: Tensor
+    nearest_cosine: Tensor
+    nearest_index: Tensor
+    target_probability: Tensor
+    subcenter: Tensor
+    max_probability: Tensor
+    dropped_mass: Tensor
+
+
+def pack_rules(
+    labels: Tensor,  # (N,) int64; -1 rows get the plain rule and no clamp
+    rule: NegativeRule | None,
+    thresholds: Tensor | None,  # (N,)
+    clamp: float,
+) -> Tensor | None:
+    """One (RULE_ROWS, N) matrix of each row's clamp, threshold and coefficients; None where every row is plain."""
+    if rule is None and clamp >= 1.0:
+        return None
+    n = labels.numel()
+    dtype = thresholds.dtype if thresholds is not None else torch.float32
+    column = [NO_CLAMP, NO_THRESHOLD, *PLAIN, *PLAIN]
+    packed = torch.tensor(column, dtype=dtype, device=labels.device).unsqueeze(1).repeat(1, n)
+    labelled = labels != -1
+    packed[0, labelled] = clamp if clamp < 1.0 else NO_CLAMP
+    if rule is not None:
+        if thresholds is None:
+            raise ValueError("negative_logsumexp: expected thresholds of shape (N,) with a rule, got None")
+        coefficients = torch.tensor([*rule.above, *rule.below], dtype=dtype, device=labels.device)
+        packed[1] = torch.where(labelled, thresholds, packed[1])
+        packed[2:, labelled] = coefficients.unsqueeze(1)
+    return packed
