@@ -38,14 +38,14 @@ def check_options(
 
 @overload
 def margin_softmax_loss(
-    embeddings: Tensor, weight: Tensor, labels: Tensor, *, margin: Margin | None = ..., scale: float = ...,
+    embeddings: Tensor, weight: Tensor, labels: Tensor, *, margin: Margin = ..., scale: float = ...,
     memory_rows: Tensor | None = ..., strength: Tensor | None = ..., slot: Tensor | None = ..., unknown_weight: float = ...,
     sample_weight: Tensor | None = ..., reduction: Reduction = ..., normalizer: float | Tensor | None = ...,
     compute_dtype: torch.dtype | None = ..., check_labels: bool = ..., return_stats: Literal[False] = ...,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def margin_softmax_loss(
-    embeddings: Tensor, weight: Tensor, labels: Tensor, *, margin: Margin | None = ..., scale: float = ...,
+    embeddings: Tensor, weight: Tensor, labels: Tensor, *, margin: Margin = ..., scale: float = ...,
     memory_rows: Tensor | None = ..., strength: Tensor | None = ..., slot: Tensor | None = ..., unknown_weight: float = ...,
     sample_weight: Tensor | None = ..., reduction: Reduction = ..., normalizer: float | Tensor | None = ...,
     compute_dtype: torch.dtype | None = ..., check_labels: bool = ..., return_stats: Literal[True],
@@ -55,7 +55,7 @@ def margin_softmax_loss(
     weight: Tensor,  # (C, D) or (C, K, D)
     labels: Tensor,  # (N,)
     *,
-    margin: Margin | None = None,
+    margin: Margin = ArcFace(0.5),  # noqa: B008 - frozen dataclass
     scale: float = 64.0,
     memory_rows: Tensor | None = None,  # (S, D)
     strength: Tensor | None = None,  # (S,)
@@ -92,9 +92,10 @@ def margin_softmax_loss(
     _checks.check_labels(labels, embeddings.shape[0], weight.shape[0], where)
     _checks.check_finite_rows(embeddings, where)
     _checks.check_memory(weight, memory_rows, strength, slot, where)
+    _checks.expect(callable(margin), where, "margin to be callable: (cosine, norms) -> target logit / s", repr(margin))
     check_options(where, embeddings, scale, reduction, unknown_weight, sample_weight, normalizer, compute_dtype)
     options = LossOptions(
-        margin=ArcFace() if margin is None else margin,
+        margin=margin,
         scale=float(scale),
         injection=Injection(memory_rows, strength, slot),
         unknown_weight=unknown_weight,

@@ -17,6 +17,14 @@ def load() -> tuple[ModuleType | None, str]:
     return _native, str(_native.select_isa(""))
 
 
+_forced = ""
+
+
+def forced_isa() -> str:
+    """What `select_isa` was last given; "" for the best one."""
+    return _forced
+
+
 @functools.cache
 def warn_missing() -> None:
     """Says once, when an operation first runs, that it runs on the slow reference."""
@@ -38,4 +46,7 @@ def select_isa(name: str = "") -> str:
     module, reason = load()
     if module is None:
         raise RuntimeError(f"select_isa: compiled CPU kernels {reason}")
-    return str(module.select_isa(name))
+    global _forced
+    selected = str(module.select_isa(name))
+    _forced = name
+    return selected
