@@ -1,7 +1,8 @@
-"""Sources of labelled images: files of other libraries, folders and lists, synthetic identities; augmentation and resumable sampling.
+"""Sources of labelled images: files of other libraries, folders and lists, synthetic identities; augmentation and
+resumable sampling.
 
-Every source is a `torch.utils.data.Dataset` of (image uint8 (H, W, 3) RGB, label int) with `.num_classes`, `.paths`, `.labels`.
-Names are imported on first use, so that importing the package costs neither Pillow nor simplejpeg.
+Every source is a `torch.utils.data.Dataset` of (image uint8 (H, W, 3) RGB, label int) with `.num_classes`, `.paths`,
+`.labels`. Names are imported on first use, so that importing the package costs neither Pillow nor simplejpeg.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from .records import write_identities as write_identities
     from .records import write_records as write_records
     from .sampler import ResumableBatches as ResumableBatches
+    from .synthetic import SyntheticIdentities as SyntheticIdentities
     from .wrappers import Resized as Resized
     from .wrappers import SkipCorrupt as SkipCorrupt
     from .wrappers import class_subset as class_subset

@@ -1,8 +1,10 @@
-"""InsightFace verification files (.bin): a pickle of (list of encoded images, list of bool), read without running anything in it.
+"""InsightFace verification files (.bin): a pickle of (list of encoded images, list of bool), read without running
+anything in it.
 
-Two guards. First every opcode is walked with `pickletools`: only those that data needs are let through, the only names a pickle may
-mention are numpy's array constructor and the bytes codec, and no length or memo index may exceed the file (the C unpickler allocates
-by both before it looks). Then an unpickler runs whose every name is one of the small stand-ins below: nothing of numpy's is called.
+Two guards. First every opcode is walked with `pickletools`: only those that data needs are let through, the only names
+a pickle may mention are numpy's array constructor and the bytes codec, and no length or memo index may exceed the file
+(the C unpickler allocates by both before it looks). Then an unpickler runs whose every name is one of the small
+stand-ins below: nothing of numpy's is called.
 """
 
 from __future__ import annotations
@@ -15,12 +17,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-
-_OPCODES = frozenset(
-    """PROTO FRAME MARK STOP POP POP_MARK NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG LONG1 BINBYTES SHORT_BINBYTES BINBYTES8
-    BYTEARRAY8 STRING BINSTRING SHORT_BINSTRING UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8 EMPTY_LIST LIST APPEND APPENDS EMPTY_TUPLE
-    TUPLE TUPLE1 TUPLE2 TUPLE3 GET BINGET LONG_BINGET PUT BINPUT LONG_BINPUT MEMOIZE GLOBAL STACK_GLOBAL REDUCE BUILD""".split()
+_OPCODE_NAMES = (
+    "PROTO FRAME MARK STOP POP POP_MARK NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG LONG1 BINBYTES "
+    "SHORT_BINBYTES BINBYTES8 BYTEARRAY8 STRING BINSTRING SHORT_BINSTRING UNICODE BINUNICODE SHORT_BINUNICODE "
+    "BINUNICODE8 EMPTY_LIST LIST APPEND APPENDS EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 GET BINGET LONG_BINGET "
+    "PUT BINPUT LONG_BINPUT MEMOIZE GLOBAL STACK_GLOBAL REDUCE BUILD "
 )
+_OPCODES = frozenset(_OPCODE_NAMES.split())
 
 
 class _DType:
@@ -103,7 +106,8 @@ _NAMES: dict[tuple[str, str], Callable[..., object]] = {
 
 
 def _refuse_opcodes(data: bytes) -> None:
-    """Walk the opcodes without running them; raises UnpicklingError or ValueError (pickletools) for what data does not need."""
+    """Walk the opcodes without running them; raises UnpicklingError or ValueError (pickletools) for what data does not
+    need."""
     for opcode, argument, position in pickletools.genops(io.BytesIO(data)):
         name = opcode.name
         if name not in _OPCODES:
@@ -138,16 +142,19 @@ def _image(item: object) -> bytes:
 def _flags(items: object) -> list[bool]:
     if isinstance(items, _Array):
         return [bool(flag) for flag in items.data]
-    if not isinstance(items, (list, tuple)) or any(not isinstance(flag, (bool, int)) or flag not in (0, 1) for flag in items):
+    if not isinstance(items, (list, tuple)) or any(
+        not isinstance(flag, (bool, int)) or flag not in (0, 1) for flag in items
+    ):
         raise pickle.UnpicklingError("a second part that is no list of bool")
     return [bool(flag) for flag in items]
 
 
 def read_bin(path: str | os.PathLike[str]) -> tuple[list[bytes], list[bool]]:
-    """Read an InsightFace .bin -> (2 n encoded images, n flags): images 2 i and 2 i + 1 are pair i, flag i says whether they are one person.
+    """Read an InsightFace .bin -> (2 n encoded images, n flags): images 2 i and 2 i + 1 are pair i, flag i says whether
+    they are one person.
 
-    Images may be bytes or uint8 arrays of any shape, pickled by Python 2 or 3, any protocol. Nothing in the file is executed and no
-    length in it is trusted. Raises ValueError naming the file and what was found for anything else.
+    Images may be bytes or uint8 arrays of any shape, pickled by Python 2 or 3, any protocol. Nothing in the file is
+    executed and no length in it is trusted. Raises ValueError naming the file and what was found for anything else.
     """
     if not os.path.isfile(path):
         raise ValueError(f"read_bin: expected a .bin file, got {os.fspath(path)}, which is no file")
@@ -163,5 +170,7 @@ def read_bin(path: str | os.PathLike[str]) -> tuple[list[bytes], list[bool]]:
             f"read_bin: expected a pickle of (list of images, list of bool) in {os.fspath(path)}, got {str(error) or type(error).__name__}"
         ) from error
     if len(images) != 2 * len(same):
-        raise ValueError(f"read_bin: expected two images per flag in {os.fspath(path)}, got {len(images)} images, {len(same)} flags")
+        raise ValueError(
+            f"read_bin: expected two images per flag in {os.fspath(path)}, got {len(images)} images, {len(same)} flags"
+        )
     return images, same

@@ -1,4 +1,5 @@
-"""Labelled images from folders, lists, zip files and WebDataset tars. Classes are detected and sorted, never typed in."""
+"""Labelled images from folders, lists, zip files and WebDataset tars. Classes are detected and sorted, never typed
+in."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".pgm", ".ppm", ".bmp", ".webp", ".ti
 
 
 class NamedDataset(EncodedDataset):
-    """A dataset whose images have path names and whose labels are known from the start. `.class_names[label]` names each class."""
+    """A dataset whose images have path names and whose labels are known from the start. `.class_names[label]` names
+    each class."""
 
     def __init__(self, paths: list[str], classes: Sequence[str | int], decode: bool) -> None:
         """`classes`: for each path its class name (numbered in sorted order) or, if all are ints, its label itself."""
@@ -63,12 +65,14 @@ def _is_image(name: str) -> bool:
 
 
 def _folder(name: str) -> str:
-    """The class key: the whole path of the innermost folder, so that A/character01 and B/character01 are two classes."""
+    """The class key: the whole path of the innermost folder, so that A/character01 and B/character01 are two
+    classes."""
     return name.rpartition("/")[0] or "."
 
 
 class FolderDataset(NamedDataset):
-    """Images below `root`; the folder an image lies in is its class, named by its path relative to `root`; sorted by class, then name.
+    """Images below `root`; the folder an image lies in is its class, named by its path relative to `root`; sorted by
+    class, then name.
 
     Raises ValueError where `root` is no folder or holds no image.
     """
@@ -83,12 +87,15 @@ class FolderDataset(NamedDataset):
             names += [file if relative == "." else f"{relative}/{file}" for file in files]
         names = sorted(filter(_is_image, names), key=lambda name: (_folder(name), name))
         if not names:
-            raise ValueError(f"FolderDataset: expected images ({', '.join(IMAGE_SUFFIXES)}) below {self.root}, got none")
+            raise ValueError(
+                f"FolderDataset: expected images ({', '.join(IMAGE_SUFFIXES)}) below {self.root}, got none"
+            )
         super().__init__([os.path.join(self.root, name) for name in names], [_folder(name) for name in names], decode)
 
 
 def _list_rows(path: Path) -> Iterator[tuple[int, Any, Any]]:
-    """(line number, path, label) of a .csv (columns path, label; header optional) or .jsonl ({"path": ..., "label": ...}) file."""
+    """(line number, path, label) of a .csv (columns path, label; header optional) or .jsonl ({"path": ..., "label":
+    ...}) file."""
     with open(path, encoding="utf-8", newline="") as file:
         if path.suffix == ".csv":
             columns = {"path": 0, "label": 1}
@@ -97,7 +104,9 @@ def _list_rows(path: Path) -> Iterator[tuple[int, Any, Any]]:
                     columns = {name: place for place, name in enumerate(row)}
                 elif row:
                     if len(row) <= max(columns["path"], columns["label"]):
-                        raise ValueError(f"ListDataset: expected path and label in line {number} of {path}, got {row!r:.80}")
+                        raise ValueError(
+                            f"ListDataset: expected path and label in line {number} of {path}, got {row!r:.80}"
+                        )
                     yield number, row[columns["path"]], row[columns["label"]]
             return
         for number, line in enumerate(file, 1):
@@ -112,11 +121,12 @@ def _list_rows(path: Path) -> Iterator[tuple[int, Any, Any]]:
 
 
 class ListDataset(NamedDataset):
-    """Images named by a .csv (path,label; header optional) or .jsonl ({"path", "label"} per line) list, in the list's order.
+    """Images named by a .csv (path,label; header optional) or .jsonl ({"path", "label"} per line) list, in the list's
+    order.
 
-    Relative paths start at `root`, by default the list's folder. Labels that are all whole numbers >= -1 (-1: unlabelled) are taken as
-    they are; otherwise they are names, numbered in sorted order. Raises ValueError for a missing or empty list, a malformed line or a
-    missing image, naming the line.
+    Relative paths start at `root`, by default the list's folder. Labels that are all whole numbers >= -1 (-1:
+    unlabelled) are taken as they are; otherwise they are names, numbered in sorted order. Raises ValueError for a
+    missing or empty list, a malformed line or a missing image, naming the line.
     """
 
     def __init__(self, path: PathLike, root: PathLike | None = None, decode: bool = True) -> None:
@@ -130,7 +140,9 @@ class ListDataset(NamedDataset):
             for number, name, label in _list_rows(source):
                 image = os.path.join(base, str(name))
                 if not os.path.isfile(image):
-                    raise ValueError(f"ListDataset: expected an image file in line {number} of {source}, got {image}, which is no file")
+                    raise ValueError(
+                        f"ListDataset: expected an image file in line {number} of {source}, got {image}, which is no file"
+                    )
                 paths.append(image)
                 labels.append(str(label).strip())
         except (UnicodeDecodeError, csv.Error) as error:
@@ -145,9 +157,11 @@ class ListDataset(NamedDataset):
 
 
 class ZipDataset(NamedDataset):
-    """Images in a zip file, read in place; the folder an image lies in is its class, named by its whole path below `prefix`.
+    """Images in a zip file, read in place; the folder an image lies in is its class, named by its whole path below
+    `prefix`.
 
-    Raises ValueError where `path` is no zip file or holds no image below `prefix`. Each process opens the file for itself.
+    Raises ValueError where `path` is no zip file or holds no image below `prefix`. Each process opens the file for
+    itself.
     """
 
     def __init__(self, path: PathLike, prefix: str | None = None, decode: bool = True) -> None:
@@ -187,9 +201,10 @@ class ZipDataset(NamedDataset):
 class TarDataset(NamedDataset):
     """Images in uncompressed WebDataset tars (one path or several), indexed once, then read at random.
 
-    A sample is all members of one name up to the first dot of the base name: an image, and a label in `.cls` (text) or in the "label" of
-    `.json`. Labels that are all whole numbers >= 0 are taken as they are, others are names, numbered in sorted order. Where no sample has
-    a label the folder is the class. Raises ValueError for compressed or truncated tars and for samples without a label.
+    A sample is all members of one name up to the first dot of the base name: an image, and a label in `.cls` (text) or
+    in the "label" of `.json`. Labels that are all whole numbers >= 0 are taken as they are, others are names, numbered
+    in sorted order. Where no sample has a label the folder is the class. Raises ValueError for compressed or truncated
+    tars and for samples without a label.
     """
 
     def __init__(self, path: PathLike | Sequence[PathLike], decode: bool = True) -> None:
@@ -243,7 +258,9 @@ def _tar_members(path: str) -> Iterable[tuple[str, int, int]]:
         for member in archive:
             if member.isreg():
                 if member.offset_data + member.size > total or member.size > MAX_ENCODED_BYTES:
-                    raise tarfile.ReadError(f"member {member.name} of {member.size} bytes at {member.offset_data}, file of {total}")
+                    raise tarfile.ReadError(
+                        f"member {member.name} of {member.size} bytes at {member.offset_data}, file of {total}"
+                    )
                 yield member.name.removeprefix("./"), member.offset_data, member.size
 
 

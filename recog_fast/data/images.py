@@ -20,7 +20,8 @@ MAX_ENCODED_BYTES = 1 << 28
 
 
 class CorruptImage(ValueError):
-    """An image that cannot be read or decoded; `.source` names the file or record, `.index` its place in the dataset (-1: none)."""
+    """An image that cannot be read or decoded; `.source` names the file or record, `.index` its place in the dataset
+    (-1: none)."""
 
     def __init__(self, source: str, index: int, reason: str) -> None:
         super().__init__(f"decode_image: expected a readable image, got {reason} in {source} (index {index})")
@@ -34,9 +35,9 @@ class CorruptImage(ValueError):
 def decode_image(data: bytes, source: str = "bytes", index: int = -1) -> Image:
     """Decode JPEG, PNG, PGM, BMP, ... -> (H, W, 3) uint8 RGB.
 
-    JPEG goes through simplejpeg (bit-identical to Pillow, twice as fast), everything else and what it refuses through Pillow.
-    Grey, palette and 1-bit images are spread over three channels; alpha is dropped; 16-bit grey keeps its high byte; EXIF rotation is ignored.
-    Raises CorruptImage for anything else, and above 2^26 pixels.
+    JPEG goes through simplejpeg (bit-identical to Pillow, twice as fast), everything else and what it refuses through
+    Pillow. Grey, palette and 1-bit images are spread over three channels; alpha is dropped; 16-bit grey keeps its high
+    byte; EXIF rotation is ignored. Raises CorruptImage for anything else, and above 2^26 pixels.
     """
     if not data:
         raise CorruptImage(source, index, "0 bytes")
@@ -50,7 +51,7 @@ def decode_image(data: bytes, source: str = "bytes", index: int = -1) -> Image:
 def _decode_jpeg(data: bytes, source: str, index: int) -> Image | None:
     """The image, or None where simplejpeg is absent or refuses (CMYK, warnings): Pillow then decides."""
     try:
-        import simplejpeg
+        import simplejpeg  # type: ignore[import-untyped, unused-ignore]
     except ImportError:
         return None
     try:
@@ -86,7 +87,8 @@ def _decode_pillow(data: bytes, source: str, index: int) -> Image:
 
 
 def resize_image(image: Image, size: int | tuple[int, int]) -> Image:
-    """Resize (H, W, 3) uint8 to (size, size) or size = (height, width): box mean where both sides shrink, bilinear otherwise."""
+    """Resize (H, W, 3) uint8 to (size, size) or size = (height, width): box mean where both sides shrink, bilinear
+    otherwise."""
     import PIL.Image
 
     height, width = (size, size) if isinstance(size, int) else size
@@ -100,7 +102,8 @@ def resize_image(image: Image, size: int | tuple[int, int]) -> Image:
 
 
 def images_to_tensor(images: Image) -> Tensor:
-    """(H, W, 3) or (N, H, W, 3) uint8 -> (3, H, W) or (N, 3, H, W) float32 in [-1, 1]: (x / 255 - 0.5) / 0.5 (InsightFace's input)."""
+    """(H, W, 3) or (N, H, W, 3) uint8 -> (3, H, W) or (N, 3, H, W) float32 in [-1, 1]: (x / 255 - 0.5) / 0.5
+    (InsightFace's input)."""
     if images.dtype != np.uint8 or images.ndim not in (3, 4) or images.shape[-1] != 3:
         raise ValueError(
             f"images_to_tensor: expected images (H, W, 3) or (N, H, W, 3) uint8, got {images.shape} {images.dtype}"
@@ -127,7 +130,8 @@ class LabelledImages(Protocol):
 
 
 class EncodedDataset(Dataset[tuple[Any, int]]):
-    """A dataset of encoded images: subclasses give `encoded(i) -> (bytes, label)`, `source(i) -> name for errors` and `__len__`.
+    """A dataset of encoded images: subclasses give `encoded(i) -> (bytes, label)`, `source(i) -> name for errors` and
+    `__len__`.
 
     Items are (image (H, W, 3) uint8 RGB, label), with decode=False (bytes, label). A broken image raises CorruptImage.
     """

@@ -1,8 +1,9 @@
 """MXNet RecordIO (.rec/.idx) and InsightFace's use of it, math.md section 7: reader, byte-identical writer, dataset.
 
-A record is one or more parts [u32 magic][u32 cflag << 29 | length][payload][pad to 4]; cflag 0 is a whole record, 1 / 2 / 3 its first,
-middle and last part. The writer cuts the payload at every 4-byte-aligned magic word and drops that word; the reader puts it back.
-An image record's payload is the header '<IfQQ' (flag, label, id, id2), then `flag` float32 labels, then the image file.
+A record is one or more parts [u32 magic][u32 cflag << 29 | length][payload][pad to 4]; cflag 0 is a whole record, 1 / 2
+/ 3 its first, middle and last part. The writer cuts the payload at every 4-byte-aligned magic word and drops that word;
+the reader puts it back. An image record's payload is the header '<IfQQ' (flag, label, id, id2), then `flag` float32
+labels, then the image file.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ Int64 = NDArray[np.int64]
 
 
 class ImageRecord(NamedTuple):
-    """An unpacked image record: labels as float32 values (one, or `flag` of them), the two ids, the image file's bytes."""
+    """An unpacked image record: labels as float32 values (one, or `flag` of them), the two ids, the image file's
+    bytes."""
 
     flag: int
     labels: tuple[float, ...]
@@ -43,28 +45,36 @@ class ImageRecord(NamedTuple):
 
 
 def pack_record(label: float | Sequence[float], image: bytes, *, key: int = 0, id2: int = 0) -> bytes:
-    """The payload of an image record, as mxnet.recordio.pack writes it: a number gives flag 0, a sequence gives flag = its length."""
+    """The payload of an image record, as mxnet.recordio.pack writes it: a number gives flag 0, a sequence gives flag =
+    its length."""
     if isinstance(label, Sequence):
         return _HEADER.pack(len(label), 0.0, key, id2) + np.asarray(label, "<f4").tobytes() + image
     return _HEADER.pack(0, float(label), key, id2) + image
 
 
 def unpack_record(payload: bytes, source: str = "record") -> ImageRecord:
-    """Header, labels and image of an image record's payload. Raises ValueError naming `source` where the payload is too short."""
+    """Header, labels and image of an image record's payload. Raises ValueError naming `source` where the payload is too
+    short."""
     if len(payload) < _HEADER.size:
-        raise ValueError(f"unpack_record: expected {source} to hold a header of {_HEADER.size} bytes, got {len(payload)} bytes")
+        raise ValueError(
+            f"unpack_record: expected {source} to hold a header of {_HEADER.size} bytes, got {len(payload)} bytes"
+        )
     flag, label, key, id2 = _HEADER.unpack_from(payload)
     start = _HEADER.size + 4 * flag
     if start > len(payload):
-        raise ValueError(f"unpack_record: expected {source} to hold {flag} labels (flag), got {len(payload)} bytes in all")
+        raise ValueError(
+            f"unpack_record: expected {source} to hold {flag} labels (flag), got {len(payload)} bytes in all"
+        )
     labels = tuple(np.frombuffer(payload, "<f4", flag, _HEADER.size).tolist()) if flag else (label,)
     return ImageRecord(flag, labels, key, id2, payload[start:])
 
 
 class RecordFile:
-    """A memory-mapped .rec: `read(offset)`, `scan()`, and `heads(offsets)`. Opened on first use in each process; pickles as its path.
+    """A memory-mapped .rec: `read(offset)`, `scan()`, and `heads(offsets)`. Opened on first use in each process;
+    pickles as its path.
 
-    Lengths are checked against the file before anything is copied. Raises ValueError naming the file, the offset and what was expected.
+    Lengths are checked against the file before anything is copied. Raises ValueError naming the file, the offset and
+    what was expected.
     """
 
     def __init__(self, path: PathLike) -> None:
@@ -91,7 +101,8 @@ class RecordFile:
 
     def _spans(self, offset: int) -> tuple[list[tuple[int, int]], int]:
         """(start, end) of each part of the record at `offset`, and where the next record starts."""
-        data, spans = self._bytes(), []
+        data = self._bytes()
+        spans: list[tuple[int, int]] = []
         while True:
             if not 0 <= offset <= self.size - _PART.size:
                 raise self._fail(offset, "a record", f"the end of the file ({self.size} bytes)")
@@ -102,9 +113,13 @@ class RecordFile:
             start = offset + _PART.size
             following = start + ((length + 3) & ~3)
             if following > self.size:
-                raise self._fail(offset, f"{length} bytes and padding", f"{self.size - start} bytes to the end of the file")
+                raise self._fail(
+                    offset, f"{length} bytes and padding", f"{self.size - start} bytes to the end of the file"
+                )
             if part not in ((2, 3) if spans else (0, 1)):
-                raise self._fail(offset, "a middle or last part" if spans else "the start of a record", f"part kind {part}")
+                raise self._fail(
+                    offset, "a middle or last part" if spans else "the start of a record", f"part kind {part}"
+                )
             spans.append((start, start + length))
             offset = following
             if part in (0, 3):
@@ -148,7 +163,8 @@ class RecordFile:
 
 
 def read_index(path: PathLike) -> tuple[Int64, Int64]:
-    """Keys and byte offsets, each (n,) int64, of an .idx file: lines "key<TAB>offset" in the file's order. Raises ValueError."""
+    """Keys and byte offsets, each (n,) int64, of an .idx file: lines "key<TAB>offset" in the file's order. Raises
+    ValueError."""
     if not os.path.isfile(path):
         raise ValueError(f"read_index: expected an .idx file, got {os.fspath(path)}, which is no file")
     text = Path(path).read_bytes()
@@ -156,7 +172,9 @@ def read_index(path: PathLike) -> tuple[Int64, Int64]:
     lines = text.count(b"\n") + (1 if text and not text.endswith(b"\n") else 0)
     values = np.fromstring(text, np.int64, sep=" ") if not stray and text.strip() else np.empty(0, np.int64)
     if stray or len(values) != 2 * lines or text.count(b"\t") != lines or not lines:
-        raise ValueError(f"read_index: expected lines key<TAB>offset in {os.fspath(path)}, got {lines} lines, {len(values)} numbers")
+        raise ValueError(
+            f"read_index: expected lines key<TAB>offset in {os.fspath(path)}, got {lines} lines, {len(values)} numbers"
+        )
     return np.ascontiguousarray(values[0::2]), np.ascontiguousarray(values[1::2])
 
 
@@ -185,9 +203,9 @@ def _load_index(file: RecordFile, idx: PathLike | None) -> tuple[Int64, Int64]:
 def read_records(path: PathLike, idx: PathLike | None = None) -> Iterator[tuple[int, bytes]]:
     """Iterate over (key, payload bytes) of a RecordIO file.
 
-    Order and keys are those of `idx`, of the .idx beside the file, or the file's own order with keys 0, 1, 2, ... where there is none.
-    Image records' payloads are taken apart by `unpack_record`. Raises ValueError naming file, offset and expectation for a truncated
-    file, a bad magic number, a wild length or an index that points outside.
+    Order and keys are those of `idx`, of the .idx beside the file, or the file's own order with keys 0, 1, 2, ... where
+    there is none. Image records' payloads are taken apart by `unpack_record`. Raises ValueError naming file, offset and
+    expectation for a truncated file, a bad magic number, a wild length or an index that points outside.
     """
     file = RecordFile(path)
     keys, offsets = _load_index(file, idx)
@@ -207,17 +225,20 @@ def _split(payload: bytes) -> list[bytes]:
 
 
 def write_records(path: PathLike, items: Iterable[tuple[int, bytes]], *, idx: PathLike | None = None) -> int:
-    """Write (key, payload) pairs as .rec and .idx, byte for byte what mxnet.recordio.MXIndexedRecordIO writes; returns their number.
+    """Write (key, payload) pairs as .rec and .idx, byte for byte what mxnet.recordio.MXIndexedRecordIO writes; returns
+    their number.
 
-    `idx` defaults to the .idx beside `path`. Image payloads come from `pack_record`. Raises ValueError for a repeated key or a payload
-    of 2^29 bytes or more.
+    `idx` defaults to the .idx beside `path`. Image payloads come from `pack_record`. Raises ValueError for a repeated
+    key or a payload of 2^29 bytes or more.
     """
     seen: set[int] = set()
     with open(path, "wb") as rec, open(index_path(path) if idx is None else idx, "w", newline="\n") as index:
         for key, payload in items:
             if key in seen or len(payload) > _LENGTH_MASK:
                 fault = "a key seen before" if key in seen else f"{len(payload)} bytes"
-                raise ValueError(f"write_records: expected items with distinct keys and payloads below 2^29 bytes, got key {key}: {fault}")
+                raise ValueError(
+                    f"write_records: expected items with distinct keys and payloads below 2^29 bytes, got key {key}: {fault}"
+                )
             seen.add(key)
             index.write(f"{key}\t{rec.tell()}\n")
             parts = _split(payload)
@@ -230,8 +251,9 @@ def write_records(path: PathLike, items: Iterable[tuple[int, bytes]], *, idx: Pa
 def write_identities(path: PathLike, images: Iterable[tuple[int, bytes]], *, idx: PathLike | None = None) -> int:
     """Write (label, image file bytes), sorted by label, in InsightFace's layout; returns the number of images.
 
-    Record 0 holds [images + 1, images + 1 + identities] as float32, images have keys 1, 2, ..., one record of [first key, past last key]
-    per identity follows. Labels must be 0, 1, 2, ... without gaps, each identity's images together; ValueError otherwise.
+    Record 0 holds [images + 1, images + 1 + identities] as float32, images have keys 1, 2, ..., one record of [first
+    key, past last key] per identity follows. Labels must be 0, 1, 2, ... without gaps, each identity's images together;
+    ValueError otherwise.
     """
     labelled = list(images)
     starts: list[int] = []
@@ -255,13 +277,15 @@ def write_identities(path: PathLike, images: Iterable[tuple[int, bytes]], *, idx
 
 
 class RecordDataset(EncodedDataset):
-    """Images of a .rec file, memory-mapped: im2rec files (no record 0) and InsightFace's (record 0, identity records at the end).
+    """Images of a .rec file, memory-mapped: im2rec files (no record 0) and InsightFace's (record 0, identity records at
+    the end).
 
-    `idx=None` takes the .idx beside the file, else scans. Items come in the order of the .idx, as InsightFace reads them; `.keys` has
-    their keys. The label is the header's number, the first of a label array. With identity records `.num_classes` is their number,
-    otherwise the largest label + 1: record 0's float32 counts are never used (exact to 2^24 only). `.labels` reads every header on
-    first use. Raises ValueError naming file and offset for truncated or foreign files, and for labels that are no whole numbers >= -1
-    or above 2^24, where float32 labels of different identities fall together.
+    `idx=None` takes the .idx beside the file, else scans. Items come in the order of the .idx, as InsightFace reads
+    them; `.keys` has their keys. The label is the header's number, the first of a label array. With identity records
+    `.num_classes` is their number, otherwise the largest label + 1: record 0's float32 counts are never used (exact to
+    2^24 only). `.labels` reads every header on first use. Raises ValueError naming file and offset for truncated or
+    foreign files, and for labels that are no whole numbers >= -1 or above 2^24, where float32 labels of different
+    identities fall together.
     """
 
     def __init__(self, rec: PathLike, idx: PathLike | None = None, decode: bool = True) -> None:
@@ -275,7 +299,11 @@ class RecordDataset(EncodedDataset):
         zero = np.flatnonzero(keys == 0)
         if len(zero):
             first = self.file.read(int(offsets[zero[0]]))
-            if len(first) >= _HEADER.size and (record := unpack_record(first, f"record 0 of {self.file.path}")).flag and not record.image:
+            if (
+                len(first) >= _HEADER.size
+                and (record := unpack_record(first, f"record 0 of {self.file.path}")).flag
+                and not record.image
+            ):
                 self._check_complete(len(keys), record.labels, idx)
                 identities = self._identity_records(offsets)
                 identities[zero[0]] = False
@@ -284,7 +312,9 @@ class RecordDataset(EncodedDataset):
                 self._identities = int(identities.sum())
         self.keys, self.offsets = keys[images], offsets[images]
         if not len(self.keys):
-            raise ValueError(f"RecordDataset: expected image records in {self.file.path}, got none of {len(keys)} records")
+            raise ValueError(
+                f"RecordDataset: expected image records in {self.file.path}, got none of {len(keys)} records"
+            )
         self._labels: Int64 | None = None
         self._paths: list[str] | None = None
 
@@ -292,14 +322,17 @@ class RecordDataset(EncodedDataset):
         """A scan cannot see a file cut off between two records; record 0's count can, as far as float32 is exact."""
         scanned = idx is None and not os.path.isfile(index_path(self.file.path))
         if scanned and np.float32(records) < counts[-1]:
-            raise ValueError(f"RecordDataset: expected {counts[-1]:.0f} records in {self.file.path}, got {records}: the file is truncated")
+            raise ValueError(
+                f"RecordDataset: expected {counts[-1]:.0f} records in {self.file.path}, got {records}: the file is truncated"
+            )
 
     def _identity_records(self, offsets: Int64) -> NDArray[np.bool_]:
-        """Which records are [first, past last] without an image: found by size from the index, so that image pages stay untouched."""
+        """Which records are [first, past last] without an image: found by size from the index, so that image pages stay
+        untouched."""
         order = np.argsort(offsets, kind="stable")
         sizes = np.empty(len(offsets), np.int64)
         sizes[order] = np.diff(np.append(offsets[order], self.file.size))
-        found = sizes == _IDENTITY_BYTES
+        found: NDArray[np.bool_] = np.equal(sizes, _IDENTITY_BYTES)
         for row in np.flatnonzero(found):
             payload = self.file.read(int(offsets[row]))
             found[row] = len(payload) == _IDENTITY_BYTES - _PART.size and _HEADER.unpack_from(payload)[0] == 2

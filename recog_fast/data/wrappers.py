@@ -43,7 +43,8 @@ class _Wrapper(Dataset[tuple[Any, int]]):
 
 
 class SkipCorrupt(_Wrapper):
-    """A corrupt image is replaced by the next readable one (its image and label), written down once and counted; too many raise.
+    """A corrupt image is replaced by the next readable one (its image and label), written down once and counted; too
+    many raise.
 
     quarantine  a JSON-lines file {"source", "index", "error"}; None keeps it in a temporary file. All DataLoader workers append to it and
                 count in it, and a resumed run counts on; delete it to start afresh
@@ -104,7 +105,9 @@ class SkipCorrupt(_Wrapper):
             except CorruptImage as error:
                 self._note(error)
                 place = (place + 1) % len(self)
-        raise RuntimeError(f"SkipCorrupt: expected a readable image, got {len(self)} corrupt ones; the list is in {self.quarantine}")
+        raise RuntimeError(
+            f"SkipCorrupt: expected a readable image, got {len(self)} corrupt ones; the list is in {self.quarantine}"
+        )
 
 
 def _remove(name: str, process: int) -> None:
@@ -155,16 +158,24 @@ class ClassSubset(Dataset[tuple[Any, int]]):
         return len(self.indices)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        image, _ = self.dataset[int(self.indices[checked_index(index, len(self))])]
-        return image, int(self.labels[index])
+        image, label = self.dataset[int(self.indices[checked_index(index, len(self))])]
+        if label not in self._new_label:
+            # A SkipCorrupt inside replaced the image by one of a class outside the subset.
+            raise ValueError(
+                f"class_subset: expected an image of one of {self.num_classes} classes, got class {label}; wrap the subset in SkipCorrupt"
+            )
+        return image, self._new_label[label]
 
 
 def class_subset(dataset: LabelledImages, classes: Iterable[int]) -> ClassSubset:
-    """The images of `classes`, relabelled 0 .. n-1 in the order given; the original ids stay in `.class_ids` (n,) int64.
+    """The images of `classes`, relabelled 0 .. n-1 in the order given; the original ids stay in `.class_ids` (n,)
+    int64.
 
     Raises ValueError for no classes, repeated ones, or one outside [0, num_classes).
     """
     ids = np.array(list(classes), np.int64)
     if not len(ids) or len(np.unique(ids)) != len(ids) or ids.min() < 0 or ids.max() >= dataset.num_classes:
-        raise ValueError(f"class_subset: expected distinct classes in [0, {dataset.num_classes}), got {ids.tolist()!r:.80}")
+        raise ValueError(
+            f"class_subset: expected distinct classes in [0, {dataset.num_classes}), got {ids.tolist()!r:.80}"
+        )
     return ClassSubset(dataset, ids)
