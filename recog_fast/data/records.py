@@ -237,7 +237,7 @@ def write_records(path: PathLike, items: Iterable[tuple[int, bytes]], *, idx: Pa
             if key in seen or len(payload) > _LENGTH_MASK:
                 fault = "a key seen before" if key in seen else f"{len(payload)} bytes"
                 raise ValueError(
-                    f"write_records: expected items with distinct keys and payloads below 2^29 bytes, got key {key}: {fault}"
+                    f"write_records: expected items of distinct keys, payloads below 2^29 bytes, got key {key}: {fault}"
                 )
             seen.add(key)
             index.write(f"{key}\t{rec.tell()}\n")
@@ -323,7 +323,7 @@ class RecordDataset(EncodedDataset):
         scanned = idx is None and not os.path.isfile(index_path(self.file.path))
         if scanned and np.float32(records) < counts[-1]:
             raise ValueError(
-                f"RecordDataset: expected {counts[-1]:.0f} records in {self.file.path}, got {records}: the file is truncated"
+                f"RecordDataset: expected {counts[-1]:.0f} records in {self.file.path}, got {records}: a truncated file"
             )
 
     def _identity_records(self, offsets: Int64) -> NDArray[np.bool_]:
@@ -341,7 +341,8 @@ class RecordDataset(EncodedDataset):
     def _class(self, label: float, index: int) -> int:
         if not (-1 <= label <= _MAX_LABEL and label == int(label)):
             raise ValueError(
-                f"RecordDataset: expected a whole label in [-1, 2^24] at offset {self.offsets[index]} of {self.file.path}, got {label}"
+                f"RecordDataset: expected a whole label in [-1, 2^24] at offset {self.offsets[index]} of {self.file.path}, "
+                f"got {label}"
             )
         return int(label)
 
