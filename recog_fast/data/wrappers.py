@@ -46,8 +46,8 @@ class SkipCorrupt(_Wrapper):
     """A corrupt image is replaced by the next readable one (its image and label), written down once and counted; too
     many raise.
 
-    quarantine  a JSON-lines file {"source", "index", "error"}; None keeps it in a temporary file. All DataLoader workers
-                append to it and count in it, and a resumed run counts on; delete it to start afresh
+    quarantine  a JSON-lines file {"source", "index", "error"}; None keeps it in a temporary file. All DataLoader
+                workers append to it and count in it, and a resumed run counts on; delete it to start afresh
     budget      how many different corrupt images are endured; one more raises RuntimeError with both numbers
     The replacement depends on the index alone, so every worker, epoch and resumed run sees the same one.
     """
