@@ -147,11 +147,19 @@ class SyntheticIdentities(Dataset[tuple[NDArray[np.uint8], int]]):
         return picture_draws(self.seed, SPLITS.index(self.split), identity, image, self.size, self.quality_mode)
 
     def render(self, indices: NDArray[np.int64]) -> NDArray[np.uint8]:
-        """Pictures of the given items, indices (B,) -> (B, size, size, 3) uint8: the same pixels as item by item."""
+        """Pictures of the given items, indices (B,) -> (B, size, size, 3) uint8: the same pixels as item by item.
+
+        Raises IndexError for an index outside 0..N - 1.
+        """
+        indices = np.asarray(indices, dtype=np.int64)
+        if len(indices) and not 0 <= indices.min() <= indices.max() < len(self):
+            raise IndexError(
+                f"SyntheticIdentities: expected indices in 0..{len(self) - 1}, got {indices.min()}..{indices.max()}"
+            )
         out = np.empty((len(indices), self.size, self.size, 3), dtype=np.uint8)
         split = SPLITS.index(self.split)
         for start in range(0, len(indices), _BATCH):
-            identity, image = self._numbers(np.asarray(indices[start : start + _BATCH], dtype=np.int64))
+            identity, image = self._numbers(indices[start : start + _BATCH])
             draws = {**identity_draws(self.seed, split, identity), **self._pictures(identity, image)}
             out[start : start + _BATCH] = photograph(draw(draws, self.size), draws, self.seed, split, identity, image)
         return out

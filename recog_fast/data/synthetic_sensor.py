@@ -68,12 +68,12 @@ def photograph(
 
 
 def _grain(size: int, seed: int, split: int, identity: Words, image: Words) -> NDArray[np.float32]:
-    """Triangular noise of unit variance per pixel, (3, B, S, S): two random bytes summed."""
+    """Noise of about unit variance, (3, B, S, S): each colour two random bytes summed, and a part all three share."""
     count = 3 * size * size
     blocks = np.arange(-(-count // 8), dtype=np.uint64)[None, :]
     stream = np.full((1, 1), NOISE + 16 * split, dtype=np.uint64)
     words = philox((blocks, image[:, None], identity[:, None], stream), seed)
     bytes_ = np.concatenate([word.astype("<u4") for word in words], axis=1).view(np.uint8)
     sums = bytes_[:, 0::2].astype(np.float32) + bytes_[:, 1::2]
-    grain = (sums[:, :count] - 255.0) / 104.5
-    return np.ascontiguousarray(grain.reshape(-1, 3, size, size).transpose(1, 0, 2, 3))
+    own = ((sums[:, :count] - 255.0) / 104.5).reshape(-1, 3, size, size).transpose(1, 0, 2, 3)
+    return np.ascontiguousarray(own * np.float32(0.8) + own[1] * np.float32(0.5))
