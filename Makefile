@@ -38,7 +38,7 @@ sdist: build
 # The stamp follows the C++ sources and the pins; a look at .venv finds what a stamp cannot know.
 build:
 	@if [ -e $(VENV)/.installed ]; then $(PY) tools/check_venv.py || rm -f $(VENV)/.installed; fi
-	@$(MAKE) --no-print-directory $(VENV)/.installed
+	@$(MAKE) --silent --no-print-directory $(VENV)/.installed
 
 $(VENV)/.installed: $(SOURCES)
 	@sh tools/environment.sh
