@@ -30,6 +30,7 @@ lint: build
 	$(PY) -m mypy --strict
 
 wheel: build
+	rm -rf build/lib*
 	$(PY) -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
 
 sdist: build

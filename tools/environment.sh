@@ -27,7 +27,7 @@ command -v "${CXX:-c++}" >/dev/null 2>&1 || fail "no C++ compiler (${CXX:-c++}).
 broken=
 [ ! -e $venv/.unfinished ] || broken=yes
 [ ! -e $venv/.packages ] || "$py" tools/check_venv.py packages || broken=yes
-"$py" -m pip --version >/dev/null 2>&1 || broken=yes
+"$py" -m pip --version >/dev/null 2>&1 || "$py" -m ensurepip >/dev/null 2>&1 || broken=yes
 [ -z "$broken" ] || rm -rf $venv
 if [ ! -e $venv/.packages ] || [ -n "$(find pyproject.toml constraints.txt tools/environment.sh -newer $venv/.packages)" ]; then
   mkdir -p $venv
