@@ -25,18 +25,27 @@ class DataConfig:
     min_images: int = 1  # identities with fewer images are left out
     holdout_classes: float = 0.0  # share (< 1) or number of identities kept out of training, for the val target "holdout"
     cache: bool = False  # decode and resize all images once, into memory
+    max_corrupt: int = 100  # so many unreadable images are replaced and listed; one more ends the run
     options: dict[str, Any] = field(default_factory=dict)  # further arguments of the dataset
 
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """Probabilities of the random changes of a training image."""
+    """Random changes of a training image, as `recog_fast.data.Augmentation` applies them: probabilities, then ranges."""
 
     flip: float = 0.5
+    affine: float = 0.0
     crop: float = 0.0
-    low_resolution: float = 0.0
+    light: float = 0.0
+    occlusion: float = 0.0
+    motion: float = 0.0
     blur: float = 0.0
-    options: dict[str, Any] = field(default_factory=dict)  # further arguments of recog_fast.data.Augment
+    low_resolution: float = 0.0
+    crop_scale: tuple[float, float] = (0.7, 1.0)  # area kept
+    occlusion_area: tuple[float, float] = (0.05, 0.3)
+    motion_length: tuple[float, float] = (3.0, 12.0)  # pixels
+    blur_sigma: tuple[float, float] = (0.5, 2.5)  # pixels
+    smallest: int = 12  # shortest side low_resolution goes to, pixels
 
 
 @dataclass(frozen=True)
@@ -116,7 +125,7 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     _refuse_unknown(values, TrainConfig, str(file))
     for argument in overrides:
         if argument.startswith("--"):
-            _refuse_unknown(_nested(argument[2:].split("=", 1)[0]), TrainConfig, "the command line")
+            _refuse_unknown(_nested(argument[2:].split("=", 1)[0].rstrip("+")), TrainConfig, "the command line")
     return _parse(values, overrides, str(file))
 
 
@@ -124,7 +133,9 @@ def to_yaml(config: TrainConfig) -> str:
     """The resolved settings as YAML that `read_config` reads back to an equal object."""
     import yaml
 
-    text: str = yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, default_flow_style=None, width=120)
+    plain = dataclasses.asdict(config)
+    plain["augment"] = {k: list(v) if isinstance(v, tuple) else v for k, v in plain["augment"].items()}
+    text: str = yaml.safe_dump(plain, sort_keys=False, default_flow_style=None, width=120)
     return text
 
 
@@ -184,14 +195,11 @@ def _check(config: TrainConfig) -> None:
     for name, low in at_least.items():
         if not getattr(config, name) >= low:
             raise ValueError(f"train: expected {name} >= {low}, got {getattr(config, name)}")
-    for name in ("flip", "crop", "low_resolution", "blur"):
-        if not 0 <= getattr(config.augment, name) <= 1:
-            raise ValueError(f"train: expected augment.{name} in [0, 1], got {getattr(config.augment, name)}")
     for label, data in (("data", config.data), ("unlabelled", config.unlabelled)):
         if data is not None and data.kind != "synthetic" and not data.path:
             raise ValueError(f"train: expected {label}.path with {label}.kind = {data.kind!r}, got none")
-        if data is not None and (data.size < 8 or data.min_images < 1 or data.holdout_classes < 0):
-            raise ValueError(f"train: expected {label}.size >= 8, min_images >= 1 and holdout_classes >= 0, got {data}")
+        if data is not None and (data.size < 8 or min(data.min_images - 1, data.holdout_classes, data.max_corrupt) < 0):
+            raise ValueError(f"train: expected {label}.size >= 8, min_images >= 1, holdout_classes >= 0 and max_corrupt >= 0, got {data}")
     if not config.scale > 0 or not 0 < config.sample_rate <= 1:
         raise ValueError(f"train: expected scale > 0 and 0 < sample_rate <= 1, got {config.scale} and {config.sample_rate}")
     if not config.warmup_epoch < config.num_epoch:

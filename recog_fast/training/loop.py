@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from recog_fast.checkpoint import checkpoint_path, latest_checkpoint, load_checkpoint, prune_checkpoints, save_checkpoint
 from recog_fast.training.config import TrainConfig, to_yaml
-from recog_fast.training.data import Batch, TrainingImages, batches, to_input
+from recog_fast.training.data import Batch, TrainingImages, step_loader, to_input
 from recog_fast.training.logs import Log, Meter
 from recog_fast.training.model import MarginRamp, build_backbone, build_head, build_optimizers, learning_rate, set_learning_rate
 from recog_fast.training.verification import pair_sets, verify_all
@@ -51,11 +51,12 @@ class Run:
     encoder: Any  # momentum encoder of the memory, or None
     ramp: MarginRamp
     meter: Meter
+    position: Any  # ResumableBatches: where in the data the run is
+    loader: Any
     steps_per_epoch: int
     total: int
     step: int = 0  # optimizer steps done
     skipped: int = 0  # steps left out for non-finite values
-    corrupt: set[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -80,31 +81,29 @@ def train(config: TrainConfig) -> TrainResult:
     save_every = config.save_interval or run.steps_per_epoch
     pairs = pair_sets(config, run.images)
     metrics: dict[str, float] = {}
-    stream = batches(run.images, config, run.step * config.gradient_acc, pin_memory=run.device.type == "cuda")
     with Log(Path(config.output), run.step, run.total) as log, stop_signals() as stop:
         _announce(run, log)
         clock, seen = time.monotonic(), 0
-        while run.step < run.total and not stop.is_set():
-            micro_batches = [next(stream) for _ in range(config.gradient_acc)]
+        for batch in _steps(run):
             lr = config.lr * rate(run.step)
             head_lr = (config.lr if config.head_lr is None else config.head_lr) * rate(run.step)
-            train_step(run, micro_batches, lr, head_lr)
+            train_step(run, batch, lr, head_lr)
             run.step += 1
-            seen += sum(len(batch.samples) for batch in micro_batches)
-            if run.step % config.frequent == 0 or run.step == run.total:
-                speed = seen / max(1e-9, time.monotonic() - clock)
-                _log_training(run, log, lr, speed)
+            seen += len(batch.samples)
+            last = run.step == run.total
+            if run.step % config.frequent == 0 or last:
+                _log_training(run, log, lr, seen / max(1e-9, time.monotonic() - clock))
                 clock, seen = time.monotonic(), 0
             log.advance(run.step)
-            if pairs and (run.step % verify_every == 0 or run.step == run.total):
+            if pairs and (run.step % verify_every == 0 or last):
                 metrics = verify_all(run.backbone, pairs, config, run.device)
-                log.scalars(run.step, metrics)
-                log.line(f"Verification at step {run.step}: " + "   ".join(f"{k.removeprefix('val/')} {v:.4f}" for k, v in metrics.items()))
+                _log_verification(run, log, metrics)
                 clock, seen = time.monotonic(), 0
-            if run.step % save_every == 0 or run.step == run.total or stop.is_set():
+            if run.step % save_every == 0 or last or stop.is_set():
                 save(run)
-        if stop.is_set() and run.step < run.total:
-            log.line(f"Stopped by a signal after step {run.step}; checkpoint saved, --resume true goes on from here")
+            if stop.is_set():
+                log.line(f"Stopped by a signal after step {run.step}; checkpoint saved, --resume true goes on from here")
+                break
     torch.save(run.backbone.state_dict(), Path(config.output) / "model.pt")
     return TrainResult(run.step, run.step == run.total, metrics, Path(config.output))
 
@@ -122,10 +121,8 @@ def setup(config: TrainConfig) -> Run:
     device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device)
     autocast = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
     images = TrainingImages(config)
-    per_step = config.batch_size * config.gradient_acc
-    if len(images) < per_step:
-        raise ValueError(f"train: expected batch_size * gradient_acc <= the {len(images)} training images, got {per_step}")
-    steps_per_epoch = len(images) // per_step
+    position, loader = step_loader(images, config, pin_memory=device.type == "cuda")
+    steps_per_epoch = position.batches_per_epoch
     total = steps_per_epoch * config.num_epoch
     total = min(total, config.max_steps) if config.max_steps else total
 
@@ -139,8 +136,10 @@ def setup(config: TrainConfig) -> Run:
 
         encoder = MomentumEncoder(backbone, config.memory_momentum)
     run = Run(
-        config, images, device, autocast, backbone, head, optimizer, head_optimizer, encoder, ramp, Meter(), steps_per_epoch, total, corrupt=set()
-    )
+        config=config, images=images, device=device, autocast=autocast, backbone=backbone, head=head, optimizer=optimizer,
+        head_optimizer=head_optimizer, encoder=encoder, ramp=ramp, meter=Meter(), position=position, loader=loader,
+        steps_per_epoch=steps_per_epoch, total=total,
+    )  # fmt: skip
     output = Path(config.output)
     output.mkdir(parents=True, exist_ok=True)
     restored = restore(run) if config.resume else False
@@ -164,8 +163,8 @@ def save(run: Run) -> None:
         random=_random_state(),
         meter=run.meter.state,
         skipped=run.skipped,
-        corrupt=sorted(run.corrupt or ()),
-        data=_position_settings(run),
+        position=run.position.state_dict(),
+        rows_per_step=run.config.batch_size * run.config.gradient_acc,
     )
     prune_checkpoints(folder, run.config.keep_last)
 
@@ -173,35 +172,24 @@ def save(run: Run) -> None:
 def restore(run: Run) -> bool:
     """Puts the last checkpoint of the run's output back; False when there is none.
 
-    Raises ValueError when data, batch or seed differ: the position in the data would mean something else.
+    Raises ValueError when the number of images, the seed or the rows of a step differ: the position would mean something else.
     """
     path = latest_checkpoint(Path(run.config.output) / "checkpoints")
     if path is None:
         return False
     saved = load_checkpoint(path, head=run.head, optimizer=run.head_optimizer)
-    for name, value in _position_settings(run).items():
-        if saved["data"].get(name) != value:
-            raise ValueError(f"train: expected {name} = {saved['data'].get(name)!r} as in the checkpoint {path}, got {value!r}")
+    rows = run.config.batch_size * run.config.gradient_acc
+    if saved["rows_per_step"] != rows:
+        raise ValueError(f"train: expected batch_size * gradient_acc = {saved['rows_per_step']} as in {path}, got {rows}")
+    run.position.load_state_dict(saved["position"])
     run.backbone.load_state_dict(saved["model"])
     run.optimizer.load_state_dict(saved["backbone_optimizer"])
     if run.encoder is not None and saved["encoder"] is not None:
         run.encoder.load_state_dict(saved["encoder"])
-    run.step, run.skipped, run.corrupt = saved["step"], saved["skipped"], set(saved["corrupt"])
+    run.step, run.skipped = saved["step"], saved["skipped"]
     run.meter = Meter(saved["meter"])
     _set_random_state(saved["random"])
     return True
-
-
-def _position_settings(run: Run) -> dict[str, Any]:
-    """Batch k of the data order is a function of these."""
-    config = run.config
-    return {
-        "images": len(run.images),
-        "identities": run.images.num_classes,
-        "batch_size": config.batch_size,
-        "gradient_acc": config.gradient_acc,
-        "seed": config.seed,
-    }
 
 
 def _random_state() -> dict[str, Any]:
@@ -235,8 +223,17 @@ def stop_signals() -> Iterator[threading.Event]:
 # --- one step -------------------------------------------------------------------------------------------------------
 
 
-def train_step(run: Run, micro_batches: list[Batch], lr: float, head_lr: float) -> None:
-    """Forward and backward of each micro-batch, then one step of both optimizers.
+def _steps(run: Run) -> Iterator[Batch]:
+    """The batches of the steps left, epoch after epoch."""
+    while run.step < run.total:
+        for batch in run.position.track(run.loader):
+            yield batch
+            if run.step >= run.total:
+                return
+
+
+def train_step(run: Run, batch: Batch, lr: float, head_lr: float) -> None:
+    """Forward and backward of each micro-batch of a step's rows, then one step of both optimizers.
 
     The mean is over the labelled rows of the whole step: each micro-batch divides by that count, so accumulation changes nothing.
     """
@@ -250,11 +247,11 @@ def train_step(run: Run, micro_batches: list[Batch], lr: float, head_lr: float) 
     run.head_optimizer.zero_grad()
     if run.encoder is not None:
         run.encoder.update(run.backbone)
-    labelled = max(1, sum(int((batch.labels >= 0).sum()) for batch in micro_batches))
+    labelled = max(1, int((batch.labels >= 0).sum()))
     loss = 0.0
     try:
-        for batch in micro_batches:
-            loss += _forward_backward(run, batch, labelled)
+        for micro_batch in batch.split(config.batch_size):
+            loss += _forward_backward(run, micro_batch, labelled)
         if config.clip_grad_norm:
             norm = nn.utils.clip_grad_norm_(run.backbone.parameters(), config.clip_grad_norm)
             if not bool(torch.isfinite(norm)):
@@ -273,7 +270,6 @@ def train_step(run: Run, micro_batches: list[Batch], lr: float, head_lr: float) 
 
 
 def _forward_backward(run: Run, batch: Batch, labelled: int) -> float:
-    _report_corrupt(run, batch.corrupt)
     images, labels = to_input(batch.images, run.device), batch.labels.to(run.device)
     with torch.autocast(run.device.type, dtype=torch.bfloat16, enabled=run.autocast):
         embeddings = run.backbone(images)
@@ -325,16 +321,6 @@ def _refuse_nonfinite(run: Run, batch: Batch, what: str, finite: Tensor) -> None
 # --- reports --------------------------------------------------------------------------------------------------------
 
 
-def _report_corrupt(run: Run, found: list[int]) -> None:
-    """A corrupt image was replaced by the loader: list it once in output/corrupt.txt."""
-    assert run.corrupt is not None
-    new = sorted(set(found) - run.corrupt)
-    if new:
-        run.corrupt.update(new)
-        with (Path(run.config.output) / "corrupt.txt").open("a") as file:
-            file.writelines(run.images.path(i) + "\n" for i in new)
-
-
 def _announce(run: Run, log: Log) -> None:
     parameters = sum(p.numel() for p in run.backbone.parameters())
     log.line(to_yaml(run.config).rstrip())
@@ -348,9 +334,15 @@ def _log_training(run: Run, log: Log, lr: float, speed: float) -> None:
     means = run.meter.flush()
     epoch = (run.step - 1) // run.steps_per_epoch
     values = {**means, "lr": lr, "epoch": float(epoch), "images_per_second": speed}
-    if run.corrupt:
-        values["corrupt_images"] = float(len(run.corrupt))
+    if corrupt := run.images.corrupt():
+        values["corrupt_images"] = float(corrupt)
     if run.skipped:
         values["skipped_steps"] = float(run.skipped)
     log.scalars(run.step, values)
     log.training_line(run.step, epoch, speed, means.get("loss", float("nan")), lr)
+
+
+def _log_verification(run: Run, log: Log, metrics: dict[str, float]) -> None:
+    log.scalars(run.step, metrics)
+    text = "   ".join(f"{name.removeprefix('val/')} {value:.4f}" for name, value in metrics.items())
+    log.line(f"Verification at step {run.step}: {text}")

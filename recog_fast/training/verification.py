@@ -35,14 +35,18 @@ def pair_sets(config: TrainConfig, images: TrainingImages) -> list[PairSet]:
         if target == "holdout":
             found.append(pairs_of_split("holdout", images.held, config.data.size, config.val_pairs, config.seed))
         elif target == "synthetic":
-            # Other identities than those of a synthetic training set: another seed.
-            options = {"identities": 200, "images_per_identity": 10, "seed": config.seed + 7919}
-            settings = DataConfig(kind="synthetic", size=config.data.size, options=options)
-            split, _ = split_classes(open_source(settings), settings, config.seed)
-            found.append(pairs_of_split("synthetic", split, config.data.size, config.val_pairs, config.seed))
+            found.append(_synthetic_pairs(config))
         else:
             found.append(pairs_of_bin(target, config.data.size))
     return found
+
+
+def _synthetic_pairs(config: TrainConfig) -> PairSet:
+    """Pairs of synthetic people that no training set draws: their numbers start far above."""
+    options = {"num_identities": 200, "images_per_identity": 10, "first_identity": 1 << 30}
+    settings = DataConfig(kind="synthetic", size=config.data.size, cache=True, options=options)
+    split, _ = split_classes(open_source(settings), settings, config.seed)
+    return pairs_of_split("synthetic", split, config.data.size, config.val_pairs, config.seed)
 
 
 def pairs_of_bin(path: str | Path, size: int) -> PairSet:
@@ -61,7 +65,7 @@ def pairs_of_split(name: str, split: Split, size: int, pairs: int, seed: int) ->
     Raises ValueError when the split holds fewer than two identities or no identity with two images.
     """
     rng = np.random.default_rng((seed, 0xA1B2))
-    decoded = [read_image(split.source, int(i), size) for i in split.indices]
+    decoded = [read_image(split, i, size) for i in range(len(split))]
     readable = np.flatnonzero([image is not None for image in decoded])
     labels = split.labels[readable]
     groups = [np.flatnonzero(labels == k) for k in np.unique(labels[labels >= 0])]
