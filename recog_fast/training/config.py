@@ -160,7 +160,9 @@ def _parse(values: Mapping[str, Any], overrides: Sequence[str], source: str) -> 
         with contextlib.redirect_stderr(errors):
             base = parser.parse_object(dict(values))
             merged = parser.parse_args(list(overrides), namespace=base) if overrides else base
-            fields = parser.instantiate_classes(merged)
+            # The older name of the same method, before jsonargparse 4.49.
+            instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes
+            fields = instantiate(merged)
     except (Exception, SystemExit) as error:  # jsonargparse has no one error class; all of them mean "bad settings"
         if isinstance(error, ValueError) and str(error).startswith("train:"):
             raise
