@@ -56,7 +56,7 @@ PYBIND11_MODULE(_native, m) {
   m.def(
       "unknown_sweep",
       [](const cpu::Classes& c, const cpu::Rows& r, uintptr_t lse, uintptr_t remainder, uintptr_t mean, uintptr_t pull, int threads) {
-        cpu::unknown_sweep(c, r, {at<const float>(lse), at<double>(remainder), at<double>(mean), at<float>(pull)}, threads);
+        cpu::unknown_sweep(c, r, {at<const double>(lse), at<double>(remainder), at<double>(mean), at<float>(pull)}, threads);
       },
       py::arg("classes"), py::arg("rows"), py::kw_only(), py::arg("lse"), py::arg("remainder"), py::arg("mean"), py::arg("pull"),
       py::arg("threads"), py::call_guard<py::gil_scoped_release>());

@@ -240,7 +240,12 @@ void unknown_sweep(const Classes& classes, const Rows& rows, const UnknownSums& 
   Workspace space;
   make_plan(classes, rows, active_kernels().width, space);
   const std::vector<float> zero(size_t(rows.N), 0.0f);
-  pack_terms({out.lse, zero.data(), zero.data(), zero.data(), zero.data()}, rows.N, space);
+  std::vector<float> lse(zero), correction(zero);
+  for (int64_t n = 0; n < rows.N; ++n) {
+    lse[n] = float(out.lse[n]);
+    correction[n] = float(std::exp(double(lse[n]) - out.lse[n]));
+  }
+  pack_terms({lse.data(), correction.data(), zero.data(), zero.data(), zero.data()}, rows.N, space);
   space.plan.unknown = true;
   const Total total = run_rows(classes, rows, space, threads);
   std::copy(total.sum.begin(), total.sum.end(), out.remainder);

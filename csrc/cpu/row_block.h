@@ -67,12 +67,12 @@ static void exponentiate(const Plan& plan, const Tile& tile, float* logits, Part
 // logits -> p expm1(p) / |W_j| in place; adds T and E of math.md 3.
 static void unknown_terms(const Plan& plan, const Tile& tile, float* logits, Partial& out) {
   for (int64_t n = 0; n < plan.lanes; n += kWidth) {
-    const vf lse = load(plan.terms + n);
+    const vf lse = load(plan.terms + n), correction = load(plan.terms + plan.lanes + n);  // e^{float(lse) - lse}
     vf remainder = splat(0.0f), mean = splat(0.0f);
     for (int64_t j = 0; j < tile.count; ++j) {
       float* at = logits + j * plan.lanes + n;
       const vf c = load(at);
-      const vf p = c > kMaskedBelow ? minimum(exponential(plan.scale * c - lse), splat(1.0f)) : splat(0.0f);
+      const vf p = c > kMaskedBelow ? minimum(exponential(plan.scale * c - lse) * correction, splat(1.0f)) : splat(0.0f);
       const vf rest = exponential_remainder(p);
       const vf h = p * (p + rest);
       remainder += rest;

@@ -39,7 +39,7 @@ struct RowSums {
 
 // UIR sweep (math.md 3): T = sum(expm1(p) - p), E = sum p expm1(p), pull = sum p expm1(p) P.
 struct UnknownSums {
-  const float* lse = nullptr;    // (N,)
+  const double* lse = nullptr;   // (N,)
   double* remainder = nullptr;   // (N,) T
   double* mean = nullptr;        // (N,) E
   float* pull = nullptr;         // (N, D)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from . import _library
 
 _LAST = torch.iinfo(torch.int64).max
 # Age and slot share one int64 sort key (step * S + slot), so each half gets 31 bits.
@@ -92,7 +96,9 @@ def memory_write(
     """
     _check_ring(rows, row_strength, stamp, owner, slot, cursor)
     _check_batch(rows, embeddings, labels, strengths, step)
-    return reference_memory_write(rows, row_strength, stamp, owner, slot, cursor, embeddings, labels, strengths, step)
+    return torch.ops.recog_fast.memory_write(  # type: ignore[no-any-return]
+        rows, row_strength, stamp, owner, slot, cursor, embeddings, labels, strengths, step
+    )
 
 
 def _check_ring(rows: Tensor, row_strength: Tensor, stamp: Tensor, owner: Tensor, slot: Tensor, cursor: Tensor) -> None:
@@ -133,3 +139,10 @@ def _check_batch(rows: Tensor, embeddings: Tensor, labels: Tensor, strengths: Te
 
 def _describe(value: Tensor) -> str:
     return f"{value.dtype} {tuple(value.shape)}"
+
+
+def _fake(rows: Tensor, row_strength: Tensor, stamp: Tensor, *_: Any) -> Tensor:
+    return stamp.new_empty(())
+
+
+_library.register("memory_write", reference=reference_memory_write, fake=_fake)
