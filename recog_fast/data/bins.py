@@ -167,7 +167,8 @@ def read_bin(path: str | os.PathLike[str]) -> tuple[list[bytes], list[bool]]:
         images, same = [_image(item) for item in content[0]], _flags(content[1])
     except Exception as error:  # a mutated pickle raises almost any type; none of them says which file
         raise ValueError(
-            f"read_bin: expected a pickle of (list of images, list of bool) in {os.fspath(path)}, got {str(error) or type(error).__name__}"
+            f"read_bin: expected a pickle of (list of images, list of bool) in {os.fspath(path)}, "
+            f"got {str(error) or type(error).__name__}"
         ) from error
     if len(images) != 2 * len(same):
         raise ValueError(

@@ -116,7 +116,8 @@ def _list_rows(path: Path) -> Iterator[tuple[int, Any, Any]]:
                     yield number, entry["path"], entry["label"]
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(
-                    f'ListDataset: expected {{"path": ..., "label": ...}} in line {number} of {path}, got {line.strip()!r:.80}'
+                    f'ListDataset: expected {{"path": ..., "label": ...}} in line {number} of {path}, '
+                    f"got {line.strip()!r:.80}"
                 ) from error
 
 
@@ -141,7 +142,7 @@ class ListDataset(NamedDataset):
                 image = os.path.join(base, str(name))
                 if not os.path.isfile(image):
                     raise ValueError(
-                        f"ListDataset: expected an image file in line {number} of {source}, got {image}, which is no file"
+                        f"ListDataset: expected an image in line {number} of {source}, got {image}, which is no file"
                     )
                 paths.append(image)
                 labels.append(str(label).strip())

@@ -82,7 +82,7 @@ def _decode_pillow(data: bytes, source: str, index: int) -> Image:
             return np.array(opened.convert("RGB"))
     except CorruptImage:
         raise
-    except Exception as error:  # Pillow's plug-ins raise OSError, ValueError, SyntaxError, struct.error, IndexError, ... on broken files
+    except Exception as error:  # on broken files Pillow's plug-ins raise almost any type
         raise CorruptImage(source, index, f"{type(error).__name__}: {error}") from error
 
 

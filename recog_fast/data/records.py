@@ -139,17 +139,24 @@ class RecordFile:
             yield offset
             offset = following
 
+    def heads(self, offsets: Int64) -> tuple[NDArray[np.void], NDArray[np.bool_]]:
+        """(n,) first 16 bytes of each record as `_HEAD`, and which of them are whole, unsplit image records."""
+        raw = np.frombuffer(self._bytes(), np.uint8)
+        plain: NDArray[np.bool_] = (offsets >= 0) & (offsets <= self.size - _HEAD.itemsize)
+        head = raw[(offsets * plain)[:, None] + np.arange(_HEAD.itemsize)].view(_HEAD)[:, 0]
+        length = head["word"] & _LENGTH_MASK
+        plain &= (head["magic"] == MAGIC) & (head["word"] >> 29 == 0)
+        plain &= (length >= _HEADER.size) & (offsets + _PART.size + length <= self.size)
+        return head, plain
+
     def first_labels(self, offsets: Int64) -> NDArray[np.float32]:
         """The (first) label of each image record: vectorised, touches 36 bytes of each record and decodes nothing."""
         raw = np.frombuffer(self._bytes(), np.uint8)
         labels = np.empty(len(offsets), np.float32)
         for begin in range(0, len(offsets), 1 << 16):
             part = offsets[begin : begin + (1 << 16)]
-            inside = (part >= 0) & (part <= self.size - _HEAD.itemsize)
-            head = raw[(part * inside)[:, None] + np.arange(_HEAD.itemsize)].view(_HEAD)[:, 0]
+            head, plain = self.heads(part)
             length = head["word"] & _LENGTH_MASK
-            plain = inside & (head["magic"] == MAGIC) & (head["word"] >> 29 == 0)
-            plain &= (length >= _HEADER.size) & (part + _PART.size + length <= self.size)
             out = np.where(head["flag"] == 0, head["label"], np.float32(0))
             many = np.flatnonzero(plain & (head["flag"] > 0) & (length >= _HEADER.size + 4))
             at = part[many] + _PART.size + _HEADER.size
@@ -237,7 +244,7 @@ def write_records(path: PathLike, items: Iterable[tuple[int, bytes]], *, idx: Pa
             if key in seen or len(payload) > _LENGTH_MASK:
                 fault = "a key seen before" if key in seen else f"{len(payload)} bytes"
                 raise ValueError(
-                    f"write_records: expected items with distinct keys and payloads below 2^29 bytes, got key {key}: {fault}"
+                    f"write_records: expected items of distinct keys, payloads below 2^29 bytes, got key {key}: {fault}"
                 )
             seen.add(key)
             index.write(f"{key}\t{rec.tell()}\n")
@@ -323,7 +330,7 @@ class RecordDataset(EncodedDataset):
         scanned = idx is None and not os.path.isfile(index_path(self.file.path))
         if scanned and np.float32(records) < counts[-1]:
             raise ValueError(
-                f"RecordDataset: expected {counts[-1]:.0f} records in {self.file.path}, got {records}: the file is truncated"
+                f"RecordDataset: expected {counts[-1]:.0f} records in {self.file.path}, got {records}: truncated"
             )
 
     def _identity_records(self, offsets: Int64) -> NDArray[np.bool_]:
@@ -333,15 +340,16 @@ class RecordDataset(EncodedDataset):
         sizes = np.empty(len(offsets), np.int64)
         sizes[order] = np.diff(np.append(offsets[order], self.file.size))
         found: NDArray[np.bool_] = np.equal(sizes, _IDENTITY_BYTES)
-        for row in np.flatnonzero(found):
-            payload = self.file.read(int(offsets[row]))
-            found[row] = len(payload) == _IDENTITY_BYTES - _PART.size and _HEADER.unpack_from(payload)[0] == 2
+        candidates = np.flatnonzero(found)
+        head, plain = self.file.heads(offsets[candidates])
+        found[candidates] = plain & (head["word"] == _IDENTITY_BYTES - _PART.size) & (head["flag"] == 2)
         return found
 
     def _class(self, label: float, index: int) -> int:
         if not (-1 <= label <= _MAX_LABEL and label == int(label)):
             raise ValueError(
-                f"RecordDataset: expected a whole label in [-1, 2^24] at offset {self.offsets[index]} of {self.file.path}, got {label}"
+                f"RecordDataset: expected a whole label in [-1, 2^24] at offset {self.offsets[index]} "
+                f"of {self.file.path}, got {label}"
             )
         return int(label)
 

@@ -55,15 +55,11 @@ class ResumableBatches(Sampler[list[tuple[int, int]]]):
             raise ValueError(f"ResumableBatches: expected rank in [0, world_size) = [0, {world_size}), got {rank}")
         if drop_last and self.length < batch_size * world_size:
             raise ValueError(
-                f"ResumableBatches: expected length >= batch_size * world_size = {batch_size * world_size} with drop_last, got {self.length}"
+                "ResumableBatches: expected length >= batch_size * world_size with drop_last, "
+                f"got {self.length} < {batch_size * world_size}"
             )
-        self.batch_size, self.seed, self.rank, self.world_size, self.drop_last = (
-            batch_size,
-            seed,
-            rank,
-            world_size,
-            drop_last,
-        )
+        self.batch_size, self.seed, self.drop_last = batch_size, seed, drop_last
+        self.rank, self.world_size = rank, world_size
         self.epoch = 0
         self.done = 0
 

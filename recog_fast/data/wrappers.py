@@ -46,9 +46,9 @@ class SkipCorrupt(_Wrapper):
     """A corrupt image is replaced by the next readable one (its image and label), written down once and counted; too
     many raise.
 
-    quarantine  a JSON-lines file {"source", "index", "error"}; None keeps it in a temporary file. All DataLoader workers append to it and
-                count in it, and a resumed run counts on; delete it to start afresh
-    budget      how many different corrupt images are endured; one more raises RuntimeError with count, budget and the last source
+    quarantine  a JSON-lines file {"source", "index", "error"}; None keeps it in a temporary file. All DataLoader
+                workers append to it and count in it, and a resumed run counts on; delete it to start afresh
+    budget      how many different corrupt images are endured; one more raises RuntimeError with both numbers
     The replacement depends on the index alone, so every worker, epoch and resumed run sees the same one.
     """
 
@@ -93,8 +93,8 @@ class SkipCorrupt(_Wrapper):
             known = self.corrupt()
         if len(known) > self.budget:
             raise RuntimeError(
-                f"SkipCorrupt: expected at most {self.budget} corrupt images (budget), got {len(known)}, the last {error.source}: "
-                f"{error.reason}; the list is in {self.quarantine}"
+                f"SkipCorrupt: expected at most {self.budget} corrupt images (budget), got {len(known)}, "
+                f"the last {error.source}: {error.reason}; the list is in {self.quarantine}"
             ) from error
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
@@ -162,7 +162,8 @@ class ClassSubset(Dataset[tuple[Any, int]]):
         if label not in self._new_label:
             # A SkipCorrupt inside replaced the image by one of a class outside the subset.
             raise ValueError(
-                f"class_subset: expected an image of one of {self.num_classes} classes, got class {label}; wrap the subset in SkipCorrupt"
+                f"class_subset: expected an image of one of {self.num_classes} classes, got class {label}; "
+                "wrap the subset in SkipCorrupt, not the dataset inside"
             )
         return image, self._new_label[label]
 
