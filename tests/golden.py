@@ -53,7 +53,7 @@ class Case:
 
     def get(self, key: str, default: Tensor | None = None) -> Tensor | None:
         """One array, or `default` where the case has none of that name."""
-        return self[key] if key in self else default
+        return self.arrays[key].clone() if key in self.arrays else default
 
     def keys(self, prefix: str = "") -> list[str]:
         """Names of the arrays that start with `prefix`."""
@@ -97,6 +97,7 @@ def cases(op: str, *tags: str, without: tuple[str, ...] = ()) -> list[Any]:
     return [pytest.param(name, id=name.removeprefix(f"{op}__")) for name in names]
 
 
+@functools.lru_cache(maxsize=256)
 def load(name: str) -> Case:
     """The case of that name (file name without `.npz`); skips the test where golden data is absent."""
     path = golden_dir() / f"{name}.npz"
@@ -133,6 +134,14 @@ def get_state(margin: Any) -> Tensor | None:
     if isinstance(inner, margins.AdaFace):
         return torch.stack([inner.mean, inner.std]).double()
     return inner.t.double().clone() if isinstance(inner, margins.CurricularFace) else None
+
+
+def value_and_slope(margin: Any, cosine: Tensor, norms: Tensor) -> tuple[Tensor, Tensor]:
+    """(phi, d phi / d c) of a margin, (N,) each, detached."""
+    cosine = cosine.detach().clone().requires_grad_()
+    value = margin(cosine, norms)
+    (slope,) = torch.autograd.grad(value.sum(), cosine)
+    return value.detach(), slope
 
 
 def _arcface(params: dict[str, Any]) -> Any:

@@ -16,6 +16,7 @@ Angles are radians. Derivatives at cosine = +-1 are finite: sin(theta) is floore
 from __future__ import annotations
 
 from recog_fast.margins.adaptive import AdaFace, MagFace
+from recog_fast.margins.angle import MarginFunction
 from recog_fast.margins.fixed import ArcFace, CombinedMargin, CosFace, Softmax, SphereFace
 from recog_fast.margins.hard_negatives import CircleMargin, CurricularFace, InterclassFilter, MVSoftmax
 
@@ -29,6 +30,7 @@ __all__ = [
     "InterclassFilter",
     "MVSoftmax",
     "MagFace",
+    "MarginFunction",
     "Softmax",
     "SphereFace",
 ]
