@@ -13,7 +13,7 @@ from torch import Tensor
 from recog_fast.margins import MagFace
 from recog_fast.rules import PLAIN, NegativeRule
 
-CLOSE = {"rtol": 1e-9, "atol": 1e-9}
+CLOSE: dict[str, Any] = {"rtol": 1e-9, "atol": 1e-9}
 EPSILON32 = torch.finfo(torch.float32).eps
 
 
@@ -51,7 +51,6 @@ def test_golden_values_slopes_and_state_in_float64(name: str) -> None:
     torch.testing.assert_close(slope[inner], case["out_dt_dc"][inner], **CLOSE)
     if "out_state" in case:
         state = get_state(margin)
-        assert state is not None
         torch.testing.assert_close(state, case["out_state"].reshape(state.shape), **CLOSE)
 
 
@@ -64,12 +63,12 @@ def test_golden_values_and_slopes_in_float32(name: str) -> None:
     assert value.dtype == slope.dtype == torch.float32
     assert value.isfinite().all() and slope.isfinite().all()
     t, dt_dc = case["out_t"], case["out_dt_dc"]
-    # Rounding the cosine alone moves phi by eps/2 |phi'|; the margin's own arithmetic may add a few ulp of its terms (<= 8).
-    # (At cosine +-1 phi' is the floored 1e6 sin m, which no rounding of the cosine can realise: 3e-4 is the sine it can make.)
+    # Rounding the cosine alone moves phi by eps/2 |phi'|; the margin's own arithmetic may add 8 ulp of its terms.
+    # (At cosine +-1 phi' is the floored 1e6 sin m; the smallest sine a float32 cosine can make is 3e-4, hence 3e3.)
     budget = EPSILON32 * (0.5 * dt_dc.abs().clamp_max(3e3) + 8.0 * t.abs().clamp_min(1.0))
     assert ((value - t).abs() <= budget)[labelled].all()
-    # phi'' grows as 1/sin^3: the slope is compared where one float32 step of the cosine does not change it.
-    tame = labelled & (cosine.abs() < 0.999)
+    # phi'' grows as 1/sin^3: near +-1 rounding the cosine alone moves the slope by more (random trials: 0.65 of this).
+    tame = labelled & (cosine.abs() < 0.99)
     torch.testing.assert_close(slope[tame].double(), dt_dc[tame], rtol=2e-5, atol=2e-6)
 
 

@@ -27,7 +27,7 @@ from .synthetic_parameters import (
 )
 from .synthetic_sensor import photograph
 
-_BATCH = 16  # pictures drawn at once: their grids stay in the second-level cache
+_BATCH = 8  # pictures drawn at once: their grids stay in the second-level cache
 
 
 def _check_int(name: str, value: int, low: int, high: int) -> int:
@@ -147,11 +147,19 @@ class SyntheticIdentities(Dataset[tuple[NDArray[np.uint8], int]]):
         return picture_draws(self.seed, SPLITS.index(self.split), identity, image, self.size, self.quality_mode)
 
     def render(self, indices: NDArray[np.int64]) -> NDArray[np.uint8]:
-        """Pictures of the given items, indices (B,) -> (B, size, size, 3) uint8: the same pixels as item by item."""
+        """Pictures of the given items, indices (B,) -> (B, size, size, 3) uint8: the same pixels as item by item.
+
+        Raises IndexError for an index outside 0..N - 1.
+        """
+        indices = np.asarray(indices, dtype=np.int64)
+        if len(indices) and not 0 <= indices.min() <= indices.max() < len(self):
+            raise IndexError(
+                f"SyntheticIdentities: expected indices in 0..{len(self) - 1}, got {indices.min()}..{indices.max()}"
+            )
         out = np.empty((len(indices), self.size, self.size, 3), dtype=np.uint8)
         split = SPLITS.index(self.split)
         for start in range(0, len(indices), _BATCH):
-            identity, image = self._numbers(np.asarray(indices[start : start + _BATCH], dtype=np.int64))
+            identity, image = self._numbers(indices[start : start + _BATCH])
             draws = {**identity_draws(self.seed, split, identity), **self._pictures(identity, image)}
             out[start : start + _BATCH] = photograph(draw(draws, self.size), draws, self.seed, split, identity, image)
         return out
@@ -164,7 +172,7 @@ class SyntheticIdentities(Dataset[tuple[NDArray[np.uint8], int]]):
         workers = _check_int("workers", workers, 1, 1 << 16)
         if self._images is not None:
             return self._images
-        chunks = list(_chunks(np.arange(len(self)), 8 * _BATCH))
+        chunks = list(_chunks(np.arange(len(self)), 16 * _BATCH))
         if workers == 1:
             return np.concatenate([self.render(rows) for rows in chunks])
         with ThreadPoolExecutor(workers) as pool:

@@ -105,7 +105,7 @@ class _Face:
         paint(self.planes, inside(curtain + p["hair_wave"] * triangle(y * 3.0), px), shade)
         neck = inside(np.maximum(np.abs(x) - p["skull_width"] * 0.55, 0.5 - y), px)
         paint(self.planes, neck, scaled(self.skin, 0.72))
-        paint(self.planes, inside(1.0 - y + 0.10 * np.abs(x), px), (p["shirt_r"], p["shirt_g"], p["shirt_b"]))
+        paint(self.planes, inside(0.93 - y + 0.10 * np.abs(x), px), (p["shirt_r"], p["shirt_g"], p["shirt_b"]))
         ear_x = np.abs(x + 0.25 * self.yaw) - p["skull_width"] * 0.99
         ear_v = y - p["ear_y"]
         paint(
@@ -158,7 +158,8 @@ class _Face:
             1.0 - blob(self.u, v - p["mouth_y"], p["mouth_width"] * 1.15, 0.16)
         )
         paint(f, np.maximum(p["beard"], 0.0) * 0.9 * soft, self.hair)
-        lip = blob(self.u, v - (p["nose_y"] + 0.03) * 0.4 - p["mouth_y"] * 0.6, p["mouth_width"] * 1.2, 0.10)
+        middle = (p["nose_y"] + 0.03) * 0.45 + p["mouth_y"] * 0.55
+        lip = blob(self.u, v - middle - 0.6 * np.square(self.u), p["mouth_width"] * 1.5, 0.085)
         paint(f, np.clip(p["moustache"] * 1.8, 0.0, 0.9) * np.clip(lip * 2.5 - 0.5, 0.0, 1.0), self.hair)
 
     def eyes(self) -> None:

@@ -30,15 +30,15 @@ HIDDEN = (0.0, 0.06, 0.3, 0.45, 0.0, 0.1)
 # name: (mean, standard deviation) of a bell curve bounded at 3.46 deviations; lengths in half image widths, x right,
 # y down, centre (0, 0).
 IDENTITY_NORMAL: dict[str, tuple[float, float]] = {
-    "skull_width": (0.66, 0.045), "skull_top": (0.90, 0.045), "chin": (0.86, 0.055), "jaw_taper": (0.22, 0.11),
-    "jaw_square": (0.25, 0.16), "ear_size": (0.13, 0.03), "ear_y": (0.02, 0.04), "eye_x": (0.275, 0.026),
-    "eye_y": (-0.07, 0.025), "eye_width": (0.125, 0.015), "eye_height": (0.068, 0.014), "eye_slant": (0.06, 0.10),
-    "iris": (0.057, 0.006), "iris_tone": (0.5, 0.3), "lid": (0.020, 0.007), "crease": (0.35, 0.25),
-    "socket": (0.16, 0.09), "brow_gap": (0.155, 0.025), "brow_length": (0.165, 0.022), "brow_thick": (0.026, 0.009),
-    "brow_arch": (0.04, 0.025), "brow_tilt": (0.02, 0.12), "brow_dark": (0.75, 0.15), "brow_inner": (0.0, 0.025),
-    "nose_y": (0.24, 0.035), "nose_width": (0.125, 0.024), "nose_bridge": (0.055, 0.014), "nose_tip": (0.055, 0.012),
-    "nose_relief": (0.55, 0.2), "mouth_y": (0.485, 0.032), "mouth_width": (0.22, 0.032), "lip_upper": (0.040, 0.013),
-    "lip_lower": (0.055, 0.015), "cupid": (0.35, 0.2), "lip_red": (0.35, 0.2), "mouth_bend": (0.0, 0.025),
+    "skull_width": (0.66, 0.05), "skull_top": (0.9, 0.055), "chin": (0.86, 0.065), "jaw_taper": (0.22, 0.13),
+    "jaw_square": (0.25, 0.16), "ear_size": (0.13, 0.03), "ear_y": (0.02, 0.04), "eye_x": (0.275, 0.032),
+    "eye_y": (-0.07, 0.03), "eye_width": (0.122, 0.019), "eye_height": (0.064, 0.017), "eye_slant": (0.06, 0.15),
+    "iris": (0.056, 0.007), "iris_tone": (0.5, 0.3), "lid": (0.020, 0.007), "crease": (0.35, 0.25),
+    "socket": (0.16, 0.09), "brow_gap": (0.15, 0.032), "brow_length": (0.165, 0.028), "brow_thick": (0.027, 0.012),
+    "brow_arch": (0.04, 0.032), "brow_tilt": (0.02, 0.17), "brow_dark": (0.75, 0.15), "brow_inner": (0.0, 0.025),
+    "nose_y": (0.235, 0.045), "nose_width": (0.125, 0.03), "nose_bridge": (0.055, 0.017), "nose_tip": (0.055, 0.015),
+    "nose_relief": (0.55, 0.2), "mouth_y": (0.485, 0.037), "mouth_width": (0.215, 0.04), "lip_upper": (0.04, 0.016),
+    "lip_lower": (0.055, 0.02), "cupid": (0.35, 0.2), "lip_red": (0.35, 0.2), "mouth_bend": (0.0, 0.025),
     "cheek": (0.10, 0.10), "chin_cleft": (0.05, 0.12), "folds": (0.12, 0.14), "asymmetry": (0.0, 0.018),
     "skin_red": (0.0, 0.03), "skin_yellow": (0.0, 0.025), "hairline": (-0.60, 0.10), "hair_curve": (0.35, 0.45),
     "hair_side": (0.0, 0.22), "hair_volume": (0.11, 0.05), "hair_wave": (0.03, 0.03), "hair_streak": (0.10, 0.07),
@@ -46,7 +46,7 @@ IDENTITY_NORMAL: dict[str, tuple[float, float]] = {
 }  # fmt: skip
 # name: (low, high), uniform.
 IDENTITY_UNIFORM: dict[str, tuple[float, float]] = {
-    "skin_tone": (0.0, 1.0), "hair_tone": (0.0, 1.0), "hair_length": (-0.9, 1.1), "beard": (-1.6, 1.0),
+    "skin_tone": (0.05, 0.9), "hair_tone": (0.0, 1.0), "hair_length": (-0.9, 1.1), "beard": (-1.6, 1.0),
     "beard_line": (0.30, 0.62), "moustache": (-1.6, 1.0), "freckles": (-1.2, 0.7), "freckle_phase": (0.0, 1.0),
     "mole1_u": (-0.5, 0.5), "mole1_v": (-0.4, 0.7), "mole2_u": (-0.5, 0.5), "mole2_v": (-0.4, 0.7),
     "mole3_u": (-0.5, 0.5), "mole3_v": (-0.4, 0.7),
@@ -55,9 +55,9 @@ IDENTITY_UNIFORM: dict[str, tuple[float, float]] = {
 PICTURE_NORMAL: dict[str, tuple[float, float]] = {
     "yaw": (0.0, 17.0), "pitch": (0.0, 9.0), "roll": (0.0, 5.0), "shift_x": (0.0, 0.03), "shift_y": (0.0, 0.03),
     "zoom": (1.0, 0.04), "light_x": (0.0, 0.55), "light_y": (-0.25, 0.35), "contrast": (0.0, 0.3),
-    "warmth": (0.0, 0.09), "green": (0.0, 0.03), "smile": (0.25, 0.6), "squint": (0.95, 0.16),
+    "warmth": (0.0, 0.11), "green": (0.0, 0.03), "smile": (0.25, 0.6), "squint": (0.95, 0.16),
     "brow_raise": (0.0, 0.02), "gaze": (0.0, 0.3), "fringe": (0.0, 0.05), "puff": (0.0, 0.02), "make_up": (0.0, 0.10),
-    "tan": (0.0, 0.06),
+    "tan": (0.0, 0.08),
 }  # fmt: skip
 PICTURE_UNIFORM: dict[str, tuple[float, float]] = {
     "exposure": (0.55, 1.25), "ambient": (0.35, 0.8), "open": (-0.16, 0.12), "occlusion": (0.0, 1.0),
@@ -95,15 +95,16 @@ def _draw(
     blocks = np.arange(len(names), dtype=np.uint64)[:, None]
     words = philox((blocks, image[None, :], identity[None, :], np.full((1, 1), stream, dtype=np.uint64)), seed)
     drawn: Draws = {}
+    unit = [(w.astype(np.float64) + 0.5) / 4294967296.0 for w in words]
+    # The sum of four uniforms has variance 1/3.
+    bell = 1.7320508075688772 * (unit[0] + unit[1] + unit[2] + unit[3] - 2.0)
     for row, name in enumerate(names):
-        unit = [(w[row].astype(np.float64) + 0.5) / 4294967296.0 for w in words]
         if name in normal:
             mean, deviation = normal[name]
-            # The sum of four uniforms has variance 1/3.
-            value = mean + deviation * 1.7320508075688772 * (unit[0] + unit[1] + unit[2] + unit[3] - 2.0)
+            value = mean + deviation * bell[row]
         else:
             low, high = uniform[name]
-            value = low + (high - low) * unit[0]
+            value = low + (high - low) * unit[0][row]
         drawn[name] = value.astype(np.float32)
     return drawn
 
@@ -180,14 +181,14 @@ def quality_factors(p: Draws) -> Draws:
     blur        (1 - r / 0.2)^2 for a kernel radius of r picture widths, 0 beyond
     occlusion   1 - hidden share of the face
     pose        1 - sin^2(yaw) - sin^2(pitch), at least 0
-    noise       1 / (1 + (amplitude / (90 exposure))^2)
+    noise       1 / (1 + (amplitude / (45 exposure))^2)
     """
     resolution = np.zeros_like(p["resolution"])
     for low, high, gain in ((4, 8, 0.28), (8, 16, 0.28), (16, 32, 0.28), (32, 48, 0.16)):
         resolution += np.float32(gain) * np.clip((p["resolution"] - low) / (high - low), 0.0, 1.0)
     yaw, pitch = sine(p["yaw"]), sine(p["pitch"])
     sharp = np.maximum(1.0 - p["blur"] / 0.2, 0.0)
-    grain = p["noise"] / (90.0 * p["exposure"])
+    grain = p["noise"] / (45.0 * p["exposure"])
     factors = {
         "resolution": np.minimum(resolution, 1.0),
         "blur": sharp * sharp,

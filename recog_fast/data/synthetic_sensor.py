@@ -53,27 +53,28 @@ def photograph(
 ) -> NDArray[np.uint8]:
     """Blurs, shrinks, adds the sensor's noise, enlarges: grey levels (3, B, S, S) to pictures (B, S, S, 3) uint8."""
     size = planes.shape[-1]
-    low = np.rint(planes * 8.0).astype(np.float64)
+    low = np.rint(planes * 8.0)
     soft = np.flatnonzero((draws["resolution"] < size) | (draws["blur"] > 0))
     down, up = resampling(size, draws["resolution"][soft], draws["blur"][soft])
     # 1/8 level, times 2^26, over 2^23: 1/64 level.
-    rows = np.rint(np.matmul(down, low[:, soft]) / 2.0**23)
+    rows = np.rint(np.matmul(down, low[:, soft].astype(np.float64)) / 2.0**23)
     low *= 8.0
     low[:, soft] = np.rint(np.matmul(rows, down.transpose(0, 2, 1)) / 2.0**26)
     low += np.rint(_grain(size, seed, split, identity, image) * (draws["noise"][:, None, None] * np.float32(_FINE)))
     np.clip(low, 0.0, 255.0 * _FINE, out=low)
-    low[:, soft] = np.matmul(np.matmul(up, low[:, soft]), up.transpose(0, 2, 1)) / (_UNIT * _UNIT)
+    high = np.matmul(np.matmul(up, low[:, soft].astype(np.float64)), up.transpose(0, 2, 1))
+    low[:, soft] = high / (_UNIT * _UNIT)
     pictures = np.clip(np.rint(low / _FINE), 0.0, 255.0).astype(np.uint8)
     return np.ascontiguousarray(pictures.transpose(1, 2, 3, 0))
 
 
 def _grain(size: int, seed: int, split: int, identity: Words, image: Words) -> NDArray[np.float32]:
-    """Triangular noise of unit variance per pixel, (3, B, S, S): two random bytes summed."""
+    """Noise of about unit variance, (3, B, S, S): each colour two random bytes summed, and a part all three share."""
     count = 3 * size * size
     blocks = np.arange(-(-count // 8), dtype=np.uint64)[None, :]
     stream = np.full((1, 1), NOISE + 16 * split, dtype=np.uint64)
     words = philox((blocks, image[:, None], identity[:, None], stream), seed)
     bytes_ = np.concatenate([word.astype("<u4") for word in words], axis=1).view(np.uint8)
     sums = bytes_[:, 0::2].astype(np.float32) + bytes_[:, 1::2]
-    grain = (sums[:, :count] - 255.0) / 104.5
-    return np.ascontiguousarray(grain.reshape(-1, 3, size, size).transpose(1, 0, 2, 3))
+    own = ((sums[:, :count] - 255.0) / 104.5).reshape(-1, 3, size, size).transpose(1, 0, 2, 3)
+    return np.ascontiguousarray(own * np.float32(0.8) + own[1] * np.float32(0.5))

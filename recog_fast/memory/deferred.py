@@ -32,6 +32,8 @@ class DeferredReport:
         if self._host is None:
             return None
         if self._event is not None:
+            if torch.cuda.is_current_stream_capturing():
+                return None
             if wait:
                 self._event.synchronize()
             elif not self._event.query():  # type: ignore[no-untyped-call]

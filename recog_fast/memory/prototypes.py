@@ -228,13 +228,13 @@ class PrototypeMemory(nn.Module):
     def mean(self) -> Tensor:
         """mu of the norms, () float64 (QAFace; 0 before the first labelled row)."""
         self._settle()
-        return self.norm_mean
+        return self.norm_mean.clone()
 
     @property
     def std(self) -> Tensor:
         """sigma of the norms, () float64 (QAFace; 0 before the first labelled row)."""
         self._settle()
-        return self.norm_std
+        return self.norm_std.clone()
 
     @torch.no_grad()
     def shard(self, start: int, stop: int) -> None:
