@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -113,7 +114,7 @@ def verify(
     images = pairs.images
     if size:
         images = [sources.degradations.down_up(image, size) for image in images]
-    embeddings = evaluation.embed_images(backbone, images, batch_size, flip=True, device=device)
+    embeddings = evaluation.embed_images(backbone, images, batch_size, True, device, prepare=_prepare(backbone))
     first, second = embeddings[pairs.first], embeddings[pairs.second]
     form = evaluation.post_processing(True, True)
     result = evaluation.verification_result(first, second, pairs.same, folds=folds, form=form)
@@ -122,12 +123,18 @@ def verify(
     return result, balanced
 
 
+def _prepare(backbone: torch.nn.Module) -> evaluation.embed.Prepare:
+    """The network's own pixel convention; InsightFace's for a module that states none."""
+    own = getattr(backbone, "preprocessing", None)
+    return evaluation.to_input if own is None else lambda images: own(torch.from_numpy(images))
+
+
 def alternating(same: NDArray[np.bool_]) -> NDArray[np.int64]:
     """An order of pairs (P,) in which both kinds are spread evenly; each kind keeps its own order."""
     place = np.empty(len(same))
     for kind in (True, False):
-        count = np.count_nonzero(same == kind)
-        place[same == kind] = (np.arange(count) + 0.5) / max(count, 1)
+        where = np.flatnonzero(same == kind)
+        place[where] = (np.arange(len(where)) + 0.5) / max(1, len(where))
     return np.argsort(place, kind="stable")
 
 
@@ -154,6 +161,7 @@ def load_backbone(path: str | Path, network: str | None, embedding_size: int, si
     Raises FileNotFoundError or ValueError when nothing loadable is there or the weights do not fit.
     """
     from recog_fast.checkpoint import latest_checkpoint, read_checkpoint
+    from recog_fast.models import load_backbone as load_weights
     from recog_fast.training.config import read_config
     from recog_fast.training.model import build_backbone
 
@@ -164,19 +172,14 @@ def load_backbone(path: str | Path, network: str | None, embedding_size: int, si
         if checkpoint is None or not (run / "config.yaml").is_file():
             raise FileNotFoundError(f"eval: expected config.yaml and checkpoints in {run}, found none")
         config = read_config(run / "config.yaml")
-        weights = read_checkpoint(checkpoint, keys=("model",))["model"]
+        weights: Any = read_checkpoint(checkpoint, keys=("model",))["model"]
     elif place.is_file():
         if network is None:
             raise ValueError(f"eval: expected --network for the weights file {place}, got none")
         config = TrainConfig(network=network, embedding_size=embedding_size, data=DataConfig(size=size))
-        weights = torch.load(place, map_location="cpu", weights_only=True)
+        weights = place
     else:
         raise FileNotFoundError(f"eval: no run, checkpoint or weights file {place}")
     backbone = build_backbone(config)
-    try:
-        backbone.load_state_dict(weights)
-    except (RuntimeError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"eval: {place} does not fit {config.network}: {' '.join(str(error).split())[:400]}"
-        ) from error
+    load_weights(backbone, weights)
     return backbone.eval(), config.data.size
