@@ -1,0 +1,43 @@
+// Register-blocked C (+)= A B. Included only by kernels.inc, inside its ISA's namespace.
+// A(m, k) = a[m * row + k * column] is broadcast, never packed; B's panel is kPanel columns, row k at b + k * stride.
+template <int M>
+static inline void micro(const float* a, int64_t row, int64_t column, const float* b, int64_t stride, float* c, int64_t ldc,
+                         int64_t depth, bool accumulate) {
+  vf sum[M][kVectors];
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) sum[m][v] = accumulate ? load(c + m * ldc + v * kWidth) : splat(0.0f);
+  for (int64_t k = 0; k < depth; ++k) {
+    vf right[kVectors];
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) right[v] = load(b + k * stride + v * kWidth);
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m) {
+      const float left = a[m * row + k * column];
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors; ++v) sum[m][v] += left * right[v];
+    }
+  }
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) store(c + m * ldc + v * kWidth, sum[m][v]);
+}
+
+template <int M>
+static void micro_tail(int64_t count, const float* a, int64_t row, int64_t column, const float* b, int64_t stride, float* c,
+                       int64_t ldc, int64_t depth, bool accumulate) {
+  if (count == M) return micro<M>(a, row, column, b, stride, c, ldc, depth, accumulate);
+  if constexpr (M > 1) micro_tail<M - 1>(count, a, row, column, b, stride, c, ldc, depth, accumulate);
+}
+
+// One panel of C: rows [0, count) in groups of kRowsAtOnce.
+static inline void gemm_panel(int64_t count, const float* a, int64_t row, int64_t column, const float* b, int64_t stride,
+                              float* c, int64_t ldc, int64_t depth, bool accumulate) {
+  int64_t m = 0;
+  for (; m + kRowsAtOnce <= count; m += kRowsAtOnce)
+    micro<kRowsAtOnce>(a + m * row, row, column, b, stride, c + m * ldc, ldc, depth, accumulate);
+  if (m < count)
+    micro_tail<kRowsAtOnce - 1>(count - m, a + m * row, row, column, b, stride, c + m * ldc, ldc, depth, accumulate);
+}

@@ -1,0 +1,4 @@
+#define RF_ISA avx2
+#define RF_VECTOR_BYTES 32
+#define RF_ROWS_AT_ONCE 6
+#include "kernels.inc"

@@ -1,0 +1,4 @@
+#define RF_ISA avx512
+#define RF_VECTOR_BYTES 64
+#define RF_ROWS_AT_ONCE 12
+#include "kernels.inc"

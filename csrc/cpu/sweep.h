@@ -1,0 +1,79 @@
+// The CPU sweeps over classes: what goes in, what comes out. Pointers and sizes only; no torch, no Python.
+// N rows of a batch, C classes, K sub-centers per class, D embedding size. Everything is float32, row-major, contiguous.
+#pragma once
+
+#include <cstdint>
+
+namespace recog_fast::cpu {
+
+// Rows of the packed (kRuleRows, N) matrix of recog_fast/rules.py: clamp, threshold, above (a2 a1 a0 b1 b0), below (...).
+constexpr int kRuleRows = 12;
+
+// P_j = normalize(normalize(W_j) + lam_j M_j) without ever being stored: rows are prepared tile by tile (math.md 2).
+struct Classes {
+  const float* weight = nullptr;       // (C, K, D) raw class centres, or unit prototypes when `unit`
+  const void* memory_rows = nullptr;   // (S, D) bfloat16 or float32 (`memory_bf16`), or null
+  const float* strength = nullptr;     // (S,)
+  const int32_t* slot = nullptr;       // (C,) row of the memory, -1 none
+  int64_t C = 0, K = 1, D = 0;
+  bool unit = false;
+  bool memory_bf16 = false;
+  bool renormalize = true;
+};
+
+struct Rows {
+  const float* unit_embeddings = nullptr;  // (N, D)
+  const int64_t* target = nullptr;         // (N,) class * K + sub-center, or negative: no target among these classes
+  const float* rules = nullptr;            // (kRuleRows, N) or null: every row plain
+  int64_t N = 0;
+  float scale = 1.0f;
+};
+
+// Forward sweep: logsumexp over negatives, nearest negative, and pull_i = sum_j softmax_j g(c_ij) P_j.
+struct RowSums {
+  double* lse = nullptr;            // (N,)
+  float* nearest_cosine = nullptr;  // (N,) -2 where there is no negative
+  int64_t* nearest_index = nullptr; // (N,) class, -1 where there is no negative
+  float* pull = nullptr;            // (N, D) or null: not wanted
+};
+
+// UIR sweep (math.md 3): T = sum(expm1(p) - p), E = sum p expm1(p), pull = sum p expm1(p) P.
+struct UnknownSums {
+  const double* lse = nullptr;   // (N,)
+  double* remainder = nullptr;   // (N,) T
+  double* mean = nullptr;        // (N,) E
+  float* pull = nullptr;         // (N, D)
+};
+
+enum Kind : int { kMargin = 0, kUnknownDouble = 1, kUnknownSingle = 2 };
+
+// dL/dc_ij = negative_i * h(p_ij), plus target_i at the target; p = exp(s f(c) - lse).
+// kMargin: h = p g(c); kUnknownDouble: h = p (expm1(p) - mean_i); kUnknownSingle: h = C p - 1.
+struct RowTerms {
+  const float* lse = nullptr;       // (N,)
+  const float* negative = nullptr;  // (N,)
+  const float* target = nullptr;    // (N,)
+  const float* mean = nullptr;      // (N,)
+  const float* kind = nullptr;      // (N,)
+};
+
+enum Output : int { kPrototypeGradient = 0, kWeightGradient = 1, kStep = 2 };
+
+struct ClassOutput {
+  int mode = kWeightGradient;
+  float* gradient = nullptr;  // (C, K, D): dP or dW
+  float* weight = nullptr;    // kStep: (C, K, D), updated in place
+  float* velocity = nullptr;  // kStep: (C, K, D), updated in place
+  float lr = 0, momentum = 0, weight_decay = 0;
+  bool nesterov = false;
+};
+
+// Which build of the kernels runs: "avx512", "avx2" or "baseline"; `force` as above, or null for the best this CPU has.
+const char* select_isa(const char* force);
+
+void row_sweep(const Classes& classes, const Rows& rows, const RowSums& out, int threads);
+void unknown_sweep(const Classes& classes, const Rows& rows, const UnknownSums& out, int threads);
+void class_sweep(const Classes& classes, const Rows& rows, const RowTerms& terms, const ClassOutput& out, int threads);
+void effective_prototypes(const Classes& classes, float* prototypes, int threads);
+
+}  // namespace recog_fast::cpu

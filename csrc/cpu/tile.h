@@ -1,0 +1,167 @@
+// One tile of prototypes and its logits. Included only by kernels.inc, inside its ISA's namespace.
+
+// The tile's rows as a GEMM operand: P_j = inverse[j] * rows[j].
+struct Tile {
+  const float* rows;
+  int64_t stride;
+  int64_t first;  // row of W
+  int64_t count;  // rows
+  float inverse[kTileRows];
+};
+
+static inline float dot(const float* a, const float* b, int64_t D) {
+  vf s0 = splat(0.0f), s1 = s0, s2 = s0, s3 = s0;
+  int64_t d = 0;
+  for (; d + 4 * kWidth <= D; d += 4 * kWidth) {
+    s0 += load(a + d) * load(b + d);
+    s1 += load(a + d + kWidth) * load(b + d + kWidth);
+    s2 += load(a + d + 2 * kWidth) * load(b + d + 2 * kWidth);
+    s3 += load(a + d + 3 * kWidth) * load(b + d + 3 * kWidth);
+  }
+  float total = sum_lanes((s0 + s1) + (s2 + s3));
+  for (; d < D; ++d) total += a[d] * b[d];
+  return total;
+}
+
+// 1 / |row|; 0 for a zero row (|row| <= 1e-12): its prototype is 0 and its gradient 0. Rows whose squares leave
+// float32 are summed in double.
+static inline float inverse_norm(const float* row, int64_t D) {
+  const float squared = dot(row, row, D);
+  if (squared > 1e-24f && squared < 1e36f) return 1.0f / __builtin_sqrtf(squared);
+  double exact = 0.0;
+  for (int64_t d = 0; d < D; ++d) exact += double(row[d]) * double(row[d]);
+  return exact > 1e-24 ? float(1.0 / __builtin_sqrt(exact)) : 0.0f;
+}
+
+static inline float memory_value(const Classes& c, int64_t at) {
+  if (!c.memory_bf16) return static_cast<const float*>(c.memory_rows)[at];
+  const uint32_t bits = uint32_t(static_cast<const uint16_t*>(c.memory_rows)[at]) << 16;
+  float value;
+  __builtin_memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+// Where row r of W keeps its memory, or -1: no entry, or strength 0.
+static inline int64_t memory_slot(const Classes& c, int64_t r) {
+  if (c.slot == nullptr) return -1;
+  const int64_t slot = c.slot[r / c.K];
+  return slot >= 0 && c.strength[slot] != 0.0f ? slot : -1;
+}
+
+constexpr float kCancelled = 1e-4f;  // |U| below this: the prototype falls back to W^ (math.md 2)
+
+// P_r = U / |U|, U = W^ + lam M (or U itself without renormalize). Returns 1/|U|, or 0 where the injection is not used.
+static inline float inject(const Classes& c, int64_t r, int64_t slot, float inverse, float* row) {
+  const float* w = c.weight + r * c.D;
+  const float lam = c.strength[slot];
+  for (int64_t d = 0; d < c.D; ++d) row[d] = w[d] * inverse + lam * memory_value(c, slot * c.D + d);
+  if (!c.renormalize) return 1.0f;
+  const float squared = dot(row, row, c.D);
+  if (squared < kCancelled * kCancelled) {
+    for (int64_t d = 0; d < c.D; ++d) row[d] = w[d] * inverse;
+    return 0.0f;
+  }
+  const float scale = 1.0f / __builtin_sqrtf(squared);
+  for (int64_t d = 0; d < c.D; ++d) row[d] *= scale;
+  return scale;
+}
+
+static inline void zero_tail(float* row, int64_t D, int64_t depth) {
+  for (int64_t d = D; d < depth; ++d) row[d] = 0.0f;
+}
+
+static void prepare(const Plan& plan, int64_t first, int64_t count, float* buffer, Tile& tile) {
+  const Classes& c = plan.classes;
+  const int64_t D = c.D;
+  tile = {c.weight + first * D, D, first, count, {}};
+  bool injected = false;
+  for (int64_t j = 0; j < count; ++j) {
+    tile.inverse[j] = c.unit ? 1.0f : inverse_norm(tile.rows + j * D, D);
+    injected = injected || memory_slot(c, first + j) >= 0;
+  }
+  if (!injected && D == plan.depth) return;
+  for (int64_t j = 0; j < count; ++j) {
+    float* row = buffer + j * plan.depth;
+    const int64_t slot = memory_slot(c, first + j);
+    if (slot >= 0) {
+      inject(c, first + j, slot, tile.inverse[j], row);
+      tile.inverse[j] = 1.0f;
+    } else {
+      __builtin_memcpy(row, c.weight + (first + j) * D, sizeof(float) * D);
+    }
+    zero_tail(row, D, plan.depth);
+  }
+  tile.rows = buffer;
+  tile.stride = plan.depth;
+}
+
+// cos[j][n] = <P_j, x_n>: (count, lanes)
+static void cosines(const Plan& plan, const Tile& tile, float* logits) {
+  const int64_t D = plan.classes.D, lanes = plan.lanes;
+  for (int64_t k = 0; k < D; k += kDepth) {
+    const int64_t depth = D - k < kDepth ? D - k : kDepth;
+    for (int64_t n = 0; n < lanes; n += kPanel)
+      gemm_panel(tile.count, tile.rows + k, tile.stride, 1, plan.x_panels + n * D + k * kPanel, kPanel, logits + n, lanes,
+                 depth, k > 0);
+  }
+  for (int64_t j = 0; j < tile.count; ++j) {
+    const float inverse = tile.inverse[j];
+    if (inverse == 1.0f) continue;
+    for (int64_t n = 0; n < lanes; n += kWidth) store(logits + j * lanes + n, load(logits + j * lanes + n) * inverse);
+  }
+}
+
+// Keeps each class's best sub-center (ties: the first) and masks the others.
+static void keep_best_subcenter(const Plan& plan, const Tile& tile, float* logits) {
+  const int64_t K = plan.classes.K, lanes = plan.lanes;
+  for (int64_t j = 0; j < tile.count; j += K)
+    for (int64_t n = 0; n < lanes; n += kWidth) {
+      float* column = logits + j * lanes + n;
+      vf best = load(column);
+      for (int64_t k = 1; k < K; ++k) best = maximum(load(column + k * lanes), best);
+      vi taken = splat_int(0);
+      for (int64_t k = 0; k < K; ++k) {
+        const vf value = load(column + k * lanes);
+        const vi wins = (value == best) & ~taken;
+        store(column + k * lanes, wins ? value : splat(kMasked));
+        taken |= wins;
+      }
+    }
+}
+
+// First target (sorted by row) at or after `row`.
+static int64_t first_target(const Plan& plan, int64_t row) {
+  int64_t low = 0, high = plan.target_count;
+  while (low < high) {
+    const int64_t middle = (low + high) / 2;
+    if (plan.targets[middle].row < row) low = middle + 1; else high = middle;
+  }
+  return low;
+}
+
+// Masks every sub-center of each row's target class.
+static void mask_targets(const Plan& plan, const Tile& tile, float* logits) {
+  const int64_t K = plan.classes.K;
+  for (int64_t t = first_target(plan, tile.first); t < plan.target_count && plan.targets[t].row < tile.first + tile.count; ++t) {
+    const int64_t j = (plan.targets[t].row - tile.first) / K * K;
+    for (int64_t k = 0; k < K; ++k) logits[(j + k) * plan.lanes + plan.targets[t].lane] = kMasked;
+  }
+}
+
+// The rule of lane n at cosine c: f, and g = 0 where the cosine is clamped.
+struct Rule {
+  vf f, g;
+};
+
+static inline Rule rule_at(const Plan& plan, int64_t n, vf cosine) {
+  const float* r = plan.rules + n;
+  const int64_t L = plan.lanes;
+  const vf limit = load(r);
+  const vf c = minimum(maximum(cosine, -limit), limit);
+  const vi above = c > load(r + L);
+  const vf a2 = above ? load(r + 2 * L) : load(r + 7 * L), a1 = above ? load(r + 3 * L) : load(r + 8 * L);
+  const vf a0 = above ? load(r + 4 * L) : load(r + 9 * L), b1 = above ? load(r + 5 * L) : load(r + 10 * L);
+  const vf b0 = above ? load(r + 6 * L) : load(r + 11 * L);
+  const vf g = b1 * c + b0;
+  return {(a2 * c + a1) * c + a0, cosine == c ? g : splat(0.0f)};
+}

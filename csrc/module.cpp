@@ -1,0 +1,82 @@
+// The only binding file: pointers, sizes and scalars in, results written in place. Tensors are checked in Python.
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <string>
+
+#include "cpu/sweep.h"
+
+namespace py = pybind11;
+namespace cpu = recog_fast::cpu;
+
+namespace {
+
+template <class T>
+T* at(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+cpu::Classes classes(uintptr_t weight, uintptr_t memory_rows, uintptr_t strength, uintptr_t slot, int64_t C, int64_t K, int64_t D,
+                     bool unit, bool memory_bf16, bool renormalize) {
+  return {at<const float>(weight), at<const void>(memory_rows), at<const float>(strength), at<const int32_t>(slot), C, K, D, unit,
+          memory_bf16, renormalize};
+}
+
+cpu::Rows rows(uintptr_t unit_embeddings, uintptr_t target, uintptr_t rules, int64_t N, float scale) {
+  return {at<const float>(unit_embeddings), at<const int64_t>(target), at<const float>(rules), N, scale};
+}
+
+std::string select_isa(const std::string& force) {
+  const char* name = cpu::select_isa(force.empty() ? nullptr : force.c_str());
+  if (name == nullptr)
+    throw py::value_error("select_isa: expected one of avx512, avx2, baseline that this CPU supports, got '" + force + "'");
+  return name;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, m) {
+  m.doc() = "recog_fast's compiled kernels: CPU sweeps over classes.";
+  m.def("select_isa", &select_isa, py::arg("force") = "");
+
+  py::class_<cpu::Classes>(m, "Classes")
+      .def(py::init(&classes), py::kw_only(), py::arg("weight"), py::arg("memory_rows"), py::arg("strength"), py::arg("slot"),
+           py::arg("C"), py::arg("K"), py::arg("D"), py::arg("unit"), py::arg("memory_bf16"), py::arg("renormalize"));
+  py::class_<cpu::Rows>(m, "Rows").def(py::init(&rows), py::kw_only(), py::arg("unit_embeddings"), py::arg("target"),
+                                       py::arg("rules"), py::arg("N"), py::arg("scale"));
+
+  m.def(
+      "row_sweep",
+      [](const cpu::Classes& c, const cpu::Rows& r, uintptr_t lse, uintptr_t cosine, uintptr_t index, uintptr_t pull, int threads) {
+        cpu::row_sweep(c, r, {at<double>(lse), at<float>(cosine), at<int64_t>(index), at<float>(pull)}, threads);
+      },
+      py::arg("classes"), py::arg("rows"), py::kw_only(), py::arg("lse"), py::arg("nearest_cosine"), py::arg("nearest_index"),
+      py::arg("pull"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+
+  m.def(
+      "unknown_sweep",
+      [](const cpu::Classes& c, const cpu::Rows& r, uintptr_t lse, uintptr_t remainder, uintptr_t mean, uintptr_t pull, int threads) {
+        cpu::unknown_sweep(c, r, {at<const double>(lse), at<double>(remainder), at<double>(mean), at<float>(pull)}, threads);
+      },
+      py::arg("classes"), py::arg("rows"), py::kw_only(), py::arg("lse"), py::arg("remainder"), py::arg("mean"), py::arg("pull"),
+      py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+
+  m.def(
+      "class_sweep",
+      [](const cpu::Classes& c, const cpu::Rows& r, uintptr_t terms, int mode, uintptr_t gradient, uintptr_t weight,
+         uintptr_t velocity, float lr, float momentum, float weight_decay, bool nesterov, int threads) {
+        const float* t = at<const float>(terms);
+        const cpu::RowTerms row_terms{t, t + r.N, t + 2 * r.N, t + 3 * r.N, t + 4 * r.N};
+        cpu::class_sweep(c, r, row_terms,
+                         {mode, at<float>(gradient), at<float>(weight), at<float>(velocity), lr, momentum, weight_decay, nesterov},
+                         threads);
+      },
+      py::arg("classes"), py::arg("rows"), py::kw_only(), py::arg("terms"), py::arg("mode"), py::arg("gradient") = 0,
+      py::arg("weight") = 0, py::arg("velocity") = 0, py::arg("lr") = 0.0f, py::arg("momentum") = 0.0f,
+      py::arg("weight_decay") = 0.0f, py::arg("nesterov") = false, py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+
+  m.def(
+      "effective_prototypes",
+      [](const cpu::Classes& c, uintptr_t prototypes, int threads) { cpu::effective_prototypes(c, at<float>(prototypes), threads); },
+      py::arg("classes"), py::kw_only(), py::arg("prototypes"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+}

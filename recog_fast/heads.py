@@ -1,0 +1,319 @@
+"""MarginHead: class centres, margin, memory and their bookkeeping (architecture.md, "State and time")."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor, nn
+
+from . import reference
+from .losses import Reduction, check_options
+from .margins import ArcFace
+from .memory import PrototypeMemory
+from .ops import _checks
+from .ops._rows import Injection, Key, RowRecords
+from .ops.margin_softmax import LossOptions, Margin, margin_softmax
+from .rules import RowStats
+
+_CHUNK = 16384  # classes whose cosines `topk` holds at a time
+_NO_NEGATIVES = 1e30  # an lse under which every negative's share is 0
+
+
+class MarginHead(nn.Module):
+    """The classification head of margin softmax over very many classes; holds W (C, D) float32 and nothing else of size C x D.
+
+    loss_i = softplus(L_i - s phi(c_{i,y_i})), L_i the logsumexp of s f(c_ij) over the other classes (math.md 1).
+
+    Args:
+        num_classes, embedding_dim: C, D. margin: see `recog_fast.margins`; a margin with state is a submodule and is
+            updated once per training forward. scale: s. subcenters: K; W is then (C, K, D) and c = max over k.
+        memory: a `PrototypeMemory` whose rows are injected into the prototypes; part of state_dict. The head owns its
+            clock: writes take effect after the optimizer step (without HeadSGD: at the next training forward).
+        unknown_weight: weight of the UIR excess of rows labelled -1 (UIR: 0.1). compute_dtype: as `margin_softmax_loss`.
+    W is drawn from N(0, 0.01). Without `HeadSGD`, backward fills weight.grad; with it, backward leaves row records here
+    and weight.grad stays None: clip the backbone's gradients only.
+
+    Raises ValueError naming the argument.
+    """
+
+    weight: nn.Parameter
+    steps: Tensor
+
+    def __init__(
+        self,
+        num_classes: int,
+        embedding_dim: int,
+        *,
+        margin: Margin = ArcFace(0.5),  # noqa: B008 - frozen dataclass
+        scale: float = 64.0,
+        subcenters: int = 1,
+        memory: PrototypeMemory | None = None,
+        unknown_weight: float = 0.0,
+        compute_dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value in (("num_classes", num_classes), ("embedding_dim", embedding_dim), ("subcenters", subcenters)):
+            _checks.expect(isinstance(value, int) and value >= 1, "MarginHead", f"{name} >= 1", value)
+        _checks.expect(callable(margin), "MarginHead", "margin to be callable: (cosine, norms) -> target logit / s", margin)
+        check_options("MarginHead", torch.empty(0, 1), scale, "mean", unknown_weight, None, None, compute_dtype)
+        shape = (num_classes, embedding_dim) if subcenters == 1 else (num_classes, subcenters, embedding_dim)
+        self.num_classes, self.embedding_dim, self.subcenters = num_classes, embedding_dim, subcenters
+        self.margin, self.scale, self.unknown_weight, self.compute_dtype = margin, float(scale), unknown_weight, compute_dtype
+        self.weight = nn.Parameter(torch.empty(shape).normal_(0.0, 0.01))
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+        self.memory = self._adopt(memory)
+        self._fused: object | None = None
+        self._pending: list[RowRecords] = []
+        self._epoch = 0
+        self._cache: tuple[Key, Tensor] | None = None
+
+    def _adopt(self, memory: PrototypeMemory | None) -> PrototypeMemory | None:
+        if memory is None:
+            return None
+        held = (memory.num_classes, memory.embedding_dim)
+        _checks.expect(
+            held == (self.num_classes, self.embedding_dim) and self.subcenters == 1,
+            "MarginHead",
+            f"memory of (num_classes, embedding_dim) = {(self.num_classes, self.embedding_dim)} without sub-centers",
+            f"{held} with subcenters = {self.subcenters}",
+        )
+        memory.held = True
+        return memory
+
+    # -- training --------------------------------------------------------------------------------------------------------
+
+    @overload
+    def forward(
+        self, embeddings: Tensor, labels: Tensor, *, sample_weight: Tensor | None = ..., reduction: Reduction = ...,
+        normalizer: float | Tensor | None = ..., check_labels: bool = ..., keys: Tensor | None = ...,
+        step: int | None = ..., return_stats: Literal[False] = ...,
+    ) -> Tensor: ...  # fmt: skip
+    @overload
+    def forward(
+        self, embeddings: Tensor, labels: Tensor, *, sample_weight: Tensor | None = ..., reduction: Reduction = ...,
+        normalizer: float | Tensor | None = ..., check_labels: bool = ..., keys: Tensor | None = ...,
+        step: int | None = ..., return_stats: Literal[True],
+    ) -> tuple[Tensor, RowStats]: ...  # fmt: skip
+    def forward(
+        self,
+        embeddings: Tensor,  # (N, D)
+        labels: Tensor,  # (N,)
+        *,
+        sample_weight: Tensor | None = None,  # (N,)
+        reduction: Reduction = "mean",
+        normalizer: float | Tensor | None = None,
+        check_labels: bool = False,
+        keys: Tensor | None = None,  # (N, D)
+        step: int | None = None,
+        return_stats: bool = False,
+    ) -> Tensor | tuple[Tensor, RowStats]:
+        """The loss of `margin_softmax_loss` on this head's weight and memory; arguments and errors as there.
+
+        keys: raw embeddings of the momentum encoder, queued into the memory with the labels (training mode).
+        step: the clock the memory is read at; None: the head's own count of optimizer steps (training forwards
+        without HeadSGD). Raises RuntimeError inside activation checkpointing: its second forward would move all state twice.
+        """
+        self._check(embeddings, labels, keys)
+        check_options("MarginHead", embeddings, self.scale, reduction, self.unknown_weight, sample_weight, normalizer, self.compute_dtype)
+        recording = self.training and torch.is_grad_enabled()
+        if self.training and self._fused is None and self.memory is not None:
+            self.memory.flush()
+        now = int(self.steps) if step is None else step
+        options = LossOptions(
+            margin=self.margin,
+            scale=self.scale,
+            injection=self._injection(now),
+            unknown_weight=self.unknown_weight,
+            sample_weight=sample_weight,
+            reduction=reduction,
+            normalizer=normalizer,
+            on_rows=self._pending.append if recording and self._fused is not None else None,
+            key=self._key(now),
+        )
+        loss, stats = margin_softmax(embeddings, self.weight, labels, options)
+        if self.training:
+            self._after_forward(labels, keys, now)
+        return (loss, stats) if return_stats else loss
+
+    def _check(self, embeddings: Tensor, labels: Tensor, keys: Tensor | None) -> None:
+        where = "MarginHead"
+        if torch._C._current_graph_task_id() != -1:
+            raise RuntimeError(
+                "MarginHead: expected one forward per batch, got a second one from inside backward (activation "
+                "checkpointing); keep the head outside the checkpointed region"
+            )
+        _checks.check_embeddings(embeddings, where)
+        _checks.check_weight(self.weight, embeddings.shape[1], where)
+        _checks.check_labels(labels, embeddings.shape[0], self.num_classes, where)
+        _checks.check_finite_rows(embeddings, where)
+        if keys is not None:
+            _checks.expect(self.memory is not None, where, "a head with a memory when keys are given", "memory=None")
+            _checks.check_embeddings(keys, where, "keys")
+            _checks.expect(keys.shape == embeddings.shape, where, f"keys of shape {tuple(embeddings.shape)}", tuple(keys.shape))
+
+    def _after_forward(self, labels: Tensor, keys: Tensor | None, now: int) -> None:
+        if keys is not None and self.memory is not None:
+            self.memory.write(keys, labels, now)
+        if self._fused is None:
+            self.steps += 1
+
+    # -- state -----------------------------------------------------------------------------------------------------------
+
+    def _injection(self, step: int) -> Injection:
+        return Injection() if self.memory is None else Injection(*self.memory.injection(step))
+
+    def _key(self, step: int) -> Key:
+        """What a prototype depends on: W's storage and version, memory, clock, `invalidate` calls."""
+        clock = (self.memory.epoch, step) if self.memory is not None else ()
+        return (self.weight.data_ptr(), self.weight._version, self._epoch, *clock)
+
+    def invalidate(self) -> None:
+        """Call after edits autograd cannot see (`weight.data[...] = `): cached prototypes and pending rows become stale."""
+        self._epoch += 1
+
+    @property
+    def pending_rows(self) -> int:
+        """Rows left by backward passes that no `HeadSGD.step` has taken yet."""
+        return sum(r.targets.numel() for r in self._pending)
+
+    def take_rows(self) -> list[RowRecords]:
+        """The pending rows, for the fused optimizer; raises RuntimeError where W, memory or clock moved since they were made."""
+        rows, self._pending = self._pending, []
+        now = self._key(int(self.steps))
+        stale = sum(r.key != now for r in rows)
+        if stale:
+            raise RuntimeError(
+                f"HeadSGD: expected all pending rows to come from the present prototypes, got {stale} of {len(rows)} "
+                "micro-batches from before a change of weight, memory or clock (load_state_dict, invalidate, another "
+                "optimizer, a memory flush); they were discarded: run their forward and backward again"
+            )
+        return rows
+
+    def discard_rows(self) -> None:
+        """Forgets pending rows (`HeadSGD.zero_grad`)."""
+        self._pending = []
+
+    def end_step(self) -> None:
+        """After the fused optimizer's step: queued memory writes take effect and the clock moves."""
+        if self.memory is not None:
+            self.memory.flush()
+        self.steps += 1
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles start without an optimizer, pending rows or cache."""
+        return {**self.__dict__, "_fused": None, "_pending": [], "_cache": None}
+
+    def attach(self, optimizer: object) -> None:
+        """Makes backward leave row records for `optimizer` (HeadSGD calls it); RuntimeError while rows wait for another."""
+        if self._pending and self._fused is not optimizer:
+            raise RuntimeError(f"MarginHead: expected no pending rows when an optimizer is attached, got {self.pending_rows}")
+        self._fused = optimizer
+
+    @property
+    def fused_optimizer(self) -> object | None:
+        """The HeadSGD that takes this head's rows, or None."""
+        return self._fused
+
+    # -- use -------------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def prototypes(self) -> Tensor:
+        """Effective unit prototypes (C, D) or (C, K, D) at the head's clock, cached until W, memory or clock change."""
+        now = int(self.steps)
+        key = self._key(now)
+        if self._cache is None or self._cache[0] != key:
+            made = torch.ops.recog_fast.effective_prototypes(self.weight, *self._injection(now).arguments(), True)
+            self._cache = (key, made)
+        return self._cache[1]
+
+    def logits(self, embeddings: Tensor) -> Tensor:
+        """s * cosine (N, C), no margin (max over sub-centers): an N x C tensor, differentiable in embeddings only."""
+        _checks.check_embeddings(embeddings, "MarginHead.logits")
+        return self.scale * torch.cat([c for _, c in self._cosines(embeddings)], dim=1)
+
+    def _cosines(self, embeddings: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """(first class, cosines (N, chunk)) a chunk of classes at a time."""
+        unit = nn.functional.normalize(embeddings.to(self.weight.dtype), dim=1, eps=reference.ZERO_NORM)
+        prototypes = self.prototypes()
+        for start in range(0, self.num_classes, _CHUNK):
+            rows = prototypes[start : start + _CHUNK]
+            cosine = unit @ rows.reshape(-1, self.embedding_dim).t()
+            yield start, cosine.reshape(unit.shape[0], rows.shape[0], -1).amax(dim=2)
+
+    @torch.no_grad()
+    def topk(self, embeddings: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """The k nearest classes of each row: cosine (N, k) descending, class id (N, k) int64; ties: the lower id.
+
+        Raises ValueError for k outside [1, C].
+        """
+        where = "MarginHead.topk"
+        _checks.check_embeddings(embeddings, where)
+        _checks.expect(1 <= k <= self.num_classes, where, f"k in [1, C = {self.num_classes}]", k)
+        n = embeddings.shape[0]
+        best = torch.empty(n, 0, dtype=self.weight.dtype, device=self.weight.device)
+        ids = torch.empty(n, 0, dtype=torch.int64, device=self.weight.device)
+        for start, cosine in self._cosines(embeddings):
+            here = torch.arange(start, start + cosine.shape[1], device=ids.device).expand(n, -1)
+            best, ids = torch.cat([best, cosine], dim=1), torch.cat([ids, here], dim=1)
+            order = torch.sort(best, dim=1, descending=True, stable=True).indices[:, :k]
+            best, ids = best.gather(1, order), ids.gather(1, order)
+        return best, ids
+
+    def cosine(self, embeddings: Tensor, class_ids: Tensor) -> Tensor:
+        """<x_i/|x_i|, P_{class_ids_i}> (N,), differentiable in embeddings and weight (max over sub-centers).
+
+        Raises ValueError naming the argument.
+        """
+        where = "MarginHead.cosine"
+        _checks.check_embeddings(embeddings, where)
+        _checks.check_labels(class_ids, embeddings.shape[0], self.num_classes, where)
+        now = int(self.steps)
+        cosine: Tensor = _AttachedCosine.apply(embeddings, self.weight, class_ids.long(), self, self._injection(now), self._key(now))
+        return cosine
+
+    def extra_repr(self) -> str:
+        """Sizes, for print."""
+        return f"{self.num_classes}, {self.embedding_dim}, margin={self.margin}, scale={self.scale}, subcenters={self.subcenters}"
+
+
+class _AttachedCosine(torch.autograd.Function):
+    """Cosine to one class per row; its weight gradient is (row, class, coefficient): a row record without negatives."""
+
+    @staticmethod
+    def forward(ctx: Any, embeddings: Tensor, weight: Tensor, ids: Tensor, head: MarginHead, injection: Injection, key: Key) -> Tensor:
+        unit, norms = reference.unit_rows(embeddings.to(weight.dtype))
+        near = injection.of(ids)
+        rows = reference.effective_prototypes(weight[ids], *near.arguments()).reshape(ids.numel(), -1, weight.shape[-1])
+        cosines = torch.einsum("nkd,nd->nk", rows, unit)
+        sub = (cosines == cosines.amax(dim=1, keepdim=True)).to(torch.int8).argmax(dim=1)
+        at = torch.arange(ids.numel(), device=ids.device)
+        ctx.save_for_backward(weight, ids, sub, unit, norms, rows[at, sub])
+        ctx.head, ctx.injection, ctx.key, ctx.dtype = head, injection, key, embeddings.dtype
+        ctx.fused = head._fused is not None and head.training
+        return cosines[at, sub]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, d_cosine: Tensor) -> tuple[Tensor | None, ...]:
+        weight, ids, sub, unit, norms, rows = ctx.saved_tensors
+        d_embeddings = reference.through_normalisation(d_cosine.unsqueeze(1) * rows, unit, norms)
+        d_weight = None
+        if ctx.needs_input_grad[1] and ctx.fused:
+            terms = unit.new_zeros(reference.TERM_ROWS, ids.numel())
+            terms[0], terms[2] = _NO_NEGATIVES, d_cosine
+            targets = ids * ctx.head.subcenters + sub
+            ctx.head._pending.append(RowRecords(unit, targets, terms, None, ctx.head.scale, ctx.injection, ctx.key))
+        elif ctx.needs_input_grad[1]:
+            d_weight = _scatter_rows(weight, ids, sub, d_cosine.unsqueeze(1) * unit, ctx.injection)
+        return d_embeddings.to(ctx.dtype), d_weight, None, None, None, None
+
+
+def _scatter_rows(weight: Tensor, ids: Tensor, sub: Tensor, d_rows: Tensor, injection: Injection) -> Tensor:
+    """dW (shaped as weight) of prototype gradients d_rows (N, D) at (ids, sub)."""
+    chosen = weight[ids] if weight.dim() == 2 else weight[ids, sub]
+    d_chosen = reference.prototype_chain(d_rows, chosen, *injection.of(ids).arguments())
+    flat = ids if weight.dim() == 2 else ids * weight.shape[1] + sub
+    gradient = torch.zeros(weight.numel() // weight.shape[-1], weight.shape[-1], dtype=weight.dtype, device=weight.device)
+    return gradient.index_add_(0, flat, d_chosen).reshape(weight.shape)

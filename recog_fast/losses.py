@@ -1,0 +1,137 @@
+"""The public losses over (embeddings, weight)."""
+
+from __future__ import annotations
+
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+
+from .margins import ArcFace
+from .ops import _checks
+from .ops._rows import Injection
+from .ops.margin_softmax import LossOptions, Margin, margin_softmax
+from .rules import RowStats
+
+Reduction = Literal["mean", "sum", "none"]
+
+
+def check_options(
+    where: str,
+    embeddings: Tensor,
+    scale: float,
+    reduction: str,
+    unknown_weight: float,
+    sample_weight: Tensor | None,
+    normalizer: float | Tensor | None,
+    compute_dtype: torch.dtype | None,
+) -> None:
+    """What every loss refuses about its options; ValueError naming the argument."""
+    _checks.check_scale(scale, where)
+    _checks.expect(reduction in ("mean", "sum", "none"), where, "reduction 'mean', 'sum' or 'none'", repr(reduction))
+    _checks.expect(0 <= unknown_weight < float("inf"), where, "unknown_weight >= 0", unknown_weight)
+    _checks.check_vector(sample_weight, embeddings.shape[0], where, "sample_weight")
+    _checks.expect(compute_dtype in (None, torch.float32, torch.bfloat16), where, "compute_dtype None, torch.float32 or torch.bfloat16", compute_dtype)
+    if isinstance(normalizer, (int, float)):
+        _checks.expect(0 < normalizer < float("inf"), where, "normalizer > 0", normalizer)
+
+
+@overload
+def margin_softmax_loss(
+    embeddings: Tensor, weight: Tensor, labels: Tensor, *, margin: Margin = ..., scale: float = ...,
+    memory_rows: Tensor | None = ..., strength: Tensor | None = ..., slot: Tensor | None = ..., unknown_weight: float = ...,
+    sample_weight: Tensor | None = ..., reduction: Reduction = ..., normalizer: float | Tensor | None = ...,
+    compute_dtype: torch.dtype | None = ..., check_labels: bool = ..., return_stats: Literal[False] = ...,
+) -> Tensor: ...  # fmt: skip
+@overload
+def margin_softmax_loss(
+    embeddings: Tensor, weight: Tensor, labels: Tensor, *, margin: Margin = ..., scale: float = ...,
+    memory_rows: Tensor | None = ..., strength: Tensor | None = ..., slot: Tensor | None = ..., unknown_weight: float = ...,
+    sample_weight: Tensor | None = ..., reduction: Reduction = ..., normalizer: float | Tensor | None = ...,
+    compute_dtype: torch.dtype | None = ..., check_labels: bool = ..., return_stats: Literal[True],
+) -> tuple[Tensor, RowStats]: ...  # fmt: skip
+def margin_softmax_loss(
+    embeddings: Tensor,  # (N, D)
+    weight: Tensor,  # (C, D) or (C, K, D)
+    labels: Tensor,  # (N,)
+    *,
+    margin: Margin = ArcFace(0.5),  # noqa: B008 - frozen dataclass
+    scale: float = 64.0,
+    memory_rows: Tensor | None = None,  # (S, D)
+    strength: Tensor | None = None,  # (S,)
+    slot: Tensor | None = None,  # (C,)
+    unknown_weight: float = 0.0,
+    sample_weight: Tensor | None = None,  # (N,)
+    reduction: Reduction = "mean",
+    normalizer: float | Tensor | None = None,
+    compute_dtype: torch.dtype | None = None,
+    check_labels: bool = False,
+    return_stats: bool = False,
+) -> Tensor | tuple[Tensor, RowStats]:
+    """Cross entropy of the margin logits over all C classes, without an N x C tensor (math.md 1).
+
+    loss_i = softplus(L_i - s t_i), L_i = log sum_{j != y_i} exp(s f(c_ij)), c_ij = <x_i/|x_i|, P_j>, t_i = phi(c_{i,y_i}).
+
+    embeddings (N, D) raw, any float dtype; weight (C, D) or (C, K, D) raw class centres, float32 (float64: reference);
+    labels (N,) int, -1 = unlabelled: loss 0, or `unknown_weight` times the UIR excess over all classes (math.md 3).
+    margin: any callable (cosine (N,), norms (N,)) -> target logit / s; default ArcFace(0.5). A margin in training mode
+    is updated once per call, before use. memory_rows, strength, slot inject a memory as `effective_prototypes` does.
+    reduction "mean" = sum_i w_i loss_i / #labelled (`normalizer` replaces the count; 0 when none is labelled), plus
+    unknown_weight times the mean excess of the unlabelled rows; "sum" adds all rows; "none" gives (N,).
+    compute_dtype: None (bf16 for half-precision embeddings or under autocast), float32 or bfloat16. CPU kernels
+    compute bfloat16 requests in float32: nothing is lost. check_labels is for CUDA; on CPU labels are always checked.
+    Returns the loss in weight's dtype, or (loss, RowStats). Once differentiable in embeddings, weight and the margin's
+    parameters. There is no label smoothing and no double backward.
+
+    Raises ValueError naming argument, value and expectation (labels out of range, a non-finite row: the first such row).
+    Source: ArcFace (Deng 2019) eq. 3; UIR eq. 7; the form is math.md's.
+    """
+    where = "margin_softmax_loss"
+    _checks.check_embeddings(embeddings, where)
+    _checks.check_weight(weight, embeddings.shape[1], where)
+    _checks.check_labels(labels, embeddings.shape[0], weight.shape[0], where)
+    _checks.check_finite_rows(embeddings, where)
+    _checks.check_memory(weight, memory_rows, strength, slot, where)
+    _checks.expect(callable(margin), where, "margin to be callable: (cosine, norms) -> target logit / s", repr(margin))
+    check_options(where, embeddings, scale, reduction, unknown_weight, sample_weight, normalizer, compute_dtype)
+    options = LossOptions(
+        margin=margin,
+        scale=float(scale),
+        injection=Injection(memory_rows, strength, slot),
+        unknown_weight=unknown_weight,
+        sample_weight=sample_weight,
+        reduction=reduction,
+        normalizer=normalizer,
+    )
+    loss, stats = margin_softmax(embeddings, weight, labels, options)
+    return (loss, stats) if return_stats else loss
+
+
+def unknown_rejection_loss(
+    embeddings: Tensor,  # (N, D)
+    weight: Tensor,  # (C, D) or (C, K, D)
+    *,
+    scale: float = 64.0,
+    softmax: Literal["double", "single"] = "double",
+    reduction: Reduction = "mean",
+    return_stats: bool = False,
+) -> Tensor | tuple[Tensor, RowStats]:
+    """Excess of the unknown-identity-rejection loss over its minimum C log C, for rows of no known class (math.md 3).
+
+    p = softmax(s c) over all C classes; "double" (the paper's remedy): q = softmax(p), excess = -sum log q - C log C
+    in [0, e - 2]; "single": excess = C (lse - log C) - s sum c. Gradients are those of the raw loss.
+    embeddings (N, D) raw; weight raw centres, float32 or float64 (single: (C, D)). Returns the loss, 0 for no rows,
+    (N,) with reduction "none"; with return_stats also RowStats (lse over all classes, max_probability).
+
+    Raises ValueError naming the argument. Source: UIR (Yu 2019) eq. 5-7, in the exact form of math.md.
+    """
+    where = "unknown_rejection_loss"
+    _checks.check_embeddings(embeddings, where)
+    _checks.check_weight(weight, embeddings.shape[1], where)
+    _checks.check_finite_rows(embeddings, where)
+    _checks.expect(softmax in ("double", "single"), where, "softmax 'double' or 'single'", repr(softmax))
+    check_options(where, embeddings, scale, reduction, 1.0, None, None, None)
+    labels = torch.full((embeddings.shape[0],), -1, dtype=torch.int64, device=embeddings.device)
+    options = LossOptions(margin=None, scale=float(scale), unknown_weight=1.0, softmax=softmax, reduction=reduction)
+    loss, stats = margin_softmax(embeddings, weight, labels, options)
+    return (loss, stats) if return_stats else loss

@@ -1,0 +1,16 @@
+"""Prototype memory (VPL, QAFace) and the momentum encoder that feeds it: math.md section 2."""
+
+from .momentum import MomentumEncoder
+from .policies import VPL, MemoryPolicy, NormStatistics, QAFace
+from .prototypes import Entries, Injection, PrototypeMemory
+
+__all__ = [
+    "VPL",
+    "Entries",
+    "Injection",
+    "MemoryPolicy",
+    "MomentumEncoder",
+    "NormStatistics",
+    "PrototypeMemory",
+    "QAFace",
+]

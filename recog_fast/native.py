@@ -1,0 +1,52 @@
+"""The compiled kernels, or why they are not there. Importing never fails: operations then fall back to the reference."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from types import ModuleType
+
+
+@functools.cache
+def load() -> tuple[ModuleType | None, str]:
+    """(extension module or None, ISA that runs or the reason it is missing)."""
+    try:
+        from . import _native
+    except ImportError as error:
+        return None, f"not built ({error})"
+    return _native, str(_native.select_isa(""))
+
+
+_forced = ""
+
+
+def forced_isa() -> str:
+    """What `select_isa` was last given; "" for the best one."""
+    return _forced
+
+
+@functools.cache
+def warn_missing() -> None:
+    """Says once, when an operation first runs, that it runs on the slow reference."""
+    module, reason = load()
+    if module is None:
+        warnings.warn(
+            f"recog_fast: compiled CPU kernels {reason}; running the plain PyTorch reference, which stores N x C "
+            "tensors. Build them with `pip install -e .`",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+
+
+def select_isa(name: str = "") -> str:
+    """Forces the build of the CPU kernels: "avx512", "avx2", "baseline", or "" for the best one here; returns what runs.
+
+    Raises ValueError where this CPU lacks it, RuntimeError where the extension is not built.
+    """
+    module, reason = load()
+    if module is None:
+        raise RuntimeError(f"select_isa: compiled CPU kernels {reason}")
+    global _forced
+    selected = str(module.select_isa(name))
+    _forced = name
+    return selected

@@ -1,0 +1,91 @@
+"""What the public functions refuse, in one wording: `<function>: expected <argument> ..., got ...`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def expect(condition: bool, where: str, expected: str, got: object) -> None:
+    """ValueError unless the condition holds."""
+    if not condition:
+        raise ValueError(f"{where}: expected {expected}, got {got}")
+
+
+def expect_tensor(value: object, where: str, name: str) -> Tensor:
+    """TypeError unless it is a tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{where}: expected {name} to be a torch.Tensor, got {type(value).__name__}")
+    return value
+
+
+def check_embeddings(x: Tensor, where: str, name: str = "embeddings") -> None:
+    """(N, D) floating point."""
+    expect_tensor(x, where, name)
+    expect(x.dim() == 2, where, f"{name} of shape (N, D)", f"shape {tuple(x.shape)}")
+    expect(x.dtype in FLOATS, where, f"{name} of a floating point dtype", str(x.dtype))
+    expect(x.shape[1] > 0, where, f"{name} of shape (N, D) with D >= 1", f"shape {tuple(x.shape)}")
+
+
+def check_weight(weight: Tensor, dimension: int, where: str, name: str = "weight") -> None:
+    """(C, D) or (C, K, D), float32 or float64, contiguous, C >= 1."""
+    expect_tensor(weight, where, name)
+    expect(weight.dim() in (2, 3), where, f"{name} of shape (C, D) or (C, K, D)", f"shape {tuple(weight.shape)}")
+    expect(weight.dtype in (torch.float32, torch.float64), where, f"{name} of dtype float32 or float64", str(weight.dtype))
+    expect(weight.shape[-1] == dimension, where, f"{name} with D = {dimension} as the embeddings have", f"shape {tuple(weight.shape)}")
+    expect(min(weight.shape) >= 1, where, f"{name} with C, K, D >= 1", f"shape {tuple(weight.shape)}")
+
+
+def check_labels(labels: Tensor, rows: int, classes: int, where: str) -> None:
+    """(N,) integer with values in [-1, C); names the first bad row."""
+    expect_tensor(labels, where, "labels")
+    expect(tuple(labels.shape) == (rows,), where, f"labels of shape (N,) = ({rows},)", f"shape {tuple(labels.shape)}")
+    integer = not labels.dtype.is_floating_point and not labels.dtype.is_complex and labels.dtype != torch.bool
+    expect(integer, where, "labels of an integer dtype", str(labels.dtype))
+    bad = ((labels < -1) | (labels >= classes)).nonzero()
+    if bad.numel():
+        row = int(bad[0])
+        expect(False, where, f"labels in [-1, C) = [-1, {classes})", f"{int(labels[row])} in row {row} ({bad.shape[0]} bad rows)")
+
+
+def check_finite_rows(x: Tensor, where: str, name: str = "embeddings") -> None:
+    """Every element finite; names the first bad row."""
+    finite = torch.isfinite(x).all(dim=1)
+    if not bool(finite.all()):
+        bad = (~finite).nonzero()
+        expect(False, where, f"finite {name}", f"a non-finite value in row {int(bad[0])} ({bad.shape[0]} bad rows)")
+
+
+def check_vector(value: Tensor | None, rows: int, where: str, name: str) -> None:
+    """(N,) or None."""
+    if value is not None:
+        expect_tensor(value, where, name)
+        expect(tuple(value.shape) == (rows,), where, f"{name} of shape (N,) = ({rows},)", f"shape {tuple(value.shape)}")
+
+
+def check_scale(scale: float, where: str) -> None:
+    """A finite positive number."""
+    expect(isinstance(scale, (int, float)) and 0 < float(scale) < float("inf"), where, "scale > 0 and finite", repr(scale))
+
+
+def check_memory(
+    weight: Tensor, memory_rows: Tensor | None, strength: Tensor | None, slot: Tensor | None, where: str
+) -> None:
+    """memory_rows (S, D), strength (S,), slot (C,) in [-1, S) or None with S = C: all or none of the first two."""
+    if memory_rows is None and strength is None and slot is None:
+        return
+    expect(memory_rows is not None and strength is not None, where, "memory_rows and strength together", "only one of them")
+    rows, lam = expect_tensor(memory_rows, where, "memory_rows"), expect_tensor(strength, where, "strength")
+    expect(weight.dim() == 2, where, "weight of shape (C, D): a memory with sub-centers is not defined", f"shape {tuple(weight.shape)}")
+    expect(rows.dim() == 2 and rows.shape[1] == weight.shape[1], where, f"memory_rows of shape (S, D = {weight.shape[1]})", f"shape {tuple(rows.shape)}")
+    check_vector(lam, rows.shape[0], where, "strength")
+    if slot is None:
+        expect(rows.shape[0] == weight.shape[0], where, f"memory_rows with S = C = {weight.shape[0]} rows when slot is None", f"{rows.shape[0]} rows")
+        return
+    check_vector(expect_tensor(slot, where, "slot"), weight.shape[0], where, "slot")
+    outside = ((slot < -1) | (slot >= rows.shape[0])).nonzero()
+    if outside.numel():
+        at = int(outside[0])
+        expect(False, where, f"slot in [-1, S) = [-1, {rows.shape[0]})", f"{int(slot[at])} for class {at}")

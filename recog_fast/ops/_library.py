@@ -1,0 +1,93 @@
+"""One library, one schema table; who runs what is decided here and nowhere else.
+
+Every operation has its reference on the fallback key (any device), the compiled CPU kernel on the CPU key, and a fake.
+A CPU kernel hands over to the reference for float64, without the extension, or under `use_backend("reference")`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import native
+
+_MEMORY = "Tensor? memory_rows, Tensor? strength, Tensor? slot"
+_ROWS = "Tensor unit_embeddings, Tensor targets, Tensor terms"
+
+SCHEMAS = {
+    "effective_prototypes": f"(Tensor weight, {_MEMORY}, bool renormalize) -> Tensor",
+    "negative_logsumexp": f"(Tensor unit_embeddings, Tensor weight, Tensor labels, float scale, Tensor? rules, {_MEMORY}, "
+    "bool unit, bool renormalize) -> (Tensor, Tensor, Tensor, Tensor)",
+    "unknown_rejection": f"(Tensor unit_embeddings, Tensor weight, Tensor lse, float scale, {_MEMORY}, bool unit, "
+    "bool renormalize) -> (Tensor, Tensor, Tensor)",
+    "class_gradient": f"({_ROWS}, Tensor weight, float scale, Tensor? rules, {_MEMORY}, bool unit, bool renormalize) -> Tensor",
+    "class_step": f"({_ROWS}, Tensor(a!) weight, Tensor(b!) velocity, float scale, Tensor? rules, {_MEMORY}, "
+    "bool renormalize, float lr, float momentum, float weight_decay, bool nesterov) -> ()",
+    "memory_write": "(Tensor(a!) rows, Tensor(b!) row_strength, Tensor(c!) stamp, Tensor(d!) owner, Tensor(e!) slot, "
+    "Tensor(f!) cursor, Tensor embeddings, Tensor labels, Tensor strengths, int step) -> Tensor",
+}
+
+_library = torch.library.Library("recog_fast", "DEF")
+for _stem, _schema in SCHEMAS.items():
+    _library.define(_stem + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+_state = threading.local()
+
+
+def register(
+    stem: str,
+    *,
+    reference: Callable[..., Any],
+    fake: Callable[..., Any],
+    cpu: Callable[..., Any] | None = None,
+    autograd: Callable[..., Any] | None = None,
+) -> None:
+    """Attaches an operation's implementations to its schema."""
+    _library.impl(stem, reference, "CompositeExplicitAutograd")
+    if cpu is not None:
+        _library.impl(stem, cpu, "CPU")
+    if autograd is not None:
+        _library.impl(stem, autograd, "Autograd")
+    torch.library.register_fake(f"recog_fast::{stem}", fake, lib=_library)
+
+
+def backend() -> str:
+    """ "auto" or what `use_backend` chose in this thread."""
+    return getattr(_state, "backend", "auto")
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Within it every operation of this thread runs on `name`: "auto" or "reference" (tests, debugging).
+
+    Backward passes use the choice their forward was made under. Raises ValueError for any other name.
+    """
+    if name not in ("auto", "reference"):
+        raise ValueError(f"use_backend: expected 'auto' or 'reference', got {name!r}")
+    before = backend()
+    _state.backend = name
+    try:
+        yield
+    finally:
+        _state.backend = before
+
+
+def compiled(*operands: Tensor | None) -> ModuleType | None:
+    """The extension if these operands go to it, else None: then the caller runs the reference."""
+    if backend() == "reference" or any(t is not None and t.dtype == torch.float64 for t in operands):
+        return None
+    module, _ = native.load()
+    if module is None:
+        native.warn_missing()
+    return module
+
+
+def below_autograd() -> Any:
+    """Guard under which a call of an operation skips its Autograd key."""
+    return torch._C._AutoDispatchBelowAutograd()

@@ -1,0 +1,75 @@
+"""Row records: all a class sweep needs of a batch once the forward sweep is done (architecture.md)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..rules import NO_CLAMP, NO_THRESHOLD, PLAIN
+
+Key = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Injection:
+    """The memory a sweep sees: rows (S, D), strength (S,), slot (C,) int32; never a C x D tensor."""
+
+    rows: Tensor | None = None
+    strength: Tensor | None = None
+    slot: Tensor | None = None
+
+    def arguments(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """As the operations take them."""
+        return self.rows, self.strength, self.slot
+
+    def of(self, ids: Tensor) -> Injection:
+        """The same for the classes `ids` alone: one row per id."""
+        if self.rows is None or self.strength is None:
+            return self
+        at = ids if self.slot is None else self.slot.long()[ids]
+        there = at.clamp_min(0)
+        strength = torch.where(at >= 0, self.strength[there], torch.zeros_like(self.strength[there]))
+        return Injection(self.rows[there], strength)
+
+
+@dataclass(frozen=True)
+class RowRecords:
+    """unit_embeddings (N, D), targets (N,) rows of W, terms (5, N), rules (12, N) or None; `key` is the state of W,
+    memory and clock they were made under."""
+
+    unit_embeddings: Tensor
+    targets: Tensor
+    terms: Tensor
+    rules: Tensor | None
+    scale: float
+    injection: Injection
+    key: Key = ()
+
+
+def _plain_rules(n: int, like: Tensor) -> Tensor:
+    column = [NO_CLAMP, NO_THRESHOLD, *PLAIN, *PLAIN]
+    return torch.tensor(column, dtype=like.dtype, device=like.device).unsqueeze(1).repeat(1, n)
+
+
+def join(records: Sequence[RowRecords]) -> RowRecords:
+    """One record of all rows (micro-batches of one optimizer step)."""
+    first = records[0]
+    if len(records) == 1:
+        return first
+    rules = None
+    if any(r.rules is not None for r in records):
+        rules = torch.cat(
+            [_plain_rules(r.targets.numel(), r.terms) if r.rules is None else r.rules.to(r.terms.dtype) for r in records], dim=1
+        )
+    return RowRecords(
+        torch.cat([r.unit_embeddings for r in records]),
+        torch.cat([r.targets for r in records]),
+        torch.cat([r.terms for r in records], dim=1),
+        rules,
+        first.scale,
+        first.injection,
+        first.key,
+    )

@@ -1,0 +1,285 @@
+"""Margin softmax over C classes as ONE autograd node: loss, statistics, dx and dW or row records (math.md 1, 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from .. import reference
+from ..rules import RowStats, pack_rules
+from . import _library
+from ._rows import Injection, Key, RowRecords
+from .unknown_rejection import double_slope, excess_double
+
+
+class Margin(Protocol):
+    """A margin: target cosine (N,) and norms (N,) -> target logit / s (N,)."""
+
+    def __call__(self, cosine: Tensor, norms: Tensor, /) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class LossOptions:
+    """Everything of a call that is no differentiable tensor."""
+
+    margin: Margin | None
+    scale: float
+    injection: Injection = field(default_factory=Injection)
+    unknown_weight: float = 0.0
+    softmax: str = "double"
+    sample_weight: Tensor | None = None
+    reduction: str = "mean"
+    normalizer: float | Tensor | None = None
+    on_rows: Callable[[RowRecords], None] | None = None
+    key: Key = ()
+
+    def parameters(self) -> tuple[nn.Parameter, ...]:
+        """Learnable parameters of the margin: they get their gradient too."""
+        return tuple(p for p in self.margin.parameters() if p.requires_grad) if isinstance(self.margin, nn.Module) else ()
+
+
+@dataclass
+class _Batch:
+    """What forward leaves for backward."""
+
+    unit: Tensor  # (N, D)
+    norms: Tensor  # (N,)
+    labels: Tensor  # (N,)
+    targets: Tensor  # (N,) rows of W
+    target_prototypes: Tensor  # (N, D)
+    cosine: Tensor  # (N,) leaf of the margin's little graph
+    norm_leaf: Tensor  # (N,) likewise
+    target: Tensor  # (N,) margin output
+    penalty: Tensor | None
+    rules: Tensor | None
+    lse: Tensor  # (N,) float64
+    pull: Tensor  # (N, D)
+    q: Tensor  # (N,) sigmoid(lse - s t), 0 for unlabelled rows
+
+    @property
+    def labelled(self) -> Tensor:
+        return self.labels >= 0
+
+
+@dataclass
+class _Unknown:
+    """UIR of the unlabelled rows: their indices and what the second sweep found."""
+
+    at: Tensor  # (U,)
+    excess: Tensor  # (U,) float64
+    d_unit: Tensor  # (U, D) d excess / d x^
+    slope: Tensor  # (U,) weight of the class gradient, per s
+    mean: Tensor  # (U,)
+    kind: int
+
+
+def _target_prototypes(unit: Tensor, weight: Tensor, labels: Tensor, injection: Injection) -> tuple[Tensor, Tensor, Tensor]:
+    """Target cosine (N,), winning sub-center (N,), its prototype (N, D); label -1 uses class 0 as filler."""
+    ids = labels.clamp_min(0)
+    rows = reference.effective_prototypes(weight[ids], *injection.of(ids).arguments())
+    rows = rows.reshape(ids.numel(), -1, weight.shape[-1])
+    cosines = torch.einsum("nkd,nd->nk", rows, unit)
+    sub = (cosines == cosines.amax(dim=1, keepdim=True)).to(torch.int8).argmax(dim=1)
+    at = torch.arange(ids.numel(), device=ids.device)
+    return cosines[at, sub], sub, rows[at, sub]
+
+
+def _run_margin(options: LossOptions, cosine: Tensor, norms: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """The margin's little graph over N numbers: leaves (cosine, norms) and outputs (target, penalty)."""
+    with torch.enable_grad():
+        c, n = cosine.detach().requires_grad_(), norms.detach().requires_grad_()
+        if options.margin is None:
+            return c, n, c * 1.0, None
+        target = options.margin(c, n)
+        if not isinstance(target, Tensor) or target.shape != c.shape:
+            got = tuple(target.shape) if isinstance(target, Tensor) else type(target).__name__
+            raise ValueError(f"margin_softmax_loss: expected margin to return a tensor of shape (N,) = ({c.numel()},), got {got}")
+        penalty = options.margin.penalty(n) if hasattr(options.margin, "penalty") else None
+    return c, n, target, penalty
+
+
+def _sweep(unit: Tensor, norms: Tensor, weight: Tensor, labels: Tensor, options: LossOptions) -> tuple[_Batch, RowStats]:
+    """Target cosines, margin, forward sweep; rows' statistics."""
+    margin = options.margin
+    cosine, sub, target_prototypes = _target_prototypes(unit, weight, labels, options.injection)
+    labelled = labels >= 0
+    cosine = torch.where(labelled, cosine, torch.zeros_like(cosine))
+    if margin is not None and hasattr(margin, "update") and getattr(margin, "training", True):
+        margin.update(cosine, norms, labelled)
+    rule, thresholds = margin.rule(cosine) if margin is not None and hasattr(margin, "rule") else (None, None)
+    rules = pack_rules(labels, rule, thresholds, float(getattr(margin, "clamp", 1.0)))
+    leaf, norm_leaf, target, penalty = _run_margin(options, cosine, norms)
+    lse, nearest, index, pull = torch.ops.recog_fast.negative_logsumexp(
+        unit, weight, labels, options.scale, rules, *options.injection.arguments(), False, True
+    )
+    q = torch.where(labelled, torch.sigmoid(lse - options.scale * target.detach().double()), torch.zeros_like(lse))
+    subcenters = weight.shape[1] if weight.dim() == 3 else 1
+    targets = torch.where(labelled, labels * subcenters + sub, labels)
+    probability = torch.exp(options.scale * nearest.double() - lse)
+    zero = torch.zeros_like(lse)
+    stats = RowStats(
+        lse.float(),
+        cosine.float(),
+        nearest.float(),
+        index,
+        torch.where(labelled, 1 - q, zero).float(),
+        torch.where(labelled, sub, torch.zeros_like(sub)),
+        torch.where(labelled, zero, probability).float(),
+        zero.float(),
+    )
+    batch = _Batch(unit, norms, labels, targets, target_prototypes, leaf, norm_leaf, target, penalty, rules, lse, pull, q)
+    return batch, stats
+
+
+def _prototype_sum(weight: Tensor, injection: Injection, chunk: int = 8192) -> Tensor:
+    """sum_j P_j (D,) float64, a chunk of classes at a time."""
+    total = torch.zeros(weight.shape[-1], dtype=torch.float64, device=weight.device)
+    for start in range(0, weight.shape[0], chunk):
+        ids = torch.arange(start, min(start + chunk, weight.shape[0]), device=weight.device)
+        rows = torch.ops.recog_fast.effective_prototypes(weight[start : start + chunk], *injection.of(ids).arguments(), True)
+        total += rows.double().reshape(-1, weight.shape[-1]).sum(0)
+    return total
+
+
+def _reject_unknown(batch: _Batch, weight: Tensor, options: LossOptions) -> _Unknown | None:
+    """Excess of the unlabelled rows and its slopes; None where it does not count."""
+    at = (batch.labels == -1).nonzero().squeeze(1)
+    if options.unknown_weight == 0 or at.numel() == 0:
+        return None
+    unit, lse, pull, classes = batch.unit[at], batch.lse[at], batch.pull[at], weight.shape[0]
+    if options.softmax == "single":
+        if weight.dim() == 3:
+            raise ValueError("unknown_rejection_loss: expected weight of shape (C, D) with softmax='single', got sub-centers")
+        total = _prototype_sum(weight, options.injection)
+        excess = classes * (lse - torch.log(torch.tensor(float(classes), dtype=torch.float64))) - options.scale * (unit.double() @ total)
+        d_unit = options.scale * (classes * pull.double() - total)
+        one = torch.ones_like(lse)
+        return _Unknown(at, excess.clamp_min(0.0), d_unit.to(unit.dtype), one, one, reference.UNKNOWN_SINGLE)
+    remainder, mean, push = torch.ops.recog_fast.unknown_rejection(
+        unit, weight, lse, options.scale, *options.injection.arguments(), False, True
+    )
+    slope = double_slope(remainder, classes)
+    d_unit = (options.scale * slope).unsqueeze(1) * (push.double() - mean.unsqueeze(1) * pull.double())
+    return _Unknown(at, excess_double(remainder, classes), d_unit.to(unit.dtype), slope, mean, reference.UNKNOWN_DOUBLE)
+
+
+def _row_losses(batch: _Batch, unknown: _Unknown | None, options: LossOptions) -> Tensor:
+    """(N,) float64: weighted margin loss of labelled rows, weighted excess of unlabelled ones."""
+    loss = torch.logaddexp(torch.zeros_like(batch.lse), batch.lse - options.scale * batch.target.detach().double())
+    if batch.penalty is not None:
+        loss = loss + batch.penalty.detach().double()
+    if options.sample_weight is not None:
+        loss = loss * options.sample_weight.double()
+    loss = torch.where(batch.labelled, loss, torch.zeros_like(loss))
+    if unknown is not None:
+        loss[unknown.at] = options.unknown_weight * unknown.excess
+    return loss
+
+
+def _row_shares(batch: _Batch, unknown: _Unknown | None, options: LossOptions) -> Tensor:
+    """(N,) float64: d(reduced loss)/d(row loss): 1/#labelled (or 1/normalizer), 1/#unlabelled, or 1."""
+    if options.reduction != "mean":
+        return torch.ones_like(batch.lse)
+    labelled = batch.labelled
+    count = labelled.sum().clamp_min(1).double() if options.normalizer is None else torch.as_tensor(options.normalizer, device=labelled.device).double()
+    unlabelled = (~labelled).sum().clamp_min(1).double()
+    return torch.where(labelled, 1 / count, 1 / unlabelled)
+
+
+def _terms(batch: _Batch, unknown: _Unknown | None, negative: Tensor, target: Tensor, d_rows: Tensor, options: LossOptions) -> Tensor:
+    """(5, N) lse, weight of the negatives, gradient of the target cosine, E, kind."""
+    terms = torch.zeros(reference.TERM_ROWS, batch.lse.numel(), dtype=batch.unit.dtype, device=batch.unit.device)
+    terms[0] = torch.where(torch.isinf(batch.lse), torch.zeros_like(batch.lse), batch.lse)
+    terms[1], terms[2] = negative, target
+    if unknown is not None:
+        at = unknown.at
+        terms[1, at] = (options.scale * options.unknown_weight * d_rows[at] * unknown.slope).to(terms.dtype)
+        terms[3, at] = unknown.mean.to(terms.dtype)
+        terms[4, at] = float(unknown.kind)
+    return terms
+
+
+def _margin_gradients(batch: _Batch, parameters: tuple[nn.Parameter, ...], d_target: Tensor, d_penalty: Tensor) -> list[Tensor | None]:
+    """Back through the margin's little graph: d cosine, d norms, d parameters."""
+    outputs, upstream = [batch.target], [d_target.to(batch.target.dtype)]
+    if batch.penalty is not None:
+        outputs.append(batch.penalty)
+        upstream.append(d_penalty.to(batch.penalty.dtype))
+    kept = [(o, g) for o, g in zip(outputs, upstream, strict=True) if o.requires_grad]
+    leaves = [batch.cosine, batch.norm_leaf, *parameters]
+    if not kept:
+        return [None] * len(leaves)
+    grads = torch.autograd.grad([o for o, _ in kept], leaves, [g for _, g in kept], retain_graph=True, allow_unused=True)
+    return list(grads)
+
+
+class _MarginSoftmax(torch.autograd.Function):
+    """(embeddings, weight) -> (loss, *RowStats)."""
+
+    @staticmethod
+    def forward(ctx: Any, embeddings: Tensor, weight: Tensor, labels: Tensor, options: LossOptions, *parameters: Tensor) -> tuple[Tensor, ...]:
+        with torch.autocast(embeddings.device.type, enabled=False):
+            unit, norms = reference.unit_rows(embeddings.to(weight.dtype))
+            batch, stats = _sweep(unit, norms, weight, labels, options)
+            unknown = _reject_unknown(batch, weight, options)
+            rows = _row_losses(batch, unknown, options)
+            shares = _row_shares(batch, unknown, options)
+            loss = rows if options.reduction == "none" else (rows * shares).sum()
+        ctx.save_for_backward(weight)
+        ctx.batch, ctx.unknown, ctx.shares, ctx.options = batch, unknown, shares, options
+        ctx.parameters, ctx.dtype, ctx.backend = parameters, embeddings.dtype, _library.backend()
+        ctx.mark_non_differentiable(*stats)
+        return loss.to(weight.dtype), *stats
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, d_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        (weight,) = ctx.saved_tensors
+        with torch.autocast(d_loss.device.type, enabled=False), _library.use_backend(ctx.backend):
+            d_embeddings, record, d_parameters = _backward_rows(ctx, d_loss)
+            d_weight = _class_gradient(weight, record, ctx.options) if ctx.needs_input_grad[1] else None
+        return d_embeddings.to(ctx.dtype), d_weight, None, None, *d_parameters
+
+
+def _backward_rows(ctx: Any, d_loss: Tensor) -> tuple[Tensor, RowRecords, list[Tensor | None]]:
+    """dx, the row records of the class sweep, and the gradients of the margin's own parameters."""
+    batch, unknown, options = ctx.batch, ctx.unknown, ctx.options
+    dtype = batch.unit.dtype
+    d_rows = d_loss.double() * ctx.shares
+    d_margin = torch.where(batch.labelled, d_rows, torch.zeros_like(d_rows))
+    if options.sample_weight is not None:
+        d_margin = d_margin * options.sample_weight.double()
+    d_logit = options.scale * d_margin * batch.q
+    d_cosine, d_norms, *d_parameters = _margin_gradients(batch, ctx.parameters, -d_logit, d_margin)
+    negative = d_logit.to(dtype)
+    target = torch.zeros_like(negative) if d_cosine is None else d_cosine.to(dtype)
+    d_unit = negative.unsqueeze(1) * batch.pull + target.unsqueeze(1) * batch.target_prototypes
+    if unknown is not None:
+        d_unit[unknown.at] = (options.unknown_weight * d_rows[unknown.at]).to(dtype).unsqueeze(1) * unknown.d_unit
+    d_embeddings = reference.through_normalisation(d_unit, batch.unit, batch.norms)
+    if d_norms is not None:
+        d_embeddings = d_embeddings + d_norms.to(dtype).unsqueeze(1) * batch.unit
+    terms = _terms(batch, unknown, negative, target, d_rows, options)
+    record = RowRecords(batch.unit, batch.targets, terms, batch.rules, options.scale, options.injection, options.key)
+    return d_embeddings, record, d_parameters
+
+
+def _class_gradient(weight: Tensor, record: RowRecords, options: LossOptions) -> Tensor | None:
+    """dW, or None where a fused optimizer takes the rows instead."""
+    if options.on_rows is not None:
+        options.on_rows(record)
+        return None
+    return torch.ops.recog_fast.class_gradient(  # type: ignore[no-any-return]
+        record.unit_embeddings, record.targets, record.terms, weight, record.scale, record.rules,
+        *record.injection.arguments(), False, True,
+    )  # fmt: skip
+
+
+def margin_softmax(embeddings: Tensor, weight: Tensor, labels: Tensor, options: LossOptions) -> tuple[Tensor, RowStats]:
+    """Loss and statistics of checked inputs; what `margin_softmax_loss`, `unknown_rejection_loss` and `MarginHead` share."""
+    loss, *stats = _MarginSoftmax.apply(embeddings, weight, labels.long(), options, *options.parameters())
+    return loss, RowStats(*stats)

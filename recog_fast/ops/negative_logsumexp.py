@@ -1,0 +1,138 @@
+"""The forward sweep: logsumexp over the negatives, nearest negative, pull (math.md 1)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..rules import NegativeRule, pack_rules
+from . import _checks, _cpu, _library
+
+Sweep = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def _target_rows(labels: Tensor, weight: Tensor) -> Tensor:
+    """Labels -> rows of W (class * K)."""
+    return torch.where(labels >= 0, labels * (weight.shape[1] if weight.dim() == 3 else 1), labels)
+
+
+def _cpu_kernel(
+    unit_embeddings: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    scale: float,
+    rules: Tensor | None,
+    memory_rows: Tensor | None,
+    strength: Tensor | None,
+    slot: Tensor | None,
+    unit: bool,
+    renormalize: bool,
+) -> Sweep:
+    module = _library.compiled(unit_embeddings, weight)
+    if module is None:
+        return reference.negative_logsumexp(
+            unit_embeddings, weight, labels, scale, rules, memory_rows, strength, slot, unit, renormalize
+        )
+    operands = _cpu.Operands(module, weight, memory_rows, strength, slot, unit=unit, renormalize=renormalize)
+    rows = operands.rows(unit_embeddings, _target_rows(labels, weight), rules, scale)
+    n, dimension = unit_embeddings.shape
+    lse = torch.empty(n, dtype=torch.float64)
+    cosine, index, pull = torch.empty(n), torch.empty(n, dtype=torch.int64), torch.empty(n, dimension)
+    module.row_sweep(
+        operands.classes,
+        rows,
+        lse=lse.data_ptr(),
+        nearest_cosine=cosine.data_ptr(),
+        nearest_index=index.data_ptr(),
+        pull=pull.data_ptr(),
+        threads=_cpu.threads(),
+    )
+    return lse, cosine, index, pull
+
+
+def _fake(unit_embeddings: Tensor, weight: Tensor, labels: Tensor, *_: Any) -> Sweep:
+    n = unit_embeddings.shape[0]
+    return (
+        unit_embeddings.new_empty(n, dtype=torch.float64),
+        unit_embeddings.new_empty(n),
+        labels.new_empty(n, dtype=torch.int64),
+        unit_embeddings.new_empty(unit_embeddings.shape),
+    )
+
+
+class _NegativeLogsumexp(torch.autograd.Function):
+    """Differentiable in lse alone: d_x^ = s d_lse pull, dP from the class sweep."""
+
+    @staticmethod
+    def forward(ctx: Any, unit_embeddings: Tensor, weight: Tensor, labels: Tensor, scale: float, *rest: Any) -> Sweep:
+        with _library.below_autograd():
+            lse, cosine, index, pull = torch.ops.recog_fast.negative_logsumexp(unit_embeddings, weight, labels, scale, *rest)
+        ctx.save_for_backward(unit_embeddings, weight, labels, lse, pull, *rest[:4])
+        ctx.scale, ctx.unit, ctx.renormalize, ctx.backend = scale, rest[4], rest[5], _library.backend()
+        ctx.mark_non_differentiable(cosine, index, pull)
+        return lse, cosine, index, pull
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, d_lse: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        unit_embeddings, weight, labels, lse, pull, rules, memory_rows, strength, slot = ctx.saved_tensors
+        slope = (ctx.scale * d_lse).to(unit_embeddings.dtype)
+        d_unit = slope.unsqueeze(1) * pull if ctx.needs_input_grad[0] else None
+        d_weight = None
+        if ctx.needs_input_grad[1]:
+            terms = torch.zeros(reference.TERM_ROWS, labels.numel(), dtype=unit_embeddings.dtype, device=labels.device)
+            terms[0] = torch.where(torch.isinf(lse), torch.zeros_like(lse), lse)
+            terms[1] = torch.where(torch.isinf(lse), torch.zeros_like(slope), slope)
+            with _library.use_backend(ctx.backend):
+                d_weight = torch.ops.recog_fast.class_gradient(
+                    unit_embeddings, _target_rows(labels, weight), terms, weight, ctx.scale, rules,
+                    memory_rows, strength, slot, ctx.unit, ctx.renormalize,
+                )  # fmt: skip
+        return d_unit, d_weight, *([None] * 8)
+
+
+def _autograd(*arguments: Any) -> Sweep:
+    return _NegativeLogsumexp.apply(*arguments)  # type: ignore[no-any-return]
+
+
+_library.register(
+    "negative_logsumexp", reference=reference.negative_logsumexp, fake=_fake, cpu=_cpu_kernel, autograd=_autograd
+)
+
+
+def negative_logsumexp(
+    unit_embeddings: Tensor,  # (N, D)
+    prototypes: Tensor,  # (C, D) or (C, K, D) unit rows
+    labels: Tensor,  # (N,)
+    scale: float,
+    *,
+    rule: NegativeRule | None = None,
+    thresholds: Tensor | None = None,  # (N,)
+    clamp: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """L_i = log sum_{j != y_i} exp(s f(c_ij)), c_ij = <x^_i, P_j>, without an N x C tensor; and the nearest negative.
+
+    unit_embeddings (N, D) and prototypes (C, D) (or (C, K, D): c = max over k) unit rows, float32 or float64;
+    labels (N,) int, -1 = unlabelled (every class is a negative, no rule, no clamp); scale > 0. A rule bends the
+    negatives by math.md 1.2 and needs thresholds (N,); clamp < 1 bounds all cosines of labelled rows (AdaFace).
+    Returns lse (N,), nearest_cosine (N,) raw, nearest_index (N,) int64; one class: -inf, -2, -1. Ties: lowest index.
+    Differentiable once, in lse with respect to unit_embeddings and prototypes.
+
+    Raises ValueError naming the argument (labels: the first bad row), TypeError for what is no tensor.
+    """
+    where = "negative_logsumexp"
+    _checks.check_embeddings(unit_embeddings, where, "unit_embeddings")
+    _checks.check_weight(prototypes, unit_embeddings.shape[1], where, "prototypes")
+    _checks.check_labels(labels, unit_embeddings.shape[0], prototypes.shape[0], where)
+    _checks.check_scale(scale, where)
+    _checks.check_vector(thresholds, unit_embeddings.shape[0], where, "thresholds")
+    _checks.expect(0 < clamp <= 1, where, "clamp in (0, 1]", clamp)
+    rows = unit_embeddings.to(prototypes.dtype)
+    rules = pack_rules(labels, rule, thresholds, clamp)
+    lse, cosine, index, _ = torch.ops.recog_fast.negative_logsumexp(
+        rows, prototypes, labels, float(scale), rules, None, None, None, True, True
+    )
+    return lse.to(prototypes.dtype), cosine, index

@@ -1,0 +1,68 @@
+"""Unknown identity rejection (math.md 3): the excess of the double-softmax loss, exact in float32."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from . import _cpu, _library
+
+Sums = tuple[Tensor, Tensor, Tensor]
+
+
+def _cpu_kernel(
+    unit_embeddings: Tensor,
+    weight: Tensor,
+    lse: Tensor,
+    scale: float,
+    memory_rows: Tensor | None,
+    strength: Tensor | None,
+    slot: Tensor | None,
+    unit: bool,
+    renormalize: bool,
+) -> Sums:
+    module = _library.compiled(unit_embeddings, weight)
+    if module is None:
+        return reference.unknown_rejection(unit_embeddings, weight, lse, scale, memory_rows, strength, slot, unit, renormalize)
+    n, dimension = unit_embeddings.shape
+    operands = _cpu.Operands(module, weight, memory_rows, strength, slot, unit=unit, renormalize=renormalize)
+    rows = operands.rows(unit_embeddings, torch.full((n,), -1), None, scale)
+    exact = lse.detach().double().contiguous()
+    remainder, mean = torch.empty(n, dtype=torch.float64), torch.empty(n, dtype=torch.float64)
+    pull = torch.empty(n, dimension)
+    module.unknown_sweep(
+        operands.classes,
+        rows,
+        lse=exact.data_ptr(),
+        remainder=remainder.data_ptr(),
+        mean=mean.data_ptr(),
+        pull=pull.data_ptr(),
+        threads=_cpu.threads(),
+    )
+    return remainder, mean, pull
+
+
+def _fake(unit_embeddings: Tensor, *_: Any) -> Sums:
+    n = unit_embeddings.shape[0]
+    double = unit_embeddings.new_empty(n, dtype=torch.float64)
+    return double, double.clone(), unit_embeddings.new_empty(unit_embeddings.shape)
+
+
+_library.register("unknown_rejection", reference=reference.unknown_rejection, fake=_fake, cpu=_cpu_kernel)
+
+
+def excess_double(remainder: Tensor, classes: int) -> Tensor:
+    """L - C log C = T - (A - C log1p(A/C)), A = 1 + T; the difference by its series where A/C < 1e-3. (N,) float64."""
+    a = 1 + remainder.double()
+    ratio = a / classes
+    # A - C log1p(A/C) = A (r/2 - r^2/3 + r^3/4 - r^4/5 + ...), r = A/C
+    series = a * ratio * (0.5 - ratio * (1 / 3 - ratio * (0.25 - ratio * 0.2)))
+    return remainder.double() - torch.where(ratio < 1e-3, series, a - classes * torch.log1p(ratio))
+
+
+def double_slope(remainder: Tensor, classes: int) -> Tensor:
+    """C/S, S = C + A: dL/dz_k = (C/S) p_k (expm1(p_k) - E). (N,) float64."""
+    return classes / (classes + 1 + remainder.double())

@@ -1,0 +1,250 @@
+"""Every operation in plain PyTorch, materialised, to be read next to math.md: the fallback and the truth.
+
+Symbols of math.md: x^ (N, D) unit embeddings, W (C, D) or (C, K, D) raw class centres, P unit prototypes, c = cosine,
+s = scale, y = labels (-1 = unlabelled). The functions named like an operation of `recog_fast.ops` are its twins: same
+arguments, same order. They work in the dtype they are given (float32, float64) on any device and store N x C tensors.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+ZERO_NORM = 1e-12
+CANCELLED = 1e-4
+MARGIN, UNKNOWN_DOUBLE, UNKNOWN_SINGLE = 0, 1, 2
+# Rows of `terms` (5, N): lse, weight of the negatives, gradient of the target cosine, E of UIR, kind.
+TERM_ROWS = 5
+
+
+def unit_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x (..., D) -> (x/|x|, |x| (...,)); a row with |x| <= 1e-12 becomes 0. Safe for any finite magnitude."""
+    largest = x.abs().amax(dim=-1, keepdim=True)
+    scaled = x / torch.where(largest > 0, largest, torch.ones_like(largest))
+    norm = scaled.norm(dim=-1, keepdim=True) * largest
+    unit = torch.where(norm > ZERO_NORM, scaled / scaled.norm(dim=-1, keepdim=True).clamp_min(ZERO_NORM), torch.zeros_like(x))
+    return unit, norm.squeeze(-1)
+
+
+def through_normalisation(d_unit: Tensor, unit: Tensor, norm: Tensor) -> Tensor:
+    """dx = (dx^ - <dx^, x^> x^)/|x|; 0 for a zero row."""
+    tangent = d_unit - (d_unit * unit).sum(-1, keepdim=True) * unit
+    inverse = torch.where(norm > ZERO_NORM, 1 / norm.clamp_min(ZERO_NORM), torch.zeros_like(norm))
+    return tangent * inverse.unsqueeze(-1)
+
+
+def _injection(
+    unit: Tensor, memory_rows: Tensor | None, strength: Tensor | None, slot: Tensor | None
+) -> tuple[Tensor, Tensor] | None:
+    """(lam (C,), lam M (C, 1, D)) of every class, or None without memory."""
+    if memory_rows is None or strength is None:
+        return None
+    if slot is None:
+        slot = torch.arange(unit.shape[0], device=unit.device)
+    at = slot.long()
+    lam = torch.where(at >= 0, strength.to(unit.dtype)[at.clamp_min(0)], torch.zeros((), dtype=unit.dtype, device=unit.device))
+    rows = memory_rows[at.clamp_min(0)].to(unit.dtype).reshape(unit.shape[0], *([1] * (unit.dim() - 2)), unit.shape[-1])
+    shape = (-1, *([1] * (unit.dim() - 1)))
+    return lam, torch.where(lam.reshape(shape) != 0, lam.reshape(shape) * rows, torch.zeros_like(rows))
+
+
+def effective_prototypes(
+    weight: Tensor,  # (C, D) or (C, K, D)
+    memory_rows: Tensor | None = None,  # (S, D)
+    strength: Tensor | None = None,  # (S,)
+    slot: Tensor | None = None,  # (C,)
+    renormalize: bool = True,
+) -> Tensor:
+    """P_j = normalize(normalize(W_j) + lam_j M_j) (math.md 2); |U| < 1e-4 falls back to W^."""
+    unit, _ = unit_rows(weight)
+    injection = _injection(unit, memory_rows, strength, slot)
+    if injection is None:
+        return unit
+    lam, push = injection
+    mixed = unit + push
+    if not renormalize:
+        return mixed
+    norm = mixed.norm(dim=-1, keepdim=True)
+    used = (lam.reshape(-1, *([1] * (unit.dim() - 1))) != 0) & (norm >= CANCELLED)
+    return torch.where(used, mixed / norm.clamp_min(CANCELLED), unit)
+
+
+def prototype_chain(
+    d_prototypes: Tensor,
+    weight: Tensor,
+    memory_rows: Tensor | None = None,
+    strength: Tensor | None = None,
+    slot: Tensor | None = None,
+    renormalize: bool = True,
+) -> Tensor:
+    """dP -> dW through both normalisations of `effective_prototypes`; shapes as weight."""
+    unit, norm = unit_rows(weight)
+    d_unit = d_prototypes
+    injection = _injection(unit, memory_rows, strength, slot)
+    if injection is not None and renormalize:
+        lam, push = injection
+        mixed_unit, mixed_norm = unit_rows(unit + push)
+        used = (lam.reshape(-1, *([1] * (unit.dim() - 2))) != 0) & (mixed_norm >= CANCELLED)
+        d_unit = torch.where(used.unsqueeze(-1), through_normalisation(d_prototypes, mixed_unit, mixed_norm), d_prototypes)
+    return through_normalisation(d_unit, unit, norm)
+
+
+def _prototypes(
+    weight: Tensor, memory_rows: Tensor | None, strength: Tensor | None, slot: Tensor | None, unit: bool, renormalize: bool
+) -> Tensor:
+    """(C, K, D)"""
+    rows = weight if unit else effective_prototypes(weight, memory_rows, strength, slot, renormalize)
+    return rows.reshape(weight.shape[0], -1, weight.shape[-1])
+
+
+def _apply_rules(cosine: Tensor, rules: Tensor | None) -> tuple[Tensor, Tensor]:
+    """f(c), g(c) of math.md 1.2 for cosine (N, C); g = 0 where the clamp holds."""
+    if rules is None:
+        return cosine, torch.ones_like(cosine)
+    r = rules.to(cosine.dtype).unsqueeze(-1)
+    c = torch.minimum(torch.maximum(cosine, -r[0]), r[0])
+    a2, a1, a0, b1, b0 = (torch.where(c > r[1], r[2 + k], r[7 + k]) for k in range(5))
+    return (a2 * c + a1) * c + a0, torch.where(c == cosine, b1 * c + b0, torch.zeros_like(c))
+
+
+def _class_cosines(unit_embeddings: Tensor, prototypes: Tensor) -> tuple[Tensor, Tensor]:
+    """c_ij = max_k <x^_i, P_jk> (N, C) and the winning k (ties: the lowest)."""
+    c, k, d = prototypes.shape
+    cosine = (unit_embeddings @ prototypes.reshape(c * k, d).t()).reshape(-1, c, k)
+    best = cosine.max(dim=2)
+    first = (cosine == best.values.unsqueeze(2)).to(torch.int8).argmax(dim=2)
+    return best.values, first
+
+
+def _negatives(labels: Tensor, classes: int) -> Tensor:
+    """(N, C) mask of the classes that are a row's negatives; every class for unlabelled rows."""
+    return torch.arange(classes, device=labels.device) != labels.unsqueeze(1)
+
+
+def negative_logsumexp(
+    unit_embeddings: Tensor,  # (N, D)
+    weight: Tensor,  # (C, D) or (C, K, D)
+    labels: Tensor,  # (N,)
+    scale: float,
+    rules: Tensor | None = None,  # (12, N)
+    memory_rows: Tensor | None = None,
+    strength: Tensor | None = None,
+    slot: Tensor | None = None,
+    unit: bool = False,
+    renormalize: bool = True,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """L_i = log sum_{j != y_i} exp(s f(c_ij)); nearest negative cosine and class; pull = sum_j softmax_j g(c_ij) P_j."""
+    n, classes = unit_embeddings.shape[0], weight.shape[0]
+    prototypes = _prototypes(weight, memory_rows, strength, slot, unit, renormalize)
+    cosine, sub = _class_cosines(unit_embeddings, prototypes)
+    negative = _negatives(labels, classes)
+    f, g = _apply_rules(cosine, rules)
+    z = (scale * f).masked_fill(~negative, float("-inf"))
+    lse = torch.logsumexp(z, dim=1)
+    raw = cosine.masked_fill(~negative, -2.0)
+    nearest = raw.max(dim=1).values if classes else raw.new_full((n,), -2.0)
+    index = (raw == nearest.unsqueeze(1)).to(torch.int8).argmax(dim=1)
+    index = torch.where(negative.any(dim=1), index, torch.full_like(index, -1))
+    share = torch.where(negative, torch.exp(z - lse.unsqueeze(1)) * g, torch.zeros_like(z))
+    pull = _spread(share, sub, prototypes.shape[1]) @ prototypes.reshape(-1, weight.shape[-1])
+    return lse.double(), nearest, index, pull
+
+
+def _spread(values: Tensor, sub: Tensor, subcenters: int) -> Tensor:
+    """(N, C) -> (N, C K): each value at its class's winning sub-center."""
+    if subcenters == 1:
+        return values
+    spread = values.new_zeros(*values.shape, subcenters)
+    return spread.scatter_(2, sub.unsqueeze(2), values.unsqueeze(2)).reshape(values.shape[0], -1)
+
+
+def unknown_rejection(
+    unit_embeddings: Tensor,  # (N, D)
+    weight: Tensor,
+    lse: Tensor,  # (N,) over all classes
+    scale: float,
+    memory_rows: Tensor | None = None,
+    strength: Tensor | None = None,
+    slot: Tensor | None = None,
+    unit: bool = False,
+    renormalize: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """T = sum(expm1(p) - p), E = sum p expm1(p), sum p expm1(p) P, with p = exp(s c - lse) (math.md 3)."""
+    prototypes = _prototypes(weight, memory_rows, strength, slot, unit, renormalize)
+    cosine, sub = _class_cosines(unit_embeddings, prototypes)
+    p = torch.exp(scale * cosine.double() - lse.double().unsqueeze(1)).clamp_max(1.0)
+    series = p * p * (0.5 + p * (1 / 6 + p * (1 / 24 + p * (1 / 120 + p * (1 / 720 + p * (1 / 5040 + p / 40320))))))
+    remainder = torch.where(p < 0.1, series, torch.expm1(p) - p)
+    share = p * torch.expm1(p)
+    spread = _spread(share.to(unit_embeddings.dtype), sub, prototypes.shape[1])
+    return remainder.sum(1), share.sum(1), spread @ prototypes.reshape(-1, weight.shape[-1])
+
+
+def class_gradient(
+    unit_embeddings: Tensor,  # (N, D)
+    targets: Tensor,  # (N,) class * K + sub-center, negative: none
+    terms: Tensor,  # (5, N)
+    weight: Tensor,
+    scale: float,
+    rules: Tensor | None = None,
+    memory_rows: Tensor | None = None,
+    strength: Tensor | None = None,
+    slot: Tensor | None = None,
+    unit: bool = False,
+    renormalize: bool = True,
+) -> Tensor:
+    """dP_j = sum_i (dloss/dc_ij) x^_i, carried to dW unless `unit`; shaped as weight."""
+    prototypes = _prototypes(weight, memory_rows, strength, slot, unit, renormalize)
+    classes, subcenters, _ = prototypes.shape
+    cosine, sub = _class_cosines(unit_embeddings, prototypes)
+    lse, negative_weight, target_weight, mean, kind = terms.to(cosine.dtype).unsqueeze(2)
+    f, g = _apply_rules(cosine, rules)
+    p = torch.exp(torch.clamp(scale * f - lse, max=80.0))
+    capped = p.clamp_max(1.0)
+    h = torch.where(kind == UNKNOWN_DOUBLE, capped * (torch.expm1(capped) - mean), p * g)
+    h = torch.where(kind == UNKNOWN_SINGLE, p * classes - 1, h)
+    owner = torch.where(targets >= 0, targets // subcenters, torch.full_like(targets, -1))
+    d_cosine = torch.where(_negatives(owner, classes), negative_weight * h, torch.zeros_like(h))
+    d_cosine = _spread(d_cosine, sub, subcenters)
+    here = (targets >= 0) & (targets < classes * subcenters)
+    d_cosine[here, targets[here]] = target_weight.squeeze(1)[here]
+    d_prototypes = (d_cosine.t() @ unit_embeddings).reshape(weight.shape)
+    return d_prototypes if unit else prototype_chain(d_prototypes, weight, memory_rows, strength, slot, renormalize)
+
+
+def class_step(
+    unit_embeddings: Tensor,
+    targets: Tensor,
+    terms: Tensor,
+    weight: Tensor,  # updated in place
+    velocity: Tensor,  # updated in place
+    scale: float,
+    rules: Tensor | None,
+    memory_rows: Tensor | None,
+    strength: Tensor | None,
+    slot: Tensor | None,
+    renormalize: bool,
+    lr: float,
+    momentum: float,
+    weight_decay: float,
+    nesterov: bool,
+) -> None:
+    """SGD with momentum on the class centres: v <- mu v + (dW + wd W); W <- W - lr v (Nesterov: lr (g + mu v))."""
+    gradient = class_gradient(
+        unit_embeddings, targets, terms, weight, scale, rules, memory_rows, strength, slot, False, renormalize
+    ).add_(weight, alpha=weight_decay)
+    velocity.mul_(momentum).add_(gradient)
+    weight.sub_(gradient.add_(velocity, alpha=momentum) if nesterov else velocity, alpha=lr)
+
+
+def center_sparsity(weight: Tensor) -> Tensor:
+    """mean_{j<k}(1 - <W^_j, W^_k>) = 1 - (|sum W^|^2 - C)/(C (C - 1)), in float64 (math.md 3); 0-dim."""
+    unit, _ = unit_rows(weight.double())
+    count = unit.shape[0]
+    return 1 - (unit.sum(0).square().sum() - count) / (count * (count - 1))
+
+
+def margin_logits(cosine: Tensor, target: Tensor, labels: Tensor, scale: float) -> Tensor:
+    """Logits of a labelled batch as cross_entropy wants them: s c, with s t at the target; for reading and tests."""
+    rows = torch.arange(labels.numel(), device=labels.device)
+    return (scale * cosine).index_put((rows, labels), scale * target)

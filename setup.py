@@ -1,0 +1,45 @@
+"""Drives CMake; everything else is in pyproject.toml."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+
+
+class CMakeExtension(Extension):
+    """An extension whose sources CMakeLists.txt lists."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name, sources=[])
+
+
+class CMakeBuild(build_ext):
+    """Configures and builds with CMake and Ninja; CMAKE_ARGS and RECOG_FAST_CUDA (auto, on, off) are passed on."""
+
+    def build_extension(self, ext: Extension) -> None:
+        import pybind11
+
+        output = Path(self.get_ext_fullpath(ext.name)).resolve().parent
+        build = Path(self.build_temp).resolve() / ext.name
+        build.mkdir(parents=True, exist_ok=True)
+        configure = [
+            "cmake", "-G", "Ninja", "-S", str(ROOT), "-B", str(build),
+            f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={output}",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-DRECOG_FAST_CUDA={os.environ.get('RECOG_FAST_CUDA', 'auto')}",
+            *shlex.split(os.environ.get("CMAKE_ARGS", "")),
+        ]  # fmt: skip
+        subprocess.run(configure, check=True)
+        subprocess.run(["cmake", "--build", str(build)], check=True)
+
+
+setup(ext_modules=[CMakeExtension("recog_fast._native")], cmdclass={"build_ext": CMakeBuild})
