@@ -1,0 +1,75 @@
+"""Sources of labelled images: files of other libraries, folders and lists, synthetic identities; augmentation and
+resumable sampling.
+
+Every source is a `torch.utils.data.Dataset` of (image uint8 (H, W, 3) RGB, label int) with `.num_classes`, `.paths`,
+`.labels`. Names are imported on first use, so that importing the package costs neither Pillow nor simplejpeg.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from . import degradations as degradations
+    from .augment import Augmentation as Augmentation
+    from .augment import Augmented as Augmented
+    from .bins import read_bin as read_bin
+    from .datasets import FolderDataset as FolderDataset
+    from .datasets import ListDataset as ListDataset
+    from .datasets import TarDataset as TarDataset
+    from .datasets import ZipDataset as ZipDataset
+    from .images import CorruptImage as CorruptImage
+    from .images import decode_image as decode_image
+    from .images import images_to_tensor as images_to_tensor
+    from .images import resize_image as resize_image
+    from .records import RecordDataset as RecordDataset
+    from .records import pack_record as pack_record
+    from .records import read_records as read_records
+    from .records import unpack_record as unpack_record
+    from .records import write_identities as write_identities
+    from .records import write_records as write_records
+    from .sampler import ResumableBatches as ResumableBatches
+    from .synthetic import SyntheticIdentities as SyntheticIdentities
+    from .wrappers import Resized as Resized
+    from .wrappers import SkipCorrupt as SkipCorrupt
+    from .wrappers import class_subset as class_subset
+
+_HOME = {
+    "Augmentation": "augment",
+    "Augmented": "augment",
+    "CorruptImage": "images",
+    "FolderDataset": "datasets",
+    "ListDataset": "datasets",
+    "RecordDataset": "records",
+    "Resized": "wrappers",
+    "ResumableBatches": "sampler",
+    "SkipCorrupt": "wrappers",
+    "SyntheticIdentities": "synthetic",
+    "TarDataset": "datasets",
+    "ZipDataset": "datasets",
+    "class_subset": "wrappers",
+    "decode_image": "images",
+    "images_to_tensor": "images",
+    "pack_record": "records",
+    "read_bin": "bins",
+    "read_records": "records",
+    "resize_image": "images",
+    "unpack_record": "records",
+    "write_identities": "records",
+    "write_records": "records",
+}
+
+__all__ = ["degradations", *_HOME]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    if name == "degradations":
+        return importlib.import_module(".degradations", __name__)
+    if name in _HOME:
+        return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,116 @@
+"""Random augmentation that is a pure function of (seed, epoch, index): the same pixels in every worker, process and
+resumed run."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from . import degradations
+from .images import Image, LabelledImages, images_to_tensor, resize_image
+
+Key = int | tuple[int, int]  # index, or (epoch, index) as ResumableBatches yields it
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Probability of each step, applied in this order, and the ranges they draw from; see `degradations` for what each
+    does.
+
+    flip, affine, crop, light, occlusion, motion, blur, low_resolution  probabilities in [0, 1]
+    crop_scale      area kept by crop                       blur_sigma  pixels, Gaussian
+    occlusion_area  share covered                           motion_length  pixels, at any angle
+    smallest        shortest side low_resolution goes to, pixels
+    Raises ValueError for a probability outside [0, 1].
+    """
+
+    flip: float = 0.5
+    affine: float = 0.0
+    crop: float = 0.0
+    light: float = 0.0
+    occlusion: float = 0.0
+    motion: float = 0.0
+    blur: float = 0.0
+    low_resolution: float = 0.0
+    crop_scale: tuple[float, float] = (0.7, 1.0)
+    occlusion_area: tuple[float, float] = (0.05, 0.3)
+    motion_length: tuple[float, float] = (3.0, 12.0)
+    blur_sigma: tuple[float, float] = (0.5, 2.5)
+    smallest: int = 12
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self)[:8]:
+            value = getattr(self, field.name)
+            if not 0.0 <= value <= 1.0:
+                raise ValueError(f"Augmentation: expected {field.name} in [0, 1], got {value}")
+
+    def __call__(self, image: Image, rng: np.random.Generator) -> Image:
+        """(H, W, 3) uint8 -> (H, W, 3) uint8; the input is left alone."""
+        coin = rng.random(8)
+        if coin[0] < self.flip:
+            image = np.ascontiguousarray(image[:, ::-1])
+        if coin[1] < self.affine:
+            image = degradations.affine(image, rng)
+        if coin[2] < self.crop:
+            image = degradations.crop(image, rng, self.crop_scale)
+        if coin[3] < self.light:
+            image = degradations.light(image, rng)
+        if coin[4] < self.occlusion:
+            image = degradations.occlude(image, rng, self.occlusion_area)
+        if coin[5] < self.motion:
+            image = degradations.motion_blur(image, rng.uniform(*self.motion_length), rng.uniform(0, 180))
+        if coin[6] < self.blur:
+            image = degradations.gaussian_blur(image, rng.uniform(*self.blur_sigma))
+        if coin[7] < self.low_resolution:
+            image = degradations.low_resolution(image, rng, self.smallest)
+        return image
+
+
+class Augmented(Dataset[tuple[Tensor, int]]):
+    """Images resized to `size`, augmented, as the network's input: ((3, H, W) float32 in [-1, 1], label).
+
+    A key is (epoch, index), as `ResumableBatches` yields them, or an index, which takes the epoch of `set_epoch` (that
+    call does not reach workers that already run). The random numbers come from (seed, epoch, index) alone.
+    augmentation=None leaves pixels alone.
+    """
+
+    def __init__(
+        self,
+        dataset: LabelledImages,
+        augmentation: Augmentation | None = None,
+        seed: int = 0,
+        size: int | tuple[int, int] | None = None,
+    ) -> None:
+        if seed < 0:
+            raise ValueError(f"Augmented: expected seed >= 0, got {seed}")
+        self.dataset = dataset
+        self.augmentation = augmentation
+        self.seed = seed
+        self.size = size
+        self.epoch = 0
+
+    @property
+    def num_classes(self) -> int:
+        return self.dataset.num_classes
+
+    def set_epoch(self, epoch: int) -> None:
+        """The epoch of keys that are bare indices."""
+        if epoch < 0:
+            raise ValueError(f"Augmented: expected epoch >= 0, got {epoch}")
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, key: Key) -> tuple[Tensor, int]:
+        epoch, index = key if isinstance(key, tuple) else (self.epoch, key)
+        image, label = self.dataset[index]
+        if self.size is not None:
+            image = resize_image(image, self.size)
+        if self.augmentation is not None:
+            image = self.augmentation(image, np.random.default_rng((self.seed, epoch, index % len(self))))
+        return images_to_tensor(image), label

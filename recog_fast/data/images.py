@@ -1,0 +1,166 @@
+"""Encoded images to uint8 RGB arrays, and the base of every dataset that decodes them."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset
+
+Image = NDArray[np.uint8]
+
+# Above these a file is refused as corrupt: a few forged header bytes must not be able to ask for gigabytes.
+MAX_PIXELS = 1 << 26
+MAX_ENCODED_BYTES = 1 << 28
+
+
+class CorruptImage(ValueError):
+    """An image that cannot be read or decoded; `.source` names the file or record, `.index` its place in the dataset
+    (-1: none)."""
+
+    def __init__(self, source: str, index: int, reason: str) -> None:
+        super().__init__(f"decode_image: expected a readable image, got {reason} in {source} (index {index})")
+        self.source, self.index, self.reason = source, index, reason
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # DataLoader workers send exceptions through pickle.
+        return type(self), (self.source, self.index, self.reason)
+
+
+def decode_image(data: bytes, source: str = "bytes", index: int = -1) -> Image:
+    """Decode JPEG, PNG, PGM, BMP, ... -> (H, W, 3) uint8 RGB.
+
+    JPEG goes through simplejpeg (bit-identical to Pillow, twice as fast), everything else and what it refuses through
+    Pillow. Grey, palette and 1-bit images are spread over three channels; alpha is dropped; 16-bit grey keeps its high
+    byte; EXIF rotation is ignored. Raises CorruptImage for anything else, and above 2^26 pixels.
+    """
+    if not data:
+        raise CorruptImage(source, index, "0 bytes")
+    if data[:2] == b"\xff\xd8":
+        image = _decode_jpeg(data, source, index)
+        if image is not None:
+            return image
+    return _decode_pillow(data, source, index)
+
+
+def _decode_jpeg(data: bytes, source: str, index: int) -> Image | None:
+    """The image, or None where simplejpeg is absent or refuses (CMYK, warnings): Pillow then decides."""
+    try:
+        import simplejpeg  # type: ignore[import-untyped, unused-ignore]
+    except ImportError:
+        return None
+    try:
+        height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
+        if height * width > MAX_PIXELS:
+            raise CorruptImage(source, index, f"{width} x {height} pixels, more than {MAX_PIXELS}")
+        if colorspace in ("CMYK", "YCCK"):
+            return None
+        image: Image = simplejpeg.decode_jpeg(data, colorspace="RGB")
+        return image
+    except CorruptImage:
+        raise
+    except ValueError:
+        return None
+
+
+def _decode_pillow(data: bytes, source: str, index: int) -> Image:
+    import PIL.Image
+
+    try:
+        with PIL.Image.open(io.BytesIO(data)) as opened:
+            width, height = opened.size
+            if width * height > MAX_PIXELS:
+                raise CorruptImage(source, index, f"{width} x {height} pixels, more than {MAX_PIXELS}")
+            if opened.mode.startswith("I;16"):
+                high = (np.asarray(opened).astype(np.uint16) >> 8).astype(np.uint8)
+                return np.repeat(high[:, :, None], 3, axis=2)
+            return np.array(opened.convert("RGB"))
+    except CorruptImage:
+        raise
+    except Exception as error:  # on broken files Pillow's plug-ins raise almost any type
+        raise CorruptImage(source, index, f"{type(error).__name__}: {error}") from error
+
+
+def resize_image(image: Image, size: int | tuple[int, int]) -> Image:
+    """Resize (H, W, 3) uint8 to (size, size) or size = (height, width): box mean where both sides shrink, bilinear
+    otherwise."""
+    import PIL.Image
+
+    height, width = (size, size) if isinstance(size, int) else size
+    if height < 1 or width < 1:
+        raise ValueError(f"resize_image: expected size >= 1, got {size}")
+    if image.shape[:2] == (height, width):
+        return image
+    shrinks = height <= image.shape[0] and width <= image.shape[1]
+    method = PIL.Image.Resampling.BOX if shrinks else PIL.Image.Resampling.BILINEAR
+    return np.array(PIL.Image.fromarray(image).resize((width, height), method))
+
+
+def images_to_tensor(images: Image) -> Tensor:
+    """(H, W, 3) or (N, H, W, 3) uint8 -> (3, H, W) or (N, 3, H, W) float32 in [-1, 1]: (x / 255 - 0.5) / 0.5
+    (InsightFace's input)."""
+    if images.dtype != np.uint8 or images.ndim not in (3, 4) or images.shape[-1] != 3:
+        raise ValueError(
+            f"images_to_tensor: expected images (H, W, 3) or (N, H, W, 3) uint8, got {images.shape} {images.dtype}"
+        )
+    channels_first = np.ascontiguousarray(np.moveaxis(images, -1, -3))
+    return (torch.from_numpy(channels_first).float() / 255.0 - 0.5) / 0.5
+
+
+class LabelledImages(Protocol):
+    """What every dataset of this package offers."""
+
+    @property
+    def num_classes(self) -> int: ...
+
+    @property
+    def paths(self) -> list[str]: ...
+
+    @property
+    def labels(self) -> NDArray[np.int64]: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> tuple[Any, int]: ...
+
+
+class EncodedDataset(Dataset[tuple[Any, int]]):
+    """A dataset of encoded images: subclasses give `encoded(i) -> (bytes, label)`, `source(i) -> name for errors` and
+    `__len__`.
+
+    Items are (image (H, W, 3) uint8 RGB, label), with decode=False (bytes, label). A broken image raises CorruptImage.
+    """
+
+    decode: bool = True
+
+    def encoded(self, index: int) -> tuple[bytes, int]:
+        """The image's file bytes and its label."""
+        raise TypeError(f"{type(self).__name__} does not define encoded()")
+
+    def source(self, index: int) -> str:
+        """Where image `index` comes from, for messages."""
+        raise TypeError(f"{type(self).__name__} does not define source()")
+
+    def __len__(self) -> int:
+        raise TypeError(f"{type(self).__name__} does not define __len__()")
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        index = checked_index(index, len(self))
+        data, label = self.encoded(index)
+        return (decode_image(data, self.source(index), index) if self.decode else data), label
+
+    def __iter__(self) -> Iterator[tuple[Any, int]]:
+        return (self[i] for i in range(len(self)))
+
+
+def checked_index(index: int, length: int) -> int:
+    """`index` as 0 <= index < length, negative ones counted from the end; IndexError outside."""
+    place = int(index)
+    if not -length <= place < length:
+        raise IndexError(f"expected an index below {length}, got {index}")
+    return place % length

@@ -1,0 +1,388 @@
+"""MXNet RecordIO (.rec/.idx) and InsightFace's use of it, math.md section 7: reader, byte-identical writer, dataset.
+
+A record is one or more parts [u32 magic][u32 cflag << 29 | length][payload][pad to 4]; cflag 0 is a whole record, 1 / 2
+/ 3 its first, middle and last part. The writer cuts the payload at every 4-byte-aligned magic word and drops that word;
+the reader puts it back. An image record's payload is the header '<IfQQ' (flag, label, id, id2), then `flag` float32
+labels, then the image file.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import struct
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .images import EncodedDataset
+
+MAGIC = 0xCED7230A
+_MAGIC_BYTES = struct.pack("<I", MAGIC)
+_PART = struct.Struct("<II")
+_HEADER = struct.Struct("<IfQQ")
+_LENGTH_MASK = (1 << 29) - 1
+_HEAD = np.dtype([("magic", "<u4"), ("word", "<u4"), ("flag", "<u4"), ("label", "<f4")])
+_MAX_LABEL = 1 << 24  # float32 counts exactly up to here
+_IDENTITY_BYTES = _PART.size + _HEADER.size + 8  # flag 2, two float32, no image
+
+PathLike = str | os.PathLike[str]
+Int64 = NDArray[np.int64]
+
+
+class ImageRecord(NamedTuple):
+    """An unpacked image record: labels as float32 values (one, or `flag` of them), the two ids, the image file's
+    bytes."""
+
+    flag: int
+    labels: tuple[float, ...]
+    key: int
+    id2: int
+    image: bytes
+
+
+def pack_record(label: float | Sequence[float], image: bytes, *, key: int = 0, id2: int = 0) -> bytes:
+    """The payload of an image record, as mxnet.recordio.pack writes it: a number gives flag 0, a sequence gives flag =
+    its length."""
+    if isinstance(label, Sequence):
+        return _HEADER.pack(len(label), 0.0, key, id2) + np.asarray(label, "<f4").tobytes() + image
+    return _HEADER.pack(0, float(label), key, id2) + image
+
+
+def unpack_record(payload: bytes, source: str = "record") -> ImageRecord:
+    """Header, labels and image of an image record's payload. Raises ValueError naming `source` where the payload is too
+    short."""
+    if len(payload) < _HEADER.size:
+        raise ValueError(
+            f"unpack_record: expected {source} to hold a header of {_HEADER.size} bytes, got {len(payload)} bytes"
+        )
+    flag, label, key, id2 = _HEADER.unpack_from(payload)
+    start = _HEADER.size + 4 * flag
+    if start > len(payload):
+        raise ValueError(
+            f"unpack_record: expected {source} to hold {flag} labels (flag), got {len(payload)} bytes in all"
+        )
+    labels = tuple(np.frombuffer(payload, "<f4", flag, _HEADER.size).tolist()) if flag else (label,)
+    return ImageRecord(flag, labels, key, id2, payload[start:])
+
+
+class RecordFile:
+    """A memory-mapped .rec: `read(offset)`, `scan()`, and `heads(offsets)`. Opened on first use in each process;
+    pickles as its path.
+
+    Lengths are checked against the file before anything is copied. Raises ValueError naming the file, the offset and
+    what was expected.
+    """
+
+    def __init__(self, path: PathLike) -> None:
+        self.path = os.fspath(path)
+        self._map: mmap.mmap | None = None
+        if not os.path.isfile(self.path):
+            raise ValueError(f"read_records: expected a .rec file, got {self.path}, which is no file")
+        self.size = os.path.getsize(self.path)
+        if self.size == 0:
+            raise ValueError(f"read_records: expected records in {self.path}, got an empty file")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"path": self.path, "size": self.size, "_map": None}
+
+    def _bytes(self) -> mmap.mmap:
+        if self._map is None:
+            with open(self.path, "rb") as file:
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            self.size = len(self._map)
+        return self._map
+
+    def _fail(self, offset: int, expected: str, got: str) -> ValueError:
+        return ValueError(f"read_records: expected {expected} at offset {offset} of {self.path}, got {got}")
+
+    def _spans(self, offset: int) -> tuple[list[tuple[int, int]], int]:
+        """(start, end) of each part of the record at `offset`, and where the next record starts."""
+        data = self._bytes()
+        spans: list[tuple[int, int]] = []
+        while True:
+            if not 0 <= offset <= self.size - _PART.size:
+                raise self._fail(offset, "a record", f"the end of the file ({self.size} bytes)")
+            magic, word = _PART.unpack_from(data, offset)
+            if magic != MAGIC:
+                raise self._fail(offset, f"the magic number {MAGIC:#x}", f"{magic:#x}")
+            part, length = word >> 29, word & _LENGTH_MASK
+            start = offset + _PART.size
+            following = start + ((length + 3) & ~3)
+            if following > self.size:
+                raise self._fail(
+                    offset, f"{length} bytes and padding", f"{self.size - start} bytes to the end of the file"
+                )
+            if part not in ((2, 3) if spans else (0, 1)):
+                raise self._fail(
+                    offset, "a middle or last part" if spans else "the start of a record", f"part kind {part}"
+                )
+            spans.append((start, start + length))
+            offset = following
+            if part in (0, 3):
+                return spans, following
+
+    def read(self, offset: int) -> bytes:
+        """The payload of the record at `offset`, with the magic words put back between its parts."""
+        spans, _ = self._spans(offset)
+        data = self._bytes()
+        return _MAGIC_BYTES.join([data[start:end] for start, end in spans])
+
+    def scan(self) -> Iterator[int]:
+        """Offsets of all records in file order, without an .idx."""
+        offset = 0
+        while offset < self.size:
+            _, following = self._spans(offset)
+            yield offset
+            offset = following
+
+    def heads(self, offsets: Int64) -> tuple[NDArray[np.void], NDArray[np.bool_]]:
+        """(n,) first 16 bytes of each record as `_HEAD`, and which of them are whole, unsplit image records."""
+        raw = np.frombuffer(self._bytes(), np.uint8)
+        plain: NDArray[np.bool_] = (offsets >= 0) & (offsets <= self.size - _HEAD.itemsize)
+        head = raw[(offsets * plain)[:, None] + np.arange(_HEAD.itemsize)].view(_HEAD)[:, 0]
+        length = head["word"] & _LENGTH_MASK
+        plain &= (head["magic"] == MAGIC) & (head["word"] >> 29 == 0)
+        plain &= (length >= _HEADER.size) & (offsets + _PART.size + length <= self.size)
+        return head, plain
+
+    def first_labels(self, offsets: Int64) -> NDArray[np.float32]:
+        """The (first) label of each image record: vectorised, touches 36 bytes of each record and decodes nothing."""
+        raw = np.frombuffer(self._bytes(), np.uint8)
+        labels = np.empty(len(offsets), np.float32)
+        for begin in range(0, len(offsets), 1 << 16):
+            part = offsets[begin : begin + (1 << 16)]
+            head, plain = self.heads(part)
+            length = head["word"] & _LENGTH_MASK
+            out = np.where(head["flag"] == 0, head["label"], np.float32(0))
+            many = np.flatnonzero(plain & (head["flag"] > 0) & (length >= _HEADER.size + 4))
+            at = part[many] + _PART.size + _HEADER.size
+            out[many] = raw[at[:, None] + np.arange(4)].view("<f4")[:, 0]
+            plain &= (head["flag"] == 0) | (length >= _HEADER.size + 4 * head["flag"].astype(np.int64))
+            # Split records and broken ones take the slow path, which either knows better or raises the clear error.
+            for row in np.flatnonzero(~plain):
+                out[row] = unpack_record(self.read(int(part[row])), f"{self.path} at offset {part[row]}").labels[0]
+            labels[begin : begin + len(part)] = out
+        return labels
+
+
+def read_index(path: PathLike) -> tuple[Int64, Int64]:
+    """Keys and byte offsets, each (n,) int64, of an .idx file: lines "key<TAB>offset" in the file's order. Raises
+    ValueError."""
+    if not os.path.isfile(path):
+        raise ValueError(f"read_index: expected an .idx file, got {os.fspath(path)}, which is no file")
+    text = Path(path).read_bytes()
+    stray = text.translate(None, b"0123456789\t\r\n")
+    lines = text.count(b"\n") + (1 if text and not text.endswith(b"\n") else 0)
+    values = np.fromstring(text, np.int64, sep=" ") if not stray and text.strip() else np.empty(0, np.int64)
+    if stray or len(values) != 2 * lines or text.count(b"\t") != lines or not lines:
+        raise ValueError(
+            f"read_index: expected lines key<TAB>offset in {os.fspath(path)}, got {lines} lines, {len(values)} numbers"
+        )
+    return np.ascontiguousarray(values[0::2]), np.ascontiguousarray(values[1::2])
+
+
+def index_path(path: PathLike) -> str:
+    """Where the .idx of a .rec lies: the same name with suffix .idx."""
+    return os.fspath(Path(path).with_suffix(".idx"))
+
+
+def _load_index(file: RecordFile, idx: PathLike | None) -> tuple[Int64, Int64]:
+    """Keys and offsets from `idx`, from the .idx beside the file, or from a scan (keys 0, 1, 2, ...)."""
+    if idx is None and os.path.isfile(index_path(file.path)):
+        idx = index_path(file.path)
+    if idx is None:
+        offsets = np.fromiter(file.scan(), np.int64)
+        return np.arange(len(offsets), dtype=np.int64), offsets
+    keys, offsets = read_index(idx)
+    last = int(np.argmax(offsets))
+    if int(offsets[last]) > file.size - _PART.size:
+        raise ValueError(
+            f"read_index: expected offsets inside {file.path} ({file.size} bytes) in {os.fspath(idx)}, "
+            f"got {offsets[last]} for key {keys[last]}: the .rec is truncated or another file's"
+        )
+    return keys, offsets
+
+
+def read_records(path: PathLike, idx: PathLike | None = None) -> Iterator[tuple[int, bytes]]:
+    """Iterate over (key, payload bytes) of a RecordIO file.
+
+    Order and keys are those of `idx`, of the .idx beside the file, or the file's own order with keys 0, 1, 2, ... where
+    there is none. Image records' payloads are taken apart by `unpack_record`. Raises ValueError naming file, offset and
+    expectation for a truncated file, a bad magic number, a wild length or an index that points outside.
+    """
+    file = RecordFile(path)
+    keys, offsets = _load_index(file, idx)
+    return ((int(key), file.read(int(offset))) for key, offset in zip(keys, offsets, strict=True))
+
+
+def _split(payload: bytes) -> list[bytes]:
+    """The parts between 4-byte-aligned magic words."""
+    parts, start = [], 0
+    at = payload.find(_MAGIC_BYTES)
+    while at >= 0:
+        if at % 4 == 0:
+            parts.append(payload[start:at])
+            start = at + 4
+        at = payload.find(_MAGIC_BYTES, at + 4 if at % 4 == 0 else at + 1)
+    return [*parts, payload[start:]]
+
+
+def write_records(path: PathLike, items: Iterable[tuple[int, bytes]], *, idx: PathLike | None = None) -> int:
+    """Write (key, payload) pairs as .rec and .idx, byte for byte what mxnet.recordio.MXIndexedRecordIO writes; returns
+    their number.
+
+    `idx` defaults to the .idx beside `path`. Image payloads come from `pack_record`. Raises ValueError for a repeated
+    key or a payload of 2^29 bytes or more.
+    """
+    seen: set[int] = set()
+    with open(path, "wb") as rec, open(index_path(path) if idx is None else idx, "w", newline="\n") as index:
+        for key, payload in items:
+            if key in seen or len(payload) > _LENGTH_MASK:
+                fault = "a key seen before" if key in seen else f"{len(payload)} bytes"
+                raise ValueError(
+                    f"write_records: expected items of distinct keys, payloads below 2^29 bytes, got key {key}: {fault}"
+                )
+            seen.add(key)
+            index.write(f"{key}\t{rec.tell()}\n")
+            parts = _split(payload)
+            for place, part in enumerate(parts):
+                kind = 0 if len(parts) == 1 else 1 if place == 0 else 3 if place == len(parts) - 1 else 2
+                rec.write(_PART.pack(MAGIC, kind << 29 | len(part)) + part + bytes(-len(part) % 4))
+    return len(seen)
+
+
+def write_identities(path: PathLike, images: Iterable[tuple[int, bytes]], *, idx: PathLike | None = None) -> int:
+    """Write (label, image file bytes), sorted by label, in InsightFace's layout; returns the number of images.
+
+    Record 0 holds [images + 1, images + 1 + identities] as float32, images have keys 1, 2, ..., one record of [first
+    key, past last key] per identity follows. Labels must be 0, 1, 2, ... without gaps, each identity's images together;
+    ValueError otherwise.
+    """
+    labelled = list(images)
+    starts: list[int] = []
+    for place, (label, _) in enumerate(labelled):
+        if label == len(starts):
+            starts.append(place + 1)
+        elif label != len(starts) - 1:
+            raise ValueError(f"write_identities: expected labels 0, 1, 2, ... in order, got {label} at item {place}")
+    end = len(labelled) + 1
+    ends = [*starts[1:], end]
+
+    def items() -> Iterator[tuple[int, bytes]]:
+        yield 0, pack_record([end, end + len(starts)], b"")
+        for key, (label, image) in enumerate(labelled, 1):
+            yield key, pack_record(label, image, key=key)
+        for label, (first, past) in enumerate(zip(starts, ends, strict=True)):
+            yield end + label, pack_record([first, past], b"", key=end + label)
+
+    write_records(path, items(), idx=idx)
+    return len(labelled)
+
+
+class RecordDataset(EncodedDataset):
+    """Images of a .rec file, memory-mapped: im2rec files (no record 0) and InsightFace's (record 0, identity records at
+    the end).
+
+    `idx=None` takes the .idx beside the file, else scans. Items come in the order of the .idx, as InsightFace reads
+    them; `.keys` has their keys. The label is the header's number, the first of a label array. With identity records
+    `.num_classes` is their number, otherwise the largest label + 1: record 0's float32 counts are never used (exact to
+    2^24 only). `.labels` reads every header on first use. Raises ValueError naming file and offset for truncated or
+    foreign files, and for labels that are no whole numbers >= -1 or above 2^24, where float32 labels of different
+    identities fall together.
+    """
+
+    def __init__(self, rec: PathLike, idx: PathLike | None = None, decode: bool = True) -> None:
+        self.file = RecordFile(rec)
+        self.decode = decode
+        keys, offsets = _load_index(self.file, idx)
+        last = int(offsets.max())
+        self.file.read(last)
+        images = np.ones(len(keys), bool)
+        self._identities = 0
+        zero = np.flatnonzero(keys == 0)
+        if len(zero):
+            first = self.file.read(int(offsets[zero[0]]))
+            if (
+                len(first) >= _HEADER.size
+                and (record := unpack_record(first, f"record 0 of {self.file.path}")).flag
+                and not record.image
+            ):
+                self._check_complete(len(keys), record.labels, idx)
+                identities = self._identity_records(offsets)
+                identities[zero[0]] = False
+                images = ~identities
+                images[zero[0]] = False
+                self._identities = int(identities.sum())
+        self.keys, self.offsets = keys[images], offsets[images]
+        if not len(self.keys):
+            raise ValueError(
+                f"RecordDataset: expected image records in {self.file.path}, got none of {len(keys)} records"
+            )
+        self._labels: Int64 | None = None
+        self._paths: list[str] | None = None
+
+    def _check_complete(self, records: int, counts: tuple[float, ...], idx: PathLike | None) -> None:
+        """A scan cannot see a file cut off between two records; record 0's count can, as far as float32 is exact."""
+        scanned = idx is None and not os.path.isfile(index_path(self.file.path))
+        if scanned and np.float32(records) < counts[-1]:
+            raise ValueError(
+                f"RecordDataset: expected {counts[-1]:.0f} records in {self.file.path}, got {records}: truncated"
+            )
+
+    def _identity_records(self, offsets: Int64) -> NDArray[np.bool_]:
+        """Which records are [first, past last] without an image: found by size from the index, so that image pages stay
+        untouched."""
+        order = np.argsort(offsets, kind="stable")
+        sizes = np.empty(len(offsets), np.int64)
+        sizes[order] = np.diff(np.append(offsets[order], self.file.size))
+        found: NDArray[np.bool_] = np.equal(sizes, _IDENTITY_BYTES)
+        candidates = np.flatnonzero(found)
+        head, plain = self.file.heads(offsets[candidates])
+        found[candidates] = plain & (head["word"] == _IDENTITY_BYTES - _PART.size) & (head["flag"] == 2)
+        return found
+
+    def _class(self, label: float, index: int) -> int:
+        if not (-1 <= label <= _MAX_LABEL and label == int(label)):
+            raise ValueError(
+                f"RecordDataset: expected a whole label in [-1, 2^24] at offset {self.offsets[index]} "
+                f"of {self.file.path}, got {label}"
+            )
+        return int(label)
+
+    @property
+    def labels(self) -> Int64:
+        """(n,) int64 labels of all images, read from their headers on first use."""
+        if self._labels is None:
+            labels = self.file.first_labels(self.offsets)
+            wrong = ~((labels >= -1) & (labels <= _MAX_LABEL) & (labels == np.floor(labels)))
+            if wrong.any():
+                self._class(float(labels[np.argmax(wrong)]), int(np.argmax(wrong)))
+            self._labels = labels.astype(np.int64)
+        return self._labels
+
+    @property
+    def num_classes(self) -> int:
+        """Number of identity records, else the largest label + 1."""
+        return self._identities or int(self.labels.max()) + 1
+
+    @property
+    def paths(self) -> list[str]:
+        """A name for every image: "<file>#<key>"."""
+        if self._paths is None:
+            self._paths = [f"{self.file.path}#{key}" for key in self.keys.tolist()]
+        return self._paths
+
+    def source(self, index: int) -> str:
+        return f"{self.file.path}#{self.keys[index]}"
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def encoded(self, index: int) -> tuple[bytes, int]:
+        payload = self.file.read(int(self.offsets[index]))
+        record = unpack_record(payload, f"{self.file.path} at offset {self.offsets[index]}")
+        return record.image, self._class(record.labels[0], index)
