@@ -10,7 +10,19 @@ from torch import Tensor
 
 from ..ops.memory_write import MAX_STEP
 
+_MAX_CLASSES = torch.iinfo(torch.int32).max
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def check_sizes(num_classes: int, embedding_dim: int, capacity: int | None, dtype: torch.dtype) -> None:
+    """Sizes and dtype of a memory."""
+    for name, value in (("num_classes", num_classes), ("embedding_dim", embedding_dim), ("capacity", capacity)):
+        if value is not None and value < 1:
+            raise ValueError(f"PrototypeMemory: expected {name} >= 1, got {value}")
+    if num_classes > _MAX_CLASSES:
+        raise ValueError(f"PrototypeMemory: expected num_classes <= {_MAX_CLASSES} (int32 slots), got {num_classes}")
+    if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"PrototypeMemory: expected a floating dtype, got {dtype}")
 
 
 def check_step(name: str, step: SupportsIndex) -> int:
@@ -58,6 +70,23 @@ def check_ids(ids: Tensor, classes: int) -> None:
         raise ValueError(
             f"PrototypeMemory.gather: expected ids in [0, C) = [0, {classes}), got {int(ids[row])} at row {row}"
         )
+
+
+def check_entries(ids: Tensor, rows: Tensor, strength: Tensor, stamp: Tensor, classes: int, dim: int) -> None:
+    """Entries by class: ids (E,) strictly ascending in [0, classes), rows (E, dim), strength (E,), stamp (E,) >= 0."""
+    where = "PrototypeMemory.load_entries"
+    count = ids.numel()
+    for name, value, shape in (
+        ("rows", rows, (count, dim)),
+        ("strength", strength, (count,)),
+        ("stamp", stamp, (count,)),
+    ):
+        if tuple(value.shape) != shape:
+            raise ValueError(f"{where}: expected {name} of shape {shape}, got {tuple(value.shape)}")
+    if count and (int(ids.min()) < 0 or int(ids.max()) >= classes or bool((ids[1:] <= ids[:-1]).any())):
+        raise ValueError(f"{where}: expected ids strictly ascending in [0, C) = [0, {classes}), got others")
+    if count and int(stamp.min()) < 0:
+        raise ValueError(f"{where}: expected stamp >= 0, got {int(stamp.min())}")
 
 
 def bad_rows(norms: Tensor, labels: Tensor, classes: int) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class DeferredReport:
-    """Host copy of a small integer tensor. On CPU `poll` sees what was posted at once; on CUDA when the copy has arrived."""
+    """Host copy of a small integer tensor: `poll` sees on CPU at once what was posted, on CUDA when it has arrived."""
 
     def __init__(self) -> None:
         self._host: Tensor | None = None
@@ -32,6 +32,8 @@ class DeferredReport:
         if self._host is None:
             return None
         if self._event is not None:
+            if torch.cuda.is_current_stream_capturing():
+                return None
             if wait:
                 self._event.synchronize()
             elif not self._event.query():  # type: ignore[no-untyped-call]

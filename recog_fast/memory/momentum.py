@@ -12,11 +12,11 @@ from torch import Tensor, nn
 class MomentumEncoder(nn.Module):
     """A slowly moving copy of the backbone, which makes the keys a `PrototypeMemory` stores.
 
-    theta_k <- gamma theta_k + (1 - gamma) theta_q for parameters, buffers copied, at every `update`; call it before the key
-    forward. `key` is the copy: its parameters need no gradient and are part of state_dict under "key.". It keeps the backbone's
-    train/eval mode until `train()` or `eval()` is called on this module; in train mode its BatchNorm layers use the statistics
-    of the batch of keys, in eval mode the running ones copied from the backbone.
-    A DistributedDataParallel, DataParallel or torch.compile wrapper around the backbone is looked through.
+    theta_k <- gamma theta_k + (1 - gamma) theta_q for parameters, buffers copied, at every `update`; call it before the
+    key forward. `key` is the copy: its parameters need no gradient and are part of state_dict under "key.". It keeps
+    the backbone's train/eval mode until `train()` or `eval()` is called on this module; in train mode its BatchNorm
+    layers use the statistics of the batch of keys, in eval mode the running ones copied from the backbone. A
+    DistributedDataParallel, DataParallel or torch.compile wrapper around the backbone is looked through.
 
     Args: backbone, any nn.Module; gamma in [0, 1]: 0 copies, 1 never moves.
     Raises ValueError for a gamma outside [0, 1], TypeError for a backbone that is no nn.Module.
@@ -36,7 +36,8 @@ class MomentumEncoder(nn.Module):
     def update(self, backbone: nn.Module) -> None:
         """Moves the key towards `backbone` in place.
 
-        Raises ValueError when parameters or buffers differ in name or shape from those of the key; nothing is changed then.
+        Raises ValueError when parameters or buffers differ in name or shape from those of the key; nothing is changed
+        then.
         """
         source = _unwrap(backbone)
         parameters = _pairs("parameter", self.key.named_parameters(), source.named_parameters())
@@ -79,10 +80,9 @@ def _pairs(
         if name not in ours or name not in theirs:
             where = "the backbone given" if name not in theirs else "the key"
             raise ValueError(
-                f"MomentumEncoder.update: expected backbone with the {kind}s of the key, got {name!r} missing in {where}"
+                f"MomentumEncoder.update: expected backbone with the key's {kind}s, got {name!r} missing in {where}"
             )
-        if ours[name].shape != theirs[name].shape:
-            raise ValueError(
-                f"MomentumEncoder.update: expected {kind} {name!r} of shape {tuple(ours[name].shape)}, got {tuple(theirs[name].shape)}"
-            )
+        expected, got = tuple(ours[name].shape), tuple(theirs[name].shape)
+        if expected != got:
+            raise ValueError(f"MomentumEncoder.update: expected {kind} {name!r} of shape {expected}, got {got}")
     return [(ours[name], theirs[name]) for name in ours]

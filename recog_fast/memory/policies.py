@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ class NormStatistics(NamedTuple):
     batches: Tensor  # () int64, batches with labelled rows seen so far; 0 = mean and std mean nothing yet
 
 
+@runtime_checkable
 class MemoryPolicy(Protocol):
     """What a `PrototypeMemory` asks of its policy; anything with these members serves."""
 
@@ -80,16 +81,17 @@ class VPL:
 class QAFace:
     """Quality-aware sample-to-sample comparison: the strength of a sample falls with its norm.
 
-    n^ = (|x| - mu) / sigma and strength = `inject_scale` e^{-n^}, or 0 (rejected: too poor to be recognised) where n^ < -`tau`.
-    mu and the unbiased sigma are those of the labelled rows: the first batch as it is (sigma = 1 when it has one row), then
-    `ema` times the old value plus (1 - ema) times the batch's (the paper prints the weights the other way round, against its
-    own text: `literal=True`), updated before use; a batch with one row keeps sigma, one with none changes nothing. Sigma counts
-    as at least 1e-6 mu, so equal norms give n^ = 0. An entry is injected while step - stamp <= `delta`, at step >= `start`.
-    `on_reject`: "overwrite" stores a rejected sample with strength 0, "skip" leaves the entry of its class alone.
-    `inject_scale` = 1 is literal; 0.176 the safe preset (e^tau = 7.39 makes the literal prototype almost the sample).
+    n^ = (|x| - mu) / sigma and strength = `inject_scale` e^{-n^}, or 0 (rejected: too poor to be recognised) where n^ <
+    -`tau`. mu and the unbiased sigma are those of the labelled rows: the first batch as it is (sigma = 1 when it has
+    one row), then `ema` times the old value plus (1 - ema) times the batch's (the paper prints the weights the other
+    way round, against its own text: `literal=True`), updated before use; a batch with one row keeps sigma, one with
+    none changes nothing. Sigma counts as at least 1e-6 mu, so equal norms give n^ = 0. An entry is injected while step
+    - stamp <= `delta`, at step >= `start`. `on_reject`: "overwrite" stores a rejected sample with strength 0, "skip"
+    leaves the entry of its class alone. `inject_scale` = 1 is literal; 0.176 the safe preset (e^tau = 7.39 makes the
+    literal prototype almost the sample).
 
-    Raises ValueError for an ema outside [0, 1], a negative or infinite tau or inject_scale, a negative delta or start and an
-    unknown on_reject.
+    Raises ValueError for an ema outside [0, 1], a negative or infinite tau or inject_scale, a negative delta or start
+    and an unknown on_reject.
     """
 
     tau: float = 2.0
@@ -118,7 +120,7 @@ class QAFace:
         return step >= self.start
 
     def update(self, norms: Tensor, labelled: Tensor, statistics: NormStatistics) -> NormStatistics:
-        """EMA of mean and unbiased standard deviation of the labelled norms (N,); no synchronisation, float64 throughout."""
+        """EMA of mean and unbiased deviation of the labelled norms (N,), in float64, without synchronisation."""
         norms = norms.double()
         count = labelled.sum()
         mean = torch.where(labelled, norms, 0.0).sum() / count.clamp(min=1)

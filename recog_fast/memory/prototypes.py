@@ -9,8 +9,8 @@ from typing import Any, NamedTuple, SupportsIndex
 import torch
 from torch import Tensor, nn
 
-from ..ops.memory_write import MAX_STEP, memory_write
-from .checks import bad_rows, check_batch, check_ids, check_step, complaint
+from ..ops.memory_write import memory_write
+from .checks import bad_rows, check_batch, check_entries, check_ids, check_sizes, check_step, complaint
 from .deferred import DeferredReport
 from .policies import MemoryPolicy, NormStatistics
 
@@ -46,19 +46,19 @@ class _Write(NamedTuple):
 class PrototypeMemory(nn.Module):
     """Memory of the last sample of every class, injected as P_j = normalize(W^_j + lam_j M_j); no gradient enters it.
 
-    `write` queues a batch of raw embeddings; queued batches take effect in the order written. A memory no head holds applies
-    its queue at the next read; a head that holds it (`held` = True) calls `flush` after the optimizer step.
+    `write` queues a batch of raw embeddings; queued batches take effect in the order written. A memory no head holds
+    applies its queue at the next read; a head that holds it (`held` = True) calls `flush` after the optimizer step.
     `policy` (`VPL`, `QAFace` or any `MemoryPolicy`) says which strength a sample gets and when it is injected.
-    `capacity` = S bounds the rows kept; min(C, delta * global batch) is all that can ever be valid. A full ring evicts its oldest
-    entry (the earliest step, ties: lowest slot), counts it and warns once. `epoch` moves whenever anything a read returns may
-    have changed. Rows are stored as `dtype`, strengths as float32 (float64 with dtype=torch.float64), norm statistics as
-    float64; `.half()`, `.to(dtype)` and the like move nothing but the device.
-    State (all of it in state_dict): the ring, strengths, stamps, owners, class -> slot map, clock (the latest step
-    written), norm statistics, counters. Queued writes are not in state_dict: look at `pending`. An unheld memory applies
-    them before it is saved; loading discards them.
+    `capacity` = S bounds the rows kept; min(C, delta * global batch) is all that can ever be valid. A full ring evicts
+    its oldest entry (the earliest step, ties: lowest slot), counts it and warns once. `epoch` moves whenever anything a
+    read returns may have changed. Rows are stored as `dtype`, strengths as float32 (float64 with dtype=torch.float64),
+    norm statistics as float64; `.half()`, `.to(dtype)` and the like move nothing but the device. State (all of it in
+    state_dict): the ring, strengths, stamps, owners, class -> slot map, clock (the latest step written), norm
+    statistics, counters. Queued writes are not in state_dict: look at `pending`. An unheld memory applies them before
+    it is saved; loading discards them.
 
     Args: num_classes C; embedding_dim D; capacity: 1 or more rows, at most C are used (None: C); dtype: floating.
-    Raises ValueError for sizes below 1, TypeError for a dtype that is not floating.
+    Raises ValueError for sizes below 1, TypeError for a dtype that is not floating and for what is no policy.
     Source: VPL (variational prototypes), QAFace; docs/math.md section 2.
     """
 
@@ -86,13 +86,9 @@ class PrototypeMemory(nn.Module):
         dtype: torch.dtype = torch.bfloat16,
     ) -> None:
         super().__init__()
-        for name, value in (("num_classes", num_classes), ("embedding_dim", embedding_dim), ("capacity", capacity)):
-            if value is not None and value < 1:
-                raise ValueError(f"PrototypeMemory: expected {name} >= 1, got {value}")
-        if num_classes > MAX_STEP:
-            raise ValueError(f"PrototypeMemory: expected num_classes <= {MAX_STEP} (int32 slots), got {num_classes}")
-        if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-            raise TypeError(f"PrototypeMemory: expected a floating dtype, got {dtype}")
+        check_sizes(num_classes, embedding_dim, capacity, dtype)
+        if isinstance(policy, type) or not isinstance(policy, MemoryPolicy):
+            raise TypeError(f"PrototypeMemory: expected a policy such as VPL() or QAFace(), got {policy!r}")
         self.num_classes = num_classes
         self.embedding_dim = embedding_dim
         self.policy = policy
@@ -122,16 +118,15 @@ class PrototypeMemory(nn.Module):
         self.register_buffer("slot", torch.full((classes,), -1, dtype=torch.int32, device=device))
         self.register_buffer("cursor", torch.zeros((), dtype=torch.int64, device=device))
 
-    # -- writing ---------------------------------------------------------------------------------------------------------
-
     @torch.no_grad()
     def write(self, embeddings: Tensor, labels: Tensor, step: SupportsIndex) -> None:
-        """Queues a batch: embeddings (N, D) raw (their norms are the quality), labels (N,) int, -1 = ignored; step >= 0.
+        """Queues a batch: embeddings (N, D) raw (their norm is the quality), labels (N,) int, -1 = ignored; step >= 0.
 
         Of several rows of a class the last one stored wins. Rows are copied: later changes of `embeddings` do no harm.
         Raises TypeError for wrong types and dtypes; ValueError for shapes, devices, a step outside [0, 2^31), labels
-        outside [-1, C) and non-finite rows, naming the first; a refused batch leaves all state untouched. On CUDA the last
-        two do not wait for the device: such rows are ignored and the error comes from a later `write`, `flush` or `stats`.
+        outside [-1, C) and non-finite rows, naming the first; a refused batch leaves all state untouched. On CUDA the
+        last two do not wait for the device: such rows are ignored and the error comes from a later `write`, `flush` or
+        `stats`.
         """
         self._raise_deferred(wait=False)
         step = check_step("PrototypeMemory.write", step)
@@ -151,9 +146,10 @@ class PrototypeMemory(nn.Module):
         for batch in queue:
             self._apply_write(batch)
         self.epoch += 1
-        self._report[3].copy_(self.evicted)
-        self._deferred.post(self._report)
-        self._raise_deferred(wait=False)
+        if self.ring.shape[0] < self.slot.numel():  # a smaller ring may have evicted
+            self._report[3].copy_(self.evicted)
+            self._deferred.post(self._report)
+            self._raise_deferred(wait=False)
 
     @property
     def pending(self) -> int:
@@ -177,25 +173,23 @@ class PrototypeMemory(nn.Module):
         self.evicted += memory_write(*state, batch.rows, local, strengths, batch.step)
         self.clock.clamp_(min=batch.step)
 
-    # -- reading ---------------------------------------------------------------------------------------------------------
-
     @torch.no_grad()
     def injection(self, step: SupportsIndex) -> Injection:
-        """(rows (S, D), strength (S,), slot (C,) int32) at `step`, as the kernels take them; rows and slot are the state itself."""
+        """(rows (S, D), strength (S,), slot (C,) int32) at `step` for the kernels; rows and slot are live state."""
         step = check_step("PrototypeMemory.injection", step)
         self._settle()
-        if self.policy.delta == 0 or not self.policy.started(step):
-            strength = torch.zeros_like(self.ring_strength)
+        if self.policy.started(step):
+            strength = torch.where(self._fresh(step), self.ring_strength, 0.0)
         else:
-            fresh = (self.stamp >= 0) & (step - self.stamp <= self.policy.delta)
-            strength = torch.where(fresh, self.ring_strength, 0.0)
+            strength = torch.zeros_like(self.ring_strength)
         return Injection(self.ring, strength, self.slot)
 
     @torch.no_grad()
     def gather(self, ids: Tensor, step: SupportsIndex) -> tuple[Tensor, Tensor]:
         """Rows (M, D) and strengths (M,) at `step` of the classes ids (M,) int; never written: row 0, strength 0.
 
-        Raises ValueError for ids that are not one-dimensional or (on CPU) outside [0, C), TypeError for another dtype than int.
+        Raises ValueError for ids that are not one-dimensional or (on CPU) outside [0, C), TypeError for another dtype
+        than int.
         """
         check_ids(ids, self.num_classes)
         rows, strength, _ = self.injection(step)
@@ -222,8 +216,7 @@ class PrototypeMemory(nn.Module):
         self._raise_deferred(wait=True)
         now = int(self.clock) if at is None else at
         used = self.stamp >= 0
-        fresh = used & (now - self.stamp <= self.policy.delta)
-        live = int(fresh.sum())
+        live = int(self._fresh(now).sum())
         return {
             "live": live,
             "rejected": int(self.rejected),
@@ -235,27 +228,26 @@ class PrototypeMemory(nn.Module):
     def mean(self) -> Tensor:
         """mu of the norms, () float64 (QAFace; 0 before the first labelled row)."""
         self._settle()
-        return self.norm_mean
+        return self.norm_mean.clone()
 
     @property
     def std(self) -> Tensor:
         """sigma of the norms, () float64 (QAFace; 0 before the first labelled row)."""
         self._settle()
-        return self.norm_std
-
-    # -- shards and checkpoints ------------------------------------------------------------------------------------------
+        return self.norm_std.clone()
 
     @torch.no_grad()
     def shard(self, start: int, stop: int) -> None:
-        """Keeps the classes start .. stop - 1 only: slot becomes (stop - start,), the ring min(capacity, stop - start) rows.
+        """Keeps the classes start .. stop - 1: slot becomes (stop - start,), the ring min(capacity, stop - start) rows.
 
-        Labels and ids stay global; rows of other classes count in the statistics and are not stored. The call moves entries
-        already written. Raises ValueError for a range outside the classes held and RuntimeError with queued writes.
+        Labels and ids stay global; rows of other classes count in the statistics and are not stored. The call moves
+        entries already written. Raises ValueError for a range outside the classes held and RuntimeError with queued
+        writes.
         """
         last = self.first_class + self.slot.numel()
         if not self.first_class <= start <= stop <= last:
             raise ValueError(
-                f"PrototypeMemory.shard: expected a range inside [{self.first_class}, {last}], got start={start}, stop={stop}"
+                f"PrototypeMemory.shard: expected a range in [{self.first_class}, {last}], got [{start}, {stop}]"
             )
         if self._queue:
             raise RuntimeError(f"PrototypeMemory.shard: expected no queued writes, got {len(self._queue)}")
@@ -274,7 +266,11 @@ class PrototypeMemory(nn.Module):
 
     @torch.no_grad()
     def load_entries(self, entries: Entries) -> None:
-        """Replaces the stored entries by those of `entries` whose class is kept here; of more than S the newest stay."""
+        """Replaces the stored entries by those of `entries` whose class is kept here; of more than S the newest stay.
+
+        Raises ValueError for ids not strictly ascending in [0, C) and for fields that are not (E,) or (E, D).
+        """
+        check_entries(entries.ids, entries.rows, entries.strength, entries.stamp, self.num_classes, self.embedding_dim)
         self._queue.clear()
         for buffer, value in (
             (self.ring, 0),
@@ -295,14 +291,19 @@ class PrototypeMemory(nn.Module):
         self.owner[:count] = local[order]
         self.slot[local[order]] = torch.arange(count, dtype=torch.int32, device=local.device)
         self.cursor.fill_(count)
+        self.clock.copy_(torch.cat([self.clock.reshape(1), self.stamp]).max())
         self.epoch += 1
-
-    # -- inner parts -----------------------------------------------------------------------------------------------------
 
     def _settle(self) -> None:
         """Before a read: an unheld memory applies its queue, a held one waits for its head."""
         if not self.held:
             self.flush()
+
+    def _fresh(self, step: int) -> Tensor:
+        """Which slots (S,) hold an entry that is not stale at `step`; with delta = 0 none."""
+        if self.policy.delta == 0:
+            return torch.zeros_like(self.stamp, dtype=torch.bool)
+        return (self.stamp >= 0) & (step - self.stamp <= self.policy.delta)
 
     def _local(self, ids: Tensor) -> Tensor:
         """Global class ids -> rows of `slot`; -1 where the class is not held here."""
@@ -331,7 +332,8 @@ class PrototypeMemory(nn.Module):
         if labels.numel() == 0:
             return labels
         row = bad.to(torch.int8).argmax()  # the first of the largest
-        report = torch.stack([bad.sum(), row, labels[row]])
+        label = labels.gather(0, row.unsqueeze(0)).squeeze(0)  # labels[row] would wait for the device
+        report = torch.stack([bad.sum(), row, label])
         self._report[:3] = torch.where((self._report[0] == 0) & bad.any(), report, self._report[:3])
         self._deferred.post(self._report)
         return torch.where(bad, -1, labels)
@@ -377,7 +379,8 @@ class PrototypeMemory(nn.Module):
 
     def extra_repr(self) -> str:
         """Sizes and policy, for print."""
-        return f"{self.num_classes}, {self.embedding_dim}, {self.policy}, capacity={self.capacity}, dtype={self.ring.dtype}"
+        sizes = f"{self.num_classes}, {self.embedding_dim}, capacity={self.capacity}"
+        return f"{sizes}, dtype={self.ring.dtype}, policy={self.policy}"
 
 
 def _rows_at(values: Tensor, at: Tensor) -> Tensor:

@@ -28,10 +28,10 @@ def reference_memory_write(
 ) -> Tensor:
     """Stores the batch and returns how many entries the full ring lost, () int64.
 
-    Of several rows of one class the last is stored. A class that has a slot overwrites it in place. The other classes, in
-    batch order, take the free slots in slot order, then the slots of the oldest entries (smallest stamp, ties: lowest slot)
-    whose class is not in this batch; the class that owned such a slot loses it. Of a batch with more classes than
-    slots the last S are stored and the others count as lost. O(S + N log N), the same bits on every run.
+    Of several rows of one class the last is stored. A class that has a slot overwrites it in place. The other classes,
+    in batch order, take the free slots in slot order, then the slots of the oldest entries (smallest stamp, ties:
+    lowest slot) whose class is not in this batch; the class that owned such a slot loses it. Of a batch with more
+    classes than slots the last S are stored and the others count as lost. O(S + N log N), the same bits on every run.
     """
     size, classes = rows.shape[0], slot.shape[0]
     winners = _last_row_of_each_class(labels, classes)  # (K,) ascending row numbers
@@ -67,7 +67,7 @@ def _last_row_of_each_class(labels: Tensor, classes: int) -> Tensor:
 
 
 def _oldest_slots(stamp: Tensor, refreshed: Tensor, cursor: Tensor, count: int) -> Tensor:
-    """`count` slots to fill, (count,) int64: free ones (stamp -1) first, then by stamp, ties by slot; never a refreshed one."""
+    """Slots to fill, (count,) int64: free ones (stamp -1) first, then by stamp, ties by slot; never a refreshed one."""
     size = stamp.numel()
     used = int(cursor)
     if used + count <= size:  # slots fill up in order, so the free ones are the last: no search
@@ -91,8 +91,8 @@ def memory_write(
 ) -> Tensor:
     """Writes a batch into the ring in place; arguments, order and result as `reference_memory_write` states them.
 
-    Raises ValueError for shapes that do not fit together, for labels or integer state of another dtype than int64 (slot:
-    int32), and for a step outside [0, 2^31).
+    Raises ValueError for shapes that do not fit together, for labels or integer state of another dtype than int64
+    (slot: int32), and for a step outside [0, 2^31).
     """
     _check_ring(rows, row_strength, stamp, owner, slot, cursor)
     _check_batch(rows, embeddings, labels, strengths, step)
