@@ -53,7 +53,7 @@ class Case:
 
     def get(self, key: str, default: Tensor | None = None) -> Tensor | None:
         """One array, or `default` where the case has none of that name."""
-        return self[key] if key in self else default
+        return self.arrays[key].clone() if key in self.arrays else default
 
     def keys(self, prefix: str = "") -> list[str]:
         """Names of the arrays that start with `prefix`."""
@@ -79,7 +79,7 @@ def _meta(path: Path, arrays: Any) -> dict[str, Any]:
 
 
 def cases(op: str, *tags: str, without: tuple[str, ...] = ()) -> list[Any]:
-    """Parameters for `pytest.mark.parametrize`: the names of all cases of `op` that carry every tag of `tags` and none of `without`.
+    """For `pytest.mark.parametrize`: the names of the cases of `op` with every tag of `tags` and none of `without`.
 
     Never fails at collection: without golden data, or without a case that fits, it gives one skipped parameter.
     """
@@ -97,6 +97,7 @@ def cases(op: str, *tags: str, without: tuple[str, ...] = ()) -> list[Any]:
     return [pytest.param(name, id=name.removeprefix(f"{op}__")) for name in names]
 
 
+@functools.lru_cache(maxsize=256)
 def load(name: str) -> Case:
     """The case of that name (file name without `.npz`); skips the test where golden data is absent."""
     path = golden_dir() / f"{name}.npz"
@@ -107,7 +108,7 @@ def load(name: str) -> Case:
 
 
 def build_margin(kwargs: dict[str, Any], case: Case | None = None) -> Any:
-    """The margin that golden `kwargs` (margin, params, filter_thr) name, with the state of `case["in_state"]` before its update."""
+    """The margin that golden `kwargs` (margin, params, filter_thr) name, in the state `case["in_state"]`."""
     params = dict(kwargs.get("params") or {})
     name = kwargs["margin"]
     margin = _BUILDERS[name](params)
@@ -127,12 +128,22 @@ def set_state(margin: Any, state: Tensor) -> None:
         margin.t.copy_(state.reshape(()))
 
 
-def get_state(margin: Any) -> Tensor | None:
-    """The state as golden files write it, float64; None of a margin without state."""
+def get_state(margin: Any) -> Tensor:
+    """A copy of the state of AdaFace or CurricularFace (or a filter around one) as golden files write it, float64."""
     inner = getattr(margin, "margin", margin)
     if isinstance(inner, margins.AdaFace):
         return torch.stack([inner.mean, inner.std]).double()
-    return inner.t.double().clone() if isinstance(inner, margins.CurricularFace) else None
+    if isinstance(inner, margins.CurricularFace):
+        return inner.t.double().clone()
+    raise TypeError(f"get_state: expected a margin with state, got {inner!r}")
+
+
+def value_and_slope(margin: Any, cosine: Tensor, norms: Tensor) -> tuple[Tensor, Tensor]:
+    """(phi, d phi / d c) of a margin, (N,) each, detached."""
+    cosine = cosine.detach().clone().requires_grad_()
+    value = margin(cosine, norms)
+    (slope,) = torch.autograd.grad(value.sum(), cosine)
+    return value.detach(), slope
 
 
 def _arcface(params: dict[str, Any]) -> Any:

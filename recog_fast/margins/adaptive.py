@@ -24,7 +24,7 @@ from recog_fast.margins.angle import (
 
 @dataclass(frozen=True)
 class MagFace:
-    """phi(c) = cos(theta + m(a)), m(a) = lm + (um - lm)/(ua - la) (a - la), a = clip(|x|, la, ua) (MagFace eq. 3).
+    """phi(c) = cos(theta + m(a)), m(a) = lm + (um - lm)/(ua - la) (a - la), a = clip(|x|, la, ua) (MagFace).
 
     The gradient flows through the norm too (0 where it is clipped). `penalty` is lambda_g g(a), g = a/ua^2 + 1/a, which
     pulls every norm upwards; lambda_g = 35 is the paper's (its bound at s = 64 is 22.6). `fallback` as in ArcFace;
@@ -59,18 +59,19 @@ class MagFace:
         return with_slopes(cosine, m, value, slope, m_slope)
 
     def penalty(self, norms: Tensor) -> Tensor:
-        """lambda_g (a/ua^2 + 1/a) of norms (N,), differentiable (MagFace eq. 5)."""
+        """lambda_g (a/ua^2 + 1/a) of norms (N,), differentiable."""
         a = norms.clamp(self.la, self.ua)
         return self.lambda_g * (a / self.ua**2 + 1.0 / a)
 
 
 class AdaFace(nn.Module):
-    """phi(c) = cos(clip(theta - m k, eps, pi - eps)) - (m + m k), k = clip(h (n - mean)/(std + eps), -1, 1) (AdaFace eq. 11).
+    """phi(c) = cos(clip(theta - m k, eps, pi - eps)) - (m + m k), k = clip(h (n - mean)/(std + eps), -1, 1).
 
-    n = clip(|x|, 1e-3, 100) without gradient. `mean` and `std` (0-dim buffers, starting at 20 and 100) are running
-    statistics of n over the labelled rows of all ranks: new = t_alpha batch + (1 - t_alpha) old, std unbiased, moved by
-    `update` before use. One labelled row keeps the old std, none changes nothing. `clamp` = 1 - eps: all cosines of
-    the row are clamped to +-clamp, negatives too, with gradient 0 beyond; calling the margin clamps the target cosine.
+    n = clip(|x|, 1e-3, 100) without gradient (AdaFace, Kim et al. 2022). `mean` and `std` (0-dim buffers, starting at
+    20 and 100) are running statistics of n over the labelled rows of all ranks: new = t_alpha batch + (1 - t_alpha)
+    old, std unbiased, moved by `update` before use. One labelled row keeps the old std, none changes nothing.
+    `clamp` = 1 - eps: all cosines of the row are clamped to +-clamp, negatives too, with gradient 0 beyond; calling the
+    margin clamps the target cosine.
 
     Raises ValueError for m outside [0, pi], h < 0, t_alpha outside [0, 1] or eps outside (0, 0.5].
     """
@@ -96,9 +97,9 @@ class AdaFace(nn.Module):
 
     @torch.no_grad()
     def update(self, cosine: Tensor, norms: Tensor, labelled: Tensor) -> None:
-        """Move mean and std by the norms (N,) of the rows in `labelled` (N,) bool; nothing in eval mode. No synchronisation.
+        """Move mean and std by the norms (N,) of the rows in `labelled` (N,) bool; nothing in eval mode.
 
-        Rows with a non-finite norm are left out, so one bad row cannot spoil the statistics.
+        A non-finite norm is left out, so one bad row cannot spoil the statistics. Synchronises nothing.
         """
         if not self.training or norms.numel() == 0:
             return

@@ -40,7 +40,7 @@ def check_choice(owner: str, name: str, value: Any, choices: tuple[str, ...]) ->
 
 
 class _WithSlope(torch.autograd.Function):
-    """The given values with the given derivatives: how a formula that is singular under autograd gets a finite gradient."""
+    """The given values with the given derivatives: a formula that is singular under autograd gets a finite gradient."""
 
     @staticmethod
     def forward(

@@ -1,4 +1,4 @@
-"""Margins that are a fixed function of the target cosine: softmax, SphereFace, CosFace, ArcFace and their combination."""
+"""Margins that are a fixed function of the target cosine: softmax, SphereFace, CosFace, ArcFace, combined."""
 
 from __future__ import annotations
 
@@ -142,9 +142,10 @@ class ArcFace:
 
 @dataclass(frozen=True)
 class CombinedMargin:
-    """phi(c) = cos(m1 theta + m2) - m3 (ArcFace eq. 4). InsightFace silently ignores m1 and m2 when m3 > 0; this does not.
+    """phi(c) = cos(m1 theta + m2) - m3 (ArcFace eq. 4).
 
-    No fallback: past m1 theta + m2 = pi the target logit rises again, as in the paper.
+    InsightFace silently ignores m1 and m2 when m3 > 0; this does not. No fallback: past m1 theta + m2 = pi the target
+    logit rises again, as in the paper.
 
     Raises ValueError for m1 outside (0, 64], m2 outside [-pi, pi] or m3 outside [-2, 2].
     """

@@ -1,4 +1,4 @@
-"""Margins that also rewrite negatives, through one NegativeRule (math.md 1.2): CurricularFace, MV-Softmax, circle, filtering."""
+"""Margins that also rewrite negatives, by one NegativeRule each (math.md 1.2)."""
 
 from __future__ import annotations
 
@@ -22,10 +22,11 @@ from recog_fast.rules import NegativeRule
 
 
 class CurricularFace(nn.Module):
-    """ArcFace with the linear fallback; hard negatives c > cos(theta_y + m) get f(c) = c^2 + t c (CurricularFace eq. 6-8).
+    """ArcFace with the linear fallback; hard negatives c > cos(theta_y + m) get f(c) = c^2 + t c.
 
-    `t` (0-dim buffer, starting at 0) is the running mean of the target cosine over labelled rows, moved by `update`
-    before use: t <- (1 - momentum) mean + momentum t. The threshold is the bare cos(theta_y + m), without the fallback.
+    CurricularFace, Huang et al. 2020. `t` (0-dim buffer, starting at 0) is the running mean of the target cosine
+    over labelled rows, moved by `update` before use: t <- (1 - momentum) mean + momentum t. The threshold is the
+    bare cos(theta_y + m), without the fallback.
 
     Raises ValueError for m outside [0, pi] or momentum outside [0, 1].
     """
@@ -45,9 +46,9 @@ class CurricularFace(nn.Module):
 
     @torch.no_grad()
     def update(self, cosine: Tensor, norms: Tensor, labelled: Tensor) -> None:
-        """Move t by the target cosines (N,) of the rows in `labelled` (N,) bool; nothing in eval mode. No synchronisation.
+        """Move t by the target cosines (N,) of the rows in `labelled` (N,) bool; nothing in eval mode.
 
-        Rows with a non-finite cosine are left out, so one bad row cannot spoil t.
+        A non-finite cosine is left out, so one bad row cannot spoil t. Synchronises nothing.
         """
         if not self.training or cosine.numel() == 0:
             return
@@ -58,7 +59,7 @@ class CurricularFace(nn.Module):
 
     @torch.no_grad()
     def rule(self, cosine: Tensor) -> tuple[NegativeRule, Tensor]:
-        """The negatives' rule at the present t, and the thresholds cos(theta_y + m) (N,). Reads t: one synchronisation on CUDA."""
+        """The negatives' rule at the present t and thresholds cos(theta_y + m) (N,); on CUDA reading t synchronises."""
         t = float(self.t)
         return NegativeRule(above=(1.0, t, 0.0, 2.0, t), f_max=1.0 + abs(t)), cosine_of_sum(cosine, self.m)
 
@@ -69,7 +70,7 @@ class CurricularFace(nn.Module):
 
 @dataclass(frozen=True)
 class MVSoftmax:
-    """Mis-classified vectors weigh more: negatives c > thr_y get f(c) = (1 + t) c + t (MV-Softmax eq. 7, fixed version).
+    """Mis-classified vectors weigh more: negatives c > thr_y get f(c) = (1 + t) c + t (MV-Softmax).
 
     kind "arc": phi = cos(theta + m), kind "am": phi = c - m; with `easy` phi = c where c <= 0. thr_y is
     cos(theta_y + m) or c_y - m, whatever `easy` says. The paper's code has t = 0.2, s = 32, m = 0.5 (arc), 0.35 (am).
@@ -109,7 +110,7 @@ class MVSoftmax:
 
 @dataclass(frozen=True)
 class CircleMargin:
-    """Circle loss in its class-level form (Circle Loss eq. 6-8), made for scale 256.
+    """Circle loss in its class-level form (Circle Loss, Sun et al. 2020), made for scale 256.
 
     Target: phi(c) = w (c - (1 - m)), w = max(1 + m - c, 0) without gradient, so phi' = w. Negatives: c > -m get
     f(c) = c^2 - m^2 with derivative c + m (weight detached, so g is not f'); the others f = 0, g = 0.
@@ -137,7 +138,7 @@ class CircleMargin:
 
 
 class InterclassFilter(nn.Module):
-    """Any margin, with negatives c > threshold filtered: their logit becomes 0 and their gradient 0 (InsightFace, Partial FC).
+    """Any margin, with negatives c > threshold filtered: logit 0 and gradient 0 (InsightFace, Partial FC).
 
     A negative that close is taken for a mislabelled image of the same person. The margin's penalty, clamp and update
     are passed on, and a margin that is a module is a submodule, so its state is saved.
@@ -151,7 +152,7 @@ class InterclassFilter(nn.Module):
             raise TypeError(f"InterclassFilter: expected margin callable as (cosine, norms), got {margin!r}")
         if getattr(margin, "rule", None) is not None:
             raise ValueError(
-                f"InterclassFilter: expected a margin without a rule for the negatives, got {type(margin).__name__}, which has one"
+                f"InterclassFilter: expected a margin without a rule for the negatives, got {type(margin).__name__}"
             )
         check_number("InterclassFilter", "threshold", threshold, -1.0, 1.0)
         super().__init__()
