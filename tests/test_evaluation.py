@@ -46,9 +46,8 @@ def test_verification_accuracy_golden() -> None:
     case, kwargs = golden("lfw_kfold__default.npz")
     mean, std, per_fold = verification_accuracy(case["in_e1"], case["in_e2"], case["in_issame"], kwargs["k"])
     np.testing.assert_allclose(per_fold, case["out_acc"], rtol=0, atol=1e-9)
-    assert mean == pytest.approx(case["out_acc"].mean(), abs=1e-12) and std == pytest.approx(
-        case["out_acc"].std(), abs=1e-12
-    )
+    assert mean == pytest.approx(case["out_acc"].mean(), abs=1e-12)
+    assert std == pytest.approx(case["out_acc"].std(), abs=1e-12)
 
 
 def test_verification_accuracy_does_not_depend_on_norm_or_dtype() -> None:
@@ -140,16 +139,21 @@ def test_tar_at_far_against_brute_force(pairs: list[tuple[int, bool]], fars: lis
 def test_roc_and_eer_properties(pairs: list[tuple[int, bool]]) -> None:
     scores, same = np.array([s for s, _ in pairs], dtype=np.float64), np.array([m for _, m in pairs])
     far, tar, thresholds = roc_curve(scores, same)
-    assert (far[0], tar[0], thresholds[0]) == (0, 0, np.inf) and (far[-1], tar[-1]) == (1, 1)
-    assert (np.diff(far) >= 0).all() and (np.diff(tar) >= 0).all() and (np.diff(thresholds) < 0).all()
+    assert (far[0], tar[0], thresholds[0]) == (0, 0, np.inf)
+    assert (far[-1], tar[-1]) == (1, 1)
+    assert (np.diff(far) >= 0).all()
+    assert (np.diff(tar) >= 0).all()
+    assert (np.diff(thresholds) < 0).all()
     assert len(far) == len(np.unique(scores)) + 1
     np.testing.assert_allclose(far[1:], [(scores[~same] >= t).mean() for t in thresholds[1:]])
     eer, threshold = equal_error_rate(scores, same)
     below, _ = equal_error_rate(-scores, same)
-    assert 0 <= eer <= 1 and scores.min() <= threshold <= scores.max()
+    assert 0 <= eer <= 1
+    assert scores.min() <= threshold <= scores.max()
     assert eer + below == pytest.approx(1, abs=1e-12)
     rising = tar_at_far(scores, same, [0, 0.1, 0.5, 1])
-    assert (np.diff(rising) >= 0).all() and rising[-1] == 1
+    assert (np.diff(rising) >= 0).all()
+    assert rising[-1] == 1
 
 
 def test_tar_at_far_does_not_lose_a_false_accept_to_rounding() -> None:
@@ -175,7 +179,9 @@ def test_perfect_and_chance() -> None:
     assert (perfect.accuracy, perfect.std, perfect.eer, perfect.tar) == (1.0, 0.0, 0.0, (1.0, 1.0, 1.0))
     a, b = rng.normal(size=(2, 4000, 8))
     chance = verification_result(a, b, rng.random(4000) < 0.5)
-    assert abs(chance.accuracy - 0.5) < 0.03 and abs(chance.eer - 0.5) < 0.03 and abs(chance.tar[0] - 0.1) < 0.04
+    assert abs(chance.accuracy - 0.5) < 0.03
+    assert abs(chance.eer - 0.5) < 0.03
+    assert abs(chance.tar[0] - 0.1) < 0.04
 
 
 def test_ties_on_a_threshold_and_zero_rows() -> None:
@@ -184,7 +190,8 @@ def test_ties_on_a_threshold_and_zero_rows() -> None:
     a = np.array([[1.0, 0], [0, 1], [1, 0], [0, 0]])
     b = np.array([[2.0, 0], [0, 3], [0, 1], [5, 0]])
     _, _, per_fold = verification_accuracy(a, b, np.array([True, True, False, False]), folds=2)
-    assert per_fold.shape == (2,) and np.isfinite(per_fold).all()
+    assert per_fold.shape == (2,)
+    assert np.isfinite(per_fold).all()
     result = verification_result(a, b, np.array([True, True, False, False]), folds=2)
     np.testing.assert_allclose(result.scores, [1, 1, 0, 0])
 
@@ -265,7 +272,9 @@ def test_embed_images_four_forms(batch_size: int) -> None:
             expected = torch.nn.functional.normalize(plain) if normalize else plain
             got = embed_images(model, images, batch_size, flip, normalize=normalize)
             torch.testing.assert_close(got, expected)
-    assert model.training and model.dropout.training and not model.frozen.training
+    assert model.training
+    assert model.dropout.training
+    assert not model.frozen.training
     assert len({post_processing(f, n) for f in (True, False) for n in (True, False)}) == 4
 
 
@@ -293,7 +302,9 @@ def test_evaluate_bin_from_memory_file_and_bytes(tmp_path: Path) -> None:
     images = [im for i in range(40) for im in (people[i % 20], people[i % 20] if same[i] else people[(i + 3) % 20])]
     model: Callable[[torch.Tensor], torch.Tensor] = lambda x: x.flatten(1)  # noqa: E731
     result = evaluate_bin(model, (images, same), folds=5)
-    assert result.accuracy == 1.0 and result.eer == 0.0 and result.form == "flip summed, feature norm removed"
+    assert result.accuracy == 1.0
+    assert result.eer == 0.0
+    assert result.form == "flip summed, feature norm removed"
     encoded = [im.tobytes() for im in images]
 
     def read(path: str | Path) -> tuple[list[bytes], list[bool]]:
@@ -306,7 +317,8 @@ def test_evaluate_bin_from_memory_file_and_bytes(tmp_path: Path) -> None:
     again = evaluate_bin(model, tmp_path / "x.bin", read=read, decode=decode, folds=5, size=8)
     np.testing.assert_array_equal(again.scores, result.scores)
     black = evaluate_bin(model, (images, same), degrade=np.zeros_like, folds=5)
-    assert black.accuracy == 0.5 and black.eer == 0.5
+    assert black.accuracy == 0.5
+    assert black.eer == 0.5
     json.dumps(result.summary())
     assert result.summary()["pairs"] == {"genuine": 20, "impostor": 20}
 

@@ -116,18 +116,22 @@ def test_report_holds_every_plot_table_and_gallery(full: tuple[str, Page]) -> No
         "TAR at FAR 0.1",
     ):
         assert word in page.text
-    assert text.count("data:image/png;base64,") == 18 and all(page.alts)
+    assert text.count("data:image/png;base64,") == 18
+    assert all(page.alts)
     # 30 impostors: fewer than ten false accepts at FAR 10 %, and the page says so.
     assert "fewer than 10 false accepts" in page.text
 
 
 def test_report_is_self_contained_and_adapts(full: tuple[str, Page]) -> None:
     text, page = full
-    assert page.links and all(link.startswith("data:") for link in page.links)
+    assert page.links
+    assert all(link.startswith("data:") for link in page.links)
     assert not {"script", "link", "iframe", "object"} & set(page.tags)
     assert not re.search(r"https?://|//[a-z]|@import|url\(|\bon[a-z]+=", re.sub(r"data:[^\"]+", "", text))
-    assert text.count("prefers-color-scheme: dark") == 6 and "prefers-color-scheme:dark" in text
-    assert 'name="viewport"' in text and "max-width:600px" in text
+    assert text.count("prefers-color-scheme: dark") == 6
+    assert "prefers-color-scheme:dark" in text
+    assert 'name="viewport"' in text
+    assert "max-width:600px" in text
 
 
 def test_everything_is_escaped(tmp_path: Path) -> None:
@@ -146,8 +150,10 @@ def test_everything_is_escaped(tmp_path: Path) -> None:
         galleries=[gallery],
         metrics_jsonl=None,
     )
-    assert "script" not in page.tags and "<script" not in text
-    assert page.text.count(evil) >= 12 and evil in page.alts
+    assert "script" not in page.tags
+    assert "<script" not in text
+    assert page.text.count(evil) >= 12
+    assert evil in page.alts
 
 
 def test_same_input_gives_the_same_bytes_and_leaves_no_setting_changed(tmp_path: Path) -> None:
@@ -157,13 +163,16 @@ def test_same_input_gives_the_same_bytes_and_leaves_no_setting_changed(tmp_path:
     pages = [
         write(tmp_path / name, results={"a": RESULTS["8x8"]}, baseline=None, metrics_jsonl=None)[0] for name in "ab"
     ]
-    assert pages[0] == pages[1] and dict(matplotlib.rcParams) == before
+    assert pages[0] == pages[1]
+    assert dict(matplotlib.rcParams) == before
 
 
 def test_report_without_optional_parts(tmp_path: Path) -> None:
     path = write_report(tmp_path / "r.html", title="t", results={"full": RESULTS["8x8"]})
     page = Page(path.read_text(encoding="utf-8"))
-    assert "Training" not in page.text and "Configuration" not in page.text and "Pictures" not in page.text
+    assert "Training" not in page.text
+    assert "Configuration" not in page.text
+    assert "Pictures" not in page.text
     assert "over folds" in page.text
 
 
@@ -219,7 +228,8 @@ def test_pair_galleries_order() -> None:
     assert most.items[0].detail == f"cosine {impostor[-1]:.2f}".replace("-", "\N{MINUS SIGN}")
     assert [i.caption for i in surest.items] == ["same person"] * 2 + ["different people"] * 2
     assert {i.tone for g in (least, most, surest) for i in g.items} <= {"right", "wrong"}
-    assert all(i.tone == "right" for i in surest.items) and least.items[0].image.shape == (12, 24, 3)
+    assert all(i.tone == "right" for i in surest.items)
+    assert least.items[0].image.shape == (12, 24, 3)
 
 
 def test_flatten() -> None:
