@@ -52,7 +52,7 @@ def reference_write(payload: bytes) -> bytes:
 pieces = st.lists(st.one_of(st.just(MAGIC_BYTES), st.binary(max_size=9), st.just(MAGIC_BYTES[:2])), max_size=8)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.lists(pieces.map(b"".join), min_size=1, max_size=6))
 def test_round_trip_and_bytes(tmp_path_factory: pytest.TempPathFactory, payloads: list[bytes]) -> None:
     """Payloads full of magic words come back unchanged, and the file is dmlc's byte for byte."""
@@ -208,13 +208,13 @@ def test_wild_length_allocates_nothing(tmp_path: Path) -> None:
 
 
 def test_mutations_give_clean_errors(tmp_path: Path) -> None:
-    """600 damaged copies: every one reads, or raises ValueError naming the file; nothing else, and never slowly."""
+    """400 damaged copies: every one reads, or raises ValueError naming the file; nothing else, and never slowly."""
     rec = identities_file(tmp_path)
     whole, text = rec.read_bytes(), Path(index_path(rec)).read_bytes()
     rng = np.random.default_rng(0)
     damaged, index = tmp_path / "damaged.rec", tmp_path / "damaged.idx"
     failures = 0
-    for round_ in range(600):
+    for round_ in range(400):
         data, lines = bytearray(whole), bytearray(text)
         target = lines if round_ % 3 == 0 else data
         for _ in range(int(rng.integers(1, 4))):
@@ -231,7 +231,7 @@ def test_mutations_give_clean_errors(tmp_path: Path) -> None:
         except ValueError as error:
             assert "damaged" in str(error)
             failures += 1
-    assert failures > 200
+    assert failures > 130
 
 
 def test_magic_split_file() -> None:

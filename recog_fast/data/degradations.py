@@ -174,7 +174,10 @@ def rotate(images: Image, angle: float) -> Image:
     batch = _batch(images, "rotate")
     if not math.isfinite(angle):
         raise ValueError(f"rotate: expected a finite angle, got {angle}")
-    return _like(np.stack([_warp(image, _inverse(angle, 1.0, 0.0, (0.0, 0.0))) for image in batch]), images)
+    inverse = _inverse(angle, 1.0, 0.0, (0.0, 0.0))
+    for image in batch:
+        image[...] = _warp(image, inverse)
+    return _like(batch, images)
 
 
 def affine(
@@ -190,13 +193,12 @@ def affine(
     batch = _batch(images, "affine")
     low, high = _range("affine", "scale", scale, 1e-2, 1e2)
     height, width = batch.shape[2:]
-    warped = []
     for image in batch:
         angle, lean = rng.uniform(-degrees, degrees), rng.uniform(-shear, shear)
         factor = rng.uniform(low, high)
         shift = (rng.uniform(-translate, translate) * width, rng.uniform(-translate, translate) * height)
-        warped.append(_warp(image, _inverse(angle, factor, lean, shift)))
-    return _like(np.stack(warped) if warped else batch, images)
+        image[...] = _warp(image, _inverse(angle, factor, lean, shift))
+    return _like(batch, images)
 
 
 def occlude(images: Image, rng: np.random.Generator, fraction: tuple[float, float] = (0.05, 0.3)) -> Image:

@@ -1,0 +1,381 @@
+"""margin_softmax_loss against every golden case, on every route, and its properties."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from golden import Case, build_margin, cases, get_state, load
+from routes import FLOAT64, NATIVE, ROUTES, Route, each
+from torch import Tensor
+
+import recog_fast as rf
+
+
+def relative(value: Tensor, truth: Tensor) -> float:
+    """Frobenius-relative error; absolute where the truth is 0."""
+    scale = truth.norm().item()
+    return (value.double() - truth.double()).norm().item() / (scale if scale > 0 else 1.0)
+
+
+def run(case: Case, route: Route, margin: object, reduction: str = "none") -> tuple[Tensor, rf.RowStats, Tensor, Tensor]:
+    """Loss, statistics and gradients of a case in the route's dtype; classes outside class_index are left out."""
+    x = case["in_X"].to(route.dtype).requires_grad_()
+    weight, labels = case["in_W"], case["in_y"]
+    kept = case.get("in_class_index")
+    if kept is not None:
+        weight = weight[kept]
+        labels = torch.where(labels >= 0, torch.searchsorted(kept, labels), labels)
+    w = weight.to(route.dtype).requires_grad_()
+    injected = {}
+    if "in_M" in case:
+        injected = {"memory_rows": case["in_M"].to(route.dtype), "strength": case["in_lam"].to(route.dtype)}
+    with route():
+        loss, stats = rf.margin_softmax_loss(
+            x, w, labels, margin=margin, scale=case.kwargs["s"], reduction=reduction, compute_dtype=route.compute_dtype,
+            return_stats=True, **injected,
+        )  # fmt: skip
+        upstream = case.get("in_gout")
+        total = loss if reduction == "mean" else (loss * upstream.to(loss.dtype)).sum() if upstream is not None else loss.sum()
+        d_x, d_w = torch.autograd.grad(total, (x, w))
+    if kept is not None:
+        index = stats.nearest_index
+        stats = stats._replace(nearest_index=torch.where(index >= 0, kept[index.clamp_min(0)], index))
+        full = torch.zeros(case["in_W"].shape, dtype=route.dtype)
+        d_w = full.index_copy(0, kept, d_w)
+    return loss.detach(), stats, d_x, d_w
+
+
+def budget(route: Route) -> tuple[float, float, float]:
+    """(loss relative, loss absolute per s, gradient Frobenius-relative): golden/README."""
+    return (1e-9, 1e-9, 1e-9) if route.dtype == torch.float64 else (1e-6, 2e-6, 5e-5)
+
+
+def check_loss(loss: Tensor, case: Case, route: Route, rows: Tensor) -> None:
+    """Every row's loss within its budget; at cos = -1 float32 within 1e-3 s."""
+    rel, absolute, _ = budget(route)
+    scale = case.kwargs["s"]
+    truth = case["out_loss"]
+    allowed = rel * truth.abs() + absolute * scale
+    if "cos=+-1" in case.tags and route.dtype != torch.float64:
+        allowed = allowed.clamp_min(1e-3 * scale)
+    error = (loss.double() - truth).abs()
+    assert bool((error <= allowed)[rows].all()), f"loss error {error.max().item():.3g}, allowed {allowed.min().item():.3g}"
+
+
+@each(ROUTES)
+@pytest.mark.parametrize("name", cases("margin_softmax", without=("norm passed separately",)))
+def test_golden(name: str, route: Route) -> None:
+    case = load(name)
+    margin = build_margin(case.kwargs, case)
+    averaged = "mean" in case.tags or "in_gout" not in case
+    loss, stats, d_x, d_w = run(case, route, margin, "mean" if averaged else "none")
+    labelled = case["in_y"] >= 0
+    if averaged:
+        count = max(int(labelled.sum()), 1)
+        assert loss.item() == pytest.approx(case["out_loss"][labelled].sum().item() / count, rel=1e-6 if route.dtype == torch.float32 else 1e-9, abs=1e-5)
+    else:
+        check_loss(loss, case, route, torch.ones_like(labelled))
+    exact = route.dtype == torch.float64
+    assert (stats.nearest_cosine.double() - case["out_nn_cos"]).abs().max() <= 1e-6
+    assert torch.equal(stats.nearest_index, case["out_nn_idx"])
+    if "C=1" not in case.tags:
+        error = (stats.lse.double() - case["out_lse_neg"]).abs()[labelled]
+        assert error.numel() == 0 or error.max() <= 2e-6 * case.kwargs["s"] + 1e-6 * case["out_lse_neg"][labelled].abs().max()
+    assert (stats.target_probability.double() - case["out_p_y"]).abs()[labelled].max().item() <= 1e-4 * max(1, case.kwargs["s"] / 64) if bool(labelled.any()) else True
+    if "cos=+-1" in case.tags:
+        assert bool(torch.isfinite(d_x).all()) and bool(torch.isfinite(d_w).all())
+    else:
+        allowed = budget(route)[2] * max(1.0, case.kwargs["s"] / 64)
+        assert relative(d_x, case["grad_dX"]) <= allowed
+        assert relative(d_w, case["grad_dW"]) <= allowed
+    if "out_state" in case and exact:
+        assert torch.allclose(get_state(margin).reshape(-1), case["out_state"].reshape(-1), rtol=1e-6)
+
+
+@each(ROUTES)
+@pytest.mark.parametrize("name", cases("inject_margin"))
+def test_golden_injected(name: str, route: Route) -> None:
+    case = load(name)
+    loss, stats, d_x, d_w = run(case, route, build_margin(case.kwargs, case))
+    check_loss(loss, case, route, torch.ones_like(loss, dtype=torch.bool))
+    assert torch.equal(stats.nearest_index, case["out_nn_idx"])
+    assert relative(d_x, case["grad_dX"]) <= budget(route)[2]
+    assert relative(d_w, case["grad_dW"]) <= budget(route)[2]
+
+
+@each(ROUTES)
+@pytest.mark.parametrize("name", cases("shard"))
+def test_golden_shards(name: str, route: Route) -> None:
+    """Shards of the classes: logsumexps add, the nearest negative is the best of the shards'."""
+    case = load(name)
+    unit = torch.nn.functional.normalize(case["in_X"].to(route.dtype), dim=1)
+    prototypes = torch.nn.functional.normalize(case["in_W"].to(route.dtype), dim=1)
+    cuts = case.kwargs["cuts"]
+    parts = []
+    for shard, (start, stop) in enumerate(zip(cuts[:-1], cuts[1:], strict=True)):
+        inside = (case["in_y"] >= start) & (case["in_y"] < stop)
+        # -2 = not on this shard; the op takes it although the public function does not
+        labels = torch.where(inside, case["in_y"] - start, torch.full_like(case["in_y"], -2))
+        with route():
+            lse, cosine, index, _ = torch.ops.recog_fast.negative_logsumexp(
+                unit, prototypes[start:stop], labels, case.kwargs["s"], None, None, None, None, True, True
+            )
+        truth = case["out_part_lse"][shard]
+        finite = torch.isfinite(truth)
+        assert torch.equal(torch.isfinite(lse), finite)
+        assert (lse.double() - truth)[finite].abs().max() <= (1e-9 if route.dtype == torch.float64 else 1e-4)
+        assert (cosine.double() - case["out_part_nn_cos"][shard]).abs().max() <= 1e-6
+        parts.append((lse, cosine, torch.where(index >= 0, index + start, index)))
+        assert torch.equal(torch.where(parts[-1][2] >= 0, parts[-1][2] - start, -1), _local(case, shard, start))
+    total = torch.logsumexp(torch.stack([p[0] for p in parts]).double(), dim=0)
+    assert (total - case["out_lse_neg"]).abs().max() <= 1e-4
+
+
+def _local(case: Case, shard: int, start: int) -> Tensor:
+    """The shard's nearest index, local, whichever way the file counts."""
+    index = case["out_part_nn_idx"][shard]
+    return torch.where(index >= start, index - start, index) if bool((index >= start).any()) else index
+
+
+@pytest.mark.parametrize("margin", [rf.ArcFace(), rf.CosFace(), rf.Softmax(), rf.MagFace(), rf.MVSoftmax("am"), rf.CircleMargin(), rf.SphereFace()], ids=repr)
+def test_gradcheck(margin: object) -> None:
+    torch.manual_seed(0)
+    x, w = torch.randn(4, 5, dtype=torch.float64, requires_grad=True), torch.randn(6, 5, dtype=torch.float64, requires_grad=True)
+    labels = torch.tensor([0, 5, -1, 2])
+    if isinstance(margin, (rf.CircleMargin, rf.MVSoftmax)):
+        pytest.skip("detached weights: g != f', which finite differences cannot see") if isinstance(margin, rf.CircleMargin) else None
+    assert torch.autograd.gradcheck(
+        lambda a, b: rf.margin_softmax_loss(a, b, labels, margin=margin, scale=4.0, unknown_weight=0.3), (x, w), atol=1e-6
+    )
+
+
+def materialised(x: Tensor, w: Tensor, labels: Tensor, margin: object, scale: float) -> Tensor:
+    """Cross entropy of explicit margin logits: an independent way to write the same loss."""
+    cosine = torch.nn.functional.normalize(x, dim=1) @ torch.nn.functional.normalize(w, dim=1).t()
+    rows = torch.arange(len(labels))
+    logits = scale * cosine
+    target = scale * margin(cosine[rows, labels], x.norm(dim=1))  # type: ignore[operator]
+    return torch.nn.functional.cross_entropy(logits.index_put((rows, labels), target), labels)
+
+
+@pytest.mark.parametrize("margin", [rf.ArcFace(), rf.ArcFace(gradient="straight_through"), rf.CosFace(), lambda c, n: c - 0.2], ids=["arc", "ste", "cos", "user"])
+def test_equals_cross_entropy(margin: object) -> None:
+    torch.manual_seed(1)
+    x, w = torch.randn(9, 12, dtype=torch.float64, requires_grad=True), torch.randn(30, 12, dtype=torch.float64, requires_grad=True)
+    labels = torch.randint(0, 30, (9,))
+    ours, theirs = rf.margin_softmax_loss(x, w, labels, margin=margin), materialised(x, w, labels, margin, 64.0)
+    assert torch.allclose(ours, theirs, rtol=1e-9)
+    for a, b in zip(torch.autograd.grad(ours, (x, w)), torch.autograd.grad(theirs, (x, w)), strict=True):
+        assert torch.allclose(a, b, rtol=1e-7, atol=1e-9)
+
+
+class Learned(torch.nn.Module):
+    """A user's margin with a learnable amount, a penalty and a rule."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.m = torch.nn.Parameter(torch.tensor(0.3, dtype=torch.float64))
+
+    def forward(self, cosine: Tensor, norms: Tensor) -> Tensor:
+        return cosine - self.m * norms / (1 + norms)
+
+    def penalty(self, norms: Tensor) -> Tensor:
+        return 0.1 * norms.square() + self.m.square()
+
+
+def test_margin_parameters_get_their_gradient() -> None:
+    torch.manual_seed(2)
+    margin = Learned()
+    x, w = torch.randn(5, 4, dtype=torch.float64, requires_grad=True), torch.randn(7, 4, dtype=torch.float64, requires_grad=True)
+    labels = torch.tensor([0, 1, -1, 6, 1])
+
+    def loss(a: Tensor, b: Tensor, m: Tensor) -> Tensor:
+        return torch.func.functional_call(_Caller(margin, labels), {"margin.m": m}, (a, b))  # type: ignore[no-any-return]
+
+    rf.margin_softmax_loss(x, w, labels, margin=margin, scale=3.0).backward()
+    step = 1e-6
+    with torch.no_grad():
+        margin.m += step
+        up = rf.margin_softmax_loss(x, w, labels, margin=margin, scale=3.0)
+        margin.m -= 2 * step
+        down = rf.margin_softmax_loss(x, w, labels, margin=margin, scale=3.0)
+        margin.m += step
+    assert margin.m.grad is not None
+    assert margin.m.grad.item() == pytest.approx((up - down).item() / (2 * step), rel=1e-6)
+    assert torch.autograd.gradcheck(lambda a, b: rf.margin_softmax_loss(a, b, labels, margin=margin, scale=3.0), (x, w))
+
+
+class _Caller(torch.nn.Module):
+    def __init__(self, margin: torch.nn.Module, labels: Tensor) -> None:
+        super().__init__()
+        self.margin, self.labels = margin, labels
+
+    def forward(self, x: Tensor, w: Tensor) -> Tensor:
+        return rf.margin_softmax_loss(x, w, self.labels, margin=self.margin)  # type: ignore[arg-type]
+
+
+@each([FLOAT64, NATIVE[0]])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_reductions_and_sample_weights(route: Route, reduction: str) -> None:
+    torch.manual_seed(3)
+    x, w = torch.randn(8, 16, dtype=route.dtype, requires_grad=True), torch.randn(40, 16, dtype=route.dtype, requires_grad=True)
+    labels = torch.tensor([0, 1, -1, 39, 5, -1, 7, 1])
+    weights = torch.rand(8, dtype=route.dtype)
+    labelled = labels >= 0
+    with route():
+        rows = rf.margin_softmax_loss(x, w, labels, scale=8.0, reduction="none", unknown_weight=0.5)
+        excess = rf.unknown_rejection_loss(x[~labelled], w, scale=8.0, reduction="none")
+        loss = rf.margin_softmax_loss(x, w, labels, scale=8.0, reduction=reduction, sample_weight=weights, unknown_weight=0.5)  # type: ignore[arg-type]
+    assert torch.allclose(rows[~labelled], 0.5 * excess, rtol=1e-5)
+    weighted = torch.where(labelled, rows * weights, rows)
+    expected = {"none": weighted, "sum": weighted.sum(), "mean": weighted[labelled].sum() / 6 + weighted[~labelled].mean()}[reduction]
+    assert torch.allclose(loss, expected, rtol=1e-5)
+    direction = torch.randn_like(loss)
+    g1 = torch.autograd.grad((loss * direction).sum(), (x, w), retain_graph=True)
+    g2 = torch.autograd.grad((expected * direction).sum(), (x, w))
+    for a, b in zip(g1, g2, strict=True):
+        assert relative(a, b) <= 1e-5
+
+
+def test_normalizer_replaces_the_count() -> None:
+    torch.manual_seed(4)
+    x, w, labels = torch.randn(6, 8), torch.randn(10, 8), torch.tensor([1, -1, 3, 4, 5, 6])
+    mean = rf.margin_softmax_loss(x, w, labels)
+    assert rf.margin_softmax_loss(x, w, labels, normalizer=10).item() == pytest.approx(mean.item() * 5 / 10)
+    assert rf.margin_softmax_loss(x, w, labels, normalizer=torch.tensor(10.0)).item() == pytest.approx(mean.item() * 5 / 10)
+
+
+@each([FLOAT64, NATIVE[0]])
+def test_tiny_losses_keep_their_gradient(route: Route) -> None:
+    """z = (40, 5, 4): float32 cross entropy gives loss 0 and no gradient at the target; this form 8.6e-16."""
+    x = torch.tensor([[1.0, 0.0, 0.0]], dtype=route.dtype, requires_grad=True)
+    angles = torch.tensor([40.0, 5.0, 4.0], dtype=route.dtype) / 40
+    w = torch.stack([angles, (1 - angles.square()).sqrt(), torch.zeros(3, dtype=route.dtype)], dim=1).requires_grad_()
+    with route():
+        loss = rf.margin_softmax_loss(x, w, torch.tensor([0]), margin=rf.Softmax(), scale=40.0)
+        loss.backward()
+    truth = torch.logsumexp(torch.tensor([5.0, 4.0], dtype=torch.float64), 0) - 40
+    assert loss.item() == pytest.approx(torch.exp(truth).item(), rel=1e-4)
+    assert x.grad is not None
+    assert x.grad.abs().max() > 1e-15
+
+
+@each(NATIVE)
+def test_threads_do_not_change_a_bit(route: Route) -> None:
+    torch.manual_seed(5)
+    x, w = torch.randn(33, 70), torch.randn(5000, 70)
+    labels = torch.randint(-1, 5000, (33,))
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            a, b = x.clone().requires_grad_(), w.clone().requires_grad_()
+            with route():
+                loss, stats = rf.margin_softmax_loss(a, b, labels, unknown_weight=0.1, margin=rf.CurricularFace(), return_stats=True)
+                loss.backward()
+            results.append((loss.detach(), *stats, a.grad, b.grad))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(p, q) for p, q in zip(results[0], other, strict=True))
+
+
+@each(NATIVE[:1])
+def test_uninitialised_memory_is_never_read(route: Route) -> None:
+    torch.manual_seed(6)
+    x, w, labels = torch.randn(7, 33), torch.randn(200, 33), torch.randint(-1, 200, (7,))
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fills torch.empty with NaN
+    try:
+        a, b = x.requires_grad_(), w.requires_grad_()
+        with route():
+            loss, stats = rf.margin_softmax_loss(a, b, labels, unknown_weight=0.1, return_stats=True)
+            loss.backward()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert a.grad is not None
+    assert b.grad is not None
+    assert all(bool(torch.isfinite(t).all()) for t in (loss, a.grad, b.grad, stats.lse, stats.nearest_cosine))
+
+
+@each([FLOAT64, *NATIVE[:1]])
+def test_edges(route: Route) -> None:
+    w = torch.randn(5, 4, dtype=route.dtype, requires_grad=True)
+    with route():
+        empty = rf.margin_softmax_loss(torch.empty(0, 4, dtype=route.dtype, requires_grad=True), w, torch.empty(0, dtype=torch.int64))
+        empty.backward()
+        assert empty.item() == 0
+        assert w.grad is not None
+        assert float(w.grad.abs().max()) == 0
+        x = torch.randn(3, 4, dtype=route.dtype, requires_grad=True)
+        unlabelled = rf.margin_softmax_loss(x, w, torch.full((3,), -1))
+        unlabelled.backward()
+        assert unlabelled.item() == 0
+        assert x.grad is not None
+        assert float(x.grad.abs().max()) == 0
+        one = torch.randn(1, 4, dtype=route.dtype, requires_grad=True)
+        loss, stats = rf.margin_softmax_loss(x, one, torch.zeros(3, dtype=torch.int64), return_stats=True)
+        loss.backward()
+        assert loss.item() == 0
+        assert one.grad is not None
+        assert float(one.grad.abs().max()) == 0
+        assert stats.nearest_index.tolist() == [-1] * 3
+        assert stats.nearest_cosine.tolist() == [-2] * 3
+        assert bool(torch.isneginf(stats.lse).all())
+
+
+GOOD = {"embeddings": torch.ones(2, 3), "weight": torch.ones(4, 3), "labels": torch.tensor([0, 3])}
+BAD = [
+    ({"labels": torch.tensor([0, 4])}, r"labels in \[-1, C\) = \[-1, 4\), got 4 in row 1"),
+    ({"labels": torch.tensor([-2, 0])}, r"got -2 in row 0"),
+    ({"labels": torch.tensor([[0], [1]])}, r"labels of shape \(N,\) = \(2,\), got shape \(2, 1\)"),
+    ({"labels": torch.tensor([0.0, 1.0])}, "labels of an integer dtype"),
+    ({"embeddings": torch.tensor([[1.0, 2, 3], [1, float("nan"), 0]])}, "finite embeddings, got a non-finite value in row 1"),
+    ({"embeddings": torch.ones(2, 3).int()}, "embeddings of a floating point dtype"),
+    ({"embeddings": torch.ones(2, 3, 1)}, r"embeddings of shape \(N, D\)"),
+    ({"weight": torch.ones(4, 5)}, "weight with D = 3"),
+    ({"weight": torch.ones(4, 3).half()}, "weight of dtype float32 or float64"),
+    ({"weight": torch.ones(0, 3)}, "weight with C, K, D >= 1"),
+    ({"scale": 0.0}, "scale > 0"),
+    ({"scale": float("nan")}, "scale > 0"),
+    ({"reduction": "average"}, "reduction"),
+    ({"unknown_weight": -1.0}, "unknown_weight >= 0"),
+    ({"sample_weight": torch.ones(3)}, r"sample_weight of shape \(N,\) = \(2,\)"),
+    ({"margin": "arc"}, "margin to be callable"),
+    ({"margin": lambda c, n: c.sum()}, r"margin to return a tensor of shape \(N,\)"),
+    ({"memory_rows": torch.ones(4, 3)}, "memory_rows and strength together"),
+    ({"memory_rows": torch.ones(3, 3), "strength": torch.ones(3)}, "S = C = 4 rows"),
+    ({"memory_rows": torch.ones(3, 3), "strength": torch.ones(3), "slot": torch.tensor([0, 1, 2, 3])}, r"slot in \[-1, S\)"),
+    ({"compute_dtype": torch.float16}, "compute_dtype"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), BAD, ids=lambda v: v if isinstance(v, str) else "")
+def test_bad_input_is_named(change: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=f"margin_softmax_loss: expected .*{message}"):
+        rf.margin_softmax_loss(**{**GOOD, **change})  # type: ignore[arg-type]
+
+
+def test_no_double_backward() -> None:
+    x, w = torch.randn(2, 3, requires_grad=True), torch.randn(4, 3, requires_grad=True)
+    (d_x,) = torch.autograd.grad(rf.margin_softmax_loss(x, w, torch.tensor([0, 1])), x, create_graph=True)
+    with pytest.raises(RuntimeError):
+        d_x.sum().backward()
+
+
+def test_half_precision_embeddings_and_autocast() -> None:
+    torch.manual_seed(7)
+    x, w, labels = torch.randn(6, 32), torch.randn(50, 32, requires_grad=True), torch.randint(0, 50, (6,))
+    half = x.bfloat16().requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = rf.margin_softmax_loss(half, w, labels)
+        loss.backward()
+    exact = half.detach().float().requires_grad_()
+    truth = rf.margin_softmax_loss(exact, w, labels)
+    truth.backward()
+    assert loss.dtype == torch.float32
+    assert half.grad is not None
+    assert half.grad.dtype == torch.bfloat16
+    assert loss.item() == pytest.approx(truth.item(), rel=1e-6)
+    assert exact.grad is not None
+    assert relative(half.grad, exact.grad) <= 4e-3
