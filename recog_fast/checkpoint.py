@@ -31,7 +31,9 @@ class CheckpointError(ValueError):
     """A checkpoint that is missing, damaged, or does not fit what it is loaded into."""
 
 
-def save_checkpoint(path: str | os.PathLike[str], *, head: torch.nn.Module, optimizer: Any = None, step: int, **more: Any) -> None:
+def save_checkpoint(
+    path: str | os.PathLike[str], *, head: torch.nn.Module, optimizer: Any = None, step: int, **more: Any
+) -> None:
     """Writes head, optimizer, step and `more` to the folder `path`, all or nothing.
 
     `more` takes nested dicts, lists and tuples of tensors, numpy arrays, numbers, strings, bytes, booleans and None;
@@ -39,7 +41,7 @@ def save_checkpoint(path: str | os.PathLike[str], *, head: torch.nn.Module, opti
     disk and renamed, so a crash leaves the previous checkpoint as it was. Every rank calls it; a replicated head is written
     by rank 0.
 
-    Raises ValueError when the memory has queued writes or the optimizer has pending rows (save after `step()`),
+    Raises ValueError when the memory has queued writes or the head has pending rows (save after `step()`),
     TypeError for values of other types.
     """
     if not isinstance(step, int) or step < 0:
@@ -47,8 +49,13 @@ def save_checkpoint(path: str | os.PathLike[str], *, head: torch.nn.Module, opti
     for name in _RESERVED:
         if name in more:
             raise ValueError(f"save_checkpoint: expected names other than {_RESERVED} in **more, got {name!r}")
-    _refuse_pending(head, optimizer)
-    content = {"head": head.state_dict(), "optimizer": None if optimizer is None else optimizer.state_dict(), "step": step, **more}
+    _refuse_pending(head)
+    content = {
+        "head": head.state_dict(),
+        "optimizer": None if optimizer is None else optimizer.state_dict(),
+        "step": step,
+        **more,
+    }
     tensors: dict[str, Tensor] = {}
     structure = _encode(content, "", tensors)
     if _rank() == 0:
@@ -66,7 +73,9 @@ def load_checkpoint(path: str | os.PathLike[str], *, head: torch.nn.Module, opti
     try:
         head.load_state_dict(content.pop("head"))
     except (RuntimeError, KeyError) as error:
-        raise CheckpointError(f"load_checkpoint: {path} does not fit this head: {' '.join(str(error).split())}") from error
+        raise CheckpointError(
+            f"load_checkpoint: {path} does not fit this head: {' '.join(str(error).split())}"
+        ) from error
     saved = content.pop("optimizer")
     if optimizer is not None:
         if saved is None:
@@ -90,7 +99,9 @@ def read_checkpoint(path: str | os.PathLike[str], keys: tuple[str, ...] | None =
     except ValueError as error:
         raise CheckpointError(f"load_checkpoint: {folder / _STATE} is damaged: {error}") from error
     if state.get("format") != FORMAT:
-        raise CheckpointError(f"load_checkpoint: expected checkpoint format {FORMAT} in {folder}, got {state.get('format')!r}")
+        raise CheckpointError(
+            f"load_checkpoint: expected checkpoint format {FORMAT} in {folder}, got {state.get('format')!r}"
+        )
     entries = [[key, value] for key, value in state["content"]["dict"] if keys is None or key in keys]
     wanted: set[str] = set()
     _tensor_keys(entries, wanted)
@@ -123,14 +134,18 @@ def _checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=lambda p: int(p.name[len("step_") :]))
 
 
-def _refuse_pending(head: torch.nn.Module, optimizer: Any) -> None:
+def _refuse_pending(head: torch.nn.Module) -> None:
     """Rows waiting for step() and queued memory writes are not state: saving between them would lose both."""
-    rows = getattr(optimizer, "pending", 0)
+    rows = getattr(head, "pending_rows", 0)
     if rows:
-        raise ValueError(f"save_checkpoint: expected no pending rows in the optimizer, got {rows}: call step() or zero_grad() first")
+        raise ValueError(
+            f"save_checkpoint: expected no pending rows on the head, got {rows}: call step() or zero_grad() first"
+        )
     queued = getattr(getattr(head, "memory", None), "pending", 0)
     if queued:
-        raise ValueError(f"save_checkpoint: expected no queued memory writes, got {queued}: they apply after the optimizer's step()")
+        raise ValueError(
+            f"save_checkpoint: expected no queued memory writes, got {queued}: they apply after the optimizer's step()"
+        )
 
 
 # --- what is no tensor goes to JSON ---------------------------------------------------------------------------------
@@ -147,7 +162,11 @@ def _encode(value: Any, key: str, tensors: dict[str, Tensor]) -> Any:
         return value.item()
     if isinstance(value, np.ndarray):
         # As bytes: torch has no tensor of every numpy dtype, and the bits must come back.
-        tensors[key] = torch.frombuffer(bytearray(value.tobytes()), dtype=torch.uint8) if value.nbytes else torch.empty(0, dtype=torch.uint8)
+        tensors[key] = (
+            torch.frombuffer(bytearray(value.tobytes()), dtype=torch.uint8)
+            if value.nbytes
+            else torch.empty(0, dtype=torch.uint8)
+        )
         return {"array": key, "dtype": value.dtype.str, "shape": list(value.shape)}
     if isinstance(value, bytes):
         return {"bytes": value.hex()}
@@ -157,9 +176,17 @@ def _encode(value: Any, key: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, dict):
         for name in value:
             if not isinstance(name, (str, int)):
-                raise TypeError(f"save_checkpoint: expected dict keys of type str or int at {key!r}, got {type(name).__name__}")
-        return {"dict": [[name, _encode(item, f"{key}/{name}" if key else str(name), tensors)] for name, item in value.items()]}
-    raise TypeError(f"save_checkpoint: expected tensors, arrays and plain values, got {type(value).__name__} at {key!r}")
+                raise TypeError(
+                    f"save_checkpoint: expected dict keys of type str or int at {key!r}, got {type(name).__name__}"
+                )
+        return {
+            "dict": [
+                [name, _encode(item, f"{key}/{name}" if key else str(name), tensors)] for name, item in value.items()
+            ]
+        }
+    raise TypeError(
+        f"save_checkpoint: expected tensors, arrays and plain values, got {type(value).__name__} at {key!r}"
+    )
 
 
 def _decode(value: Any, tensors: dict[str, Tensor]) -> Any:
@@ -195,14 +222,15 @@ def _tensor_keys(value: Any, found: set[str]) -> None:
 
 
 def _write(path: Path, structure: Any, tensors: dict[str, Tensor]) -> None:
-    from torch.distributed import checkpoint as dcp
+    from torch.distributed.checkpoint.filesystem import FileSystemWriter
+    from torch.distributed.checkpoint.state_dict_saver import save
 
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f".{path.name}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        dcp.save(dict(tensors), storage_writer=dcp.FileSystemWriter(temporary), no_dist=True)
+        save(dict(tensors), storage_writer=FileSystemWriter(temporary), no_dist=True)
     (temporary / _STATE).write_text(json.dumps({"format": FORMAT, "content": structure}))
     files = {p.name: {"bytes": p.stat().st_size, "crc32": _crc32(p)} for p in sorted(temporary.iterdir())}
     (temporary / _MANIFEST).write_text(json.dumps(files, indent=1))
@@ -249,20 +277,25 @@ def _verify(folder: Path) -> None:
         if not file.is_file():
             raise CheckpointError(f"load_checkpoint: {folder} is damaged: {name} is missing")
         if file.stat().st_size != size:
-            raise CheckpointError(f"load_checkpoint: {file} is damaged: expected {size} bytes, got {file.stat().st_size}")
+            raise CheckpointError(
+                f"load_checkpoint: {file} is damaged: expected {size} bytes, got {file.stat().st_size}"
+            )
         if _crc32(file) != crc:
-            raise CheckpointError(f"load_checkpoint: {file} is damaged: its CRC-32 is not the one recorded when it was written")
+            raise CheckpointError(
+                f"load_checkpoint: {file} is damaged: its CRC-32 is not the one recorded when it was written"
+            )
 
 
 def _read_tensors(folder: Path, wanted: set[str]) -> dict[str, Tensor]:
-    from torch.distributed import checkpoint as dcp
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+    from torch.distributed.checkpoint.state_dict_loader import load
 
-    class Reader(dcp.FileSystemReader):
+    class Reader(FileSystemReader):
         def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-            return _read_metadata(folder)
+            return metadata
 
-    metadata = _read_metadata(folder)
+    metadata: Metadata = _read_metadata(folder)
     tensors: dict[str, Tensor] = {}
     for key in sorted(wanted):
         entry = metadata.state_dict_metadata.get(key)
@@ -271,7 +304,7 @@ def _read_tensors(folder: Path, wanted: set[str]) -> dict[str, Tensor]:
         tensors[key] = torch.empty(entry.size, dtype=entry.properties.dtype)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        dcp.load(tensors, storage_reader=Reader(folder), no_dist=True)
+        load(tensors, storage_reader=Reader(folder), no_dist=True)
     return tensors
 
 

@@ -39,18 +39,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, TypeError, OSError, ArithmeticError, RuntimeError, ImportError) as error:
         if options.debug:
             raise
-        print(f"recog-fast {options.command}: error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+        print(
+            f"recog-fast {options.command}: error: {' '.join(str(error).split()) or type(error).__name__}",
+            file=sys.stderr,
+        )
         return 1
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="recog-fast", description="Recognition over very many classes: train, evaluate, look inside.")
+    parser = argparse.ArgumentParser(
+        prog="recog-fast", description="Recognition over very many classes: train, evaluate, look inside."
+    )
     parser.add_argument("--version", action="version", version=f"recog_fast {__version__}")
     debug = argparse.ArgumentParser(add_help=False)
     debug.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
 
-    demo = commands.add_parser("demo", parents=[debug], add_help=False, help="train and evaluate on synthetic identities in about two minutes")
+    demo = commands.add_parser(
+        "demo", parents=[debug], add_help=False, help="train and evaluate on synthetic identities in about two minutes"
+    )
     demo.set_defaults(run=_demo)
 
     train = commands.add_parser(
@@ -66,10 +73,18 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--help-settings", action="store_true", help="list all settings and stop")
     train.set_defaults(run=_train)
 
-    evaluate = commands.add_parser("eval", parents=[debug], help="verify a trained backbone on pair files", description=_eval.__doc__)
-    evaluate.add_argument("model", help="output folder of a run, one of its checkpoints, or a file of weights (.pt; then give --network)")
-    evaluate.add_argument("--target", action="append", required=True, help=".bin file of pairs; may be given several times")
-    evaluate.add_argument("--down", action="append", type=int, default=[], help="also with images down to this size and up again")
+    evaluate = commands.add_parser(
+        "eval", parents=[debug], help="verify a trained backbone on pair files", description=_eval.__doc__
+    )
+    evaluate.add_argument(
+        "model", help="output folder of a run, one of its checkpoints, or a file of weights (.pt; then give --network)"
+    )
+    evaluate.add_argument(
+        "--target", action="append", required=True, help=".bin file of pairs; may be given several times"
+    )
+    evaluate.add_argument(
+        "--down", action="append", type=int, default=[], help="also with images down to this size and up again"
+    )
     evaluate.add_argument("--network", help="network of a file of weights")
     evaluate.add_argument("--embedding-size", type=int, default=512, help="embedding size of a file of weights (512)")
     evaluate.add_argument("--size", type=int, default=112, help="input size of a file of weights (112)")
@@ -124,7 +139,9 @@ def _eval(options: argparse.Namespace, _: list[str]) -> int:
             if not options.json:
                 row = report[name]
                 tar = "   ".join(f"TAR@{far} {value:.4f}" for far, value in row["tar"].items())
-                print(f"{name}: accuracy {row['accuracy']:.4f} +- {row['std']:.4f}   EER {row['eer']:.4f}   {tar}   ({row['form']})")
+                print(
+                    f"{name}: accuracy {row['accuracy']:.4f} +- {row['std']:.4f}   EER {row['eer']:.4f}   {tar}   ({row['form']})"
+                )
     if options.json:
         print(json.dumps(report))
     return 0
@@ -135,7 +152,9 @@ def _doctor(_: argparse.Namespace, __: list[str]) -> int:
 
     import recog_fast as rf
 
-    print(f"recog_fast {__version__}   python {platform.python_version()}   torch {torch.__version__}   {platform.system()} {platform.machine()}")
+    print(
+        f"recog_fast {__version__}   python {platform.python_version()}   torch {torch.__version__}   {platform.system()} {platform.machine()}"
+    )
     for name, value in rf.backends().items():
         print(f"{name:8} {value}")
     for name in _LIBRARIES.split():

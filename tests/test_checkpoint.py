@@ -51,15 +51,23 @@ def test_everything_comes_back(tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "c", head=head, optimizer=optimizer, step=12, **more)
     other, other_optimizer = _linear(1)
     back = load_checkpoint(tmp_path / "c", head=other, optimizer=other_optimizer)
-    assert back.pop("step") == 12 and set(back) == set(more)
+    assert back.pop("step") == 12
+    assert set(back) == set(more)
     assert torch.equal(other.weight, head.weight)
-    assert torch.equal(other_optimizer.state[other.weight]["momentum_buffer"], optimizer.state[head.weight]["momentum_buffer"])
-    assert back["nested"] == more["nested"] and back["python"] == more["python"] and back["numpy"] == more["numpy"]
-    assert back["big"] == 2**100 and back["nan"] == float("inf")
+    assert torch.equal(
+        other_optimizer.state[other.weight]["momentum_buffer"], optimizer.state[head.weight]["momentum_buffer"]
+    )
+    assert back["nested"] == more["nested"]
+    assert back["python"] == more["python"]
+    assert back["numpy"] == more["numpy"]
+    assert back["big"] == 2**100
+    assert back["nan"] == float("inf")
     np.testing.assert_array_equal(back["legacy"][1], more["legacy"][1])
-    assert back["legacy"][1].dtype == np.uint32 and back["empty_array"].shape == (0, 2)
+    assert back["legacy"][1].dtype == np.uint32
+    assert back["empty_array"].shape == (0, 2)
     for name in ("torch", "bf16", "scalar", "empty"):
-        assert back[name].dtype == more[name].dtype and torch.equal(back[name], more[name])
+        assert back[name].dtype == more[name].dtype
+        assert torch.equal(back[name], more[name])
     assert set(read_checkpoint(tmp_path / "c", keys=("step", "bf16"))) == {"step", "bf16"}
 
 

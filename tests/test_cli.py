@@ -11,10 +11,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from training_data import make_folder, settings
 
 from recog_fast import __version__
 from recog_fast.cli import main
-from tests.training_data import make_folder, settings
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -31,7 +31,9 @@ def test_signal_saves_and_the_run_goes_on(tmp_path: Path) -> None:
     """SIGTERM to the whole process group, workers included, as schedulers send it: exit code 0, a checkpoint, and a resumed run."""
     settings(tmp_path, make_folder(tmp_path / "faces"), num_epoch=100_000, num_workers=1)
     command = run("train", str(tmp_path / "settings.yaml"))
-    with subprocess.Popen(command, env=environment(), cwd=tmp_path, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
+    with subprocess.Popen(
+        command, env=environment(), cwd=tmp_path, stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
         assert process.stdout is not None
         for line in process.stdout:
             if "Global Step: 3" in line:
@@ -46,14 +48,16 @@ def test_signal_saves_and_the_run_goes_on(tmp_path: Path) -> None:
 
 
 def test_exit_codes_and_one_line_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([]) == 2 and "COMMAND" in capsys.readouterr().out
+    assert main([]) == 2
+    assert "COMMAND" in capsys.readouterr().out
     for arguments in (["fly"], ["eval"], ["eval", "x", "--target", "y", "--colour", "red"]):
         with pytest.raises(SystemExit) as stop:
             main(arguments)
         assert stop.value.code == 2
     with pytest.raises(SystemExit) as stop:
         main(["--version"])
-    assert stop.value.code == 0 and __version__ in capsys.readouterr().out
+    assert stop.value.code == 0
+    assert __version__ in capsys.readouterr().out
     settings(tmp_path, tmp_path / "nowhere")
     file = str(tmp_path / "settings.yaml")
     for arguments, code, text in (
@@ -64,7 +68,8 @@ def test_exit_codes_and_one_line_errors(tmp_path: Path, capsys: pytest.CaptureFi
     ):
         assert main(arguments) == code
         error = capsys.readouterr().err
-        assert text in error and error.count("\n") == 1
+        assert text in error
+        assert error.count("\n") == 1
     with pytest.raises(FileNotFoundError):
         main(["train", file, "--debug"])
 
@@ -81,7 +86,9 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
 def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor"]) == 0
     out = capsys.readouterr().out
-    assert "torch" in out and "cpu" in out and "triton" in out
+    assert "torch" in out
+    assert "cpu" in out
+    assert "triton" in out
 
 
 def test_eval_of_a_run_a_checkpoint_and_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -91,7 +98,10 @@ def test_eval_of_a_run_a_checkpoint_and_a_file(tmp_path: Path, capsys: pytest.Ca
     images, same = [], []
     for k in range(10):
         for other in (k, k + 1):
-            images += [(folder / f"id{k:02d}" / "0.png").read_bytes(), (folder / f"id{other:02d}" / "1.png").read_bytes()]
+            images += [
+                (folder / f"id{k:02d}" / "0.png").read_bytes(),
+                (folder / f"id{other:02d}" / "1.png").read_bytes(),
+            ]
             same.append(other == k)
     target = tmp_path / "pairs.bin"
     target.write_bytes(pickle.dumps((images, same)))
@@ -101,15 +111,32 @@ def test_eval_of_a_run_a_checkpoint_and_a_file(tmp_path: Path, capsys: pytest.Ca
     for model in (output, output / "checkpoints" / "step_00000003"):
         assert main(["eval", str(model), "--target", str(target), "--down", "8", "--json"]) == 0
         reports.append(json.loads(capsys.readouterr().out))
-    assert reports[0] == reports[1] and set(reports[0]) == {"pairs", "pairs@8"}
+    assert reports[0] == reports[1]
+    assert set(reports[0]) == {"pairs", "pairs@8"}
     assert 0.5 <= reports[0]["pairs"]["accuracy"] <= 1
     # The bare file: the default widths do not fit, and that is said.
-    code = main(["eval", str(output / "model.pt"), "--network", "tiny", "--embedding-size", "16", "--size", "32", "--target", str(target)])
-    assert code == 1 and "does not fit tiny" in capsys.readouterr().err
+    code = main(
+        [
+            "eval",
+            str(output / "model.pt"),
+            "--network",
+            "tiny",
+            "--embedding-size",
+            "16",
+            "--size",
+            "32",
+            "--target",
+            str(target),
+        ]
+    )
+    assert code == 1
+    assert "does not fit tiny" in capsys.readouterr().err
     assert main(["eval", str(output / "model.pt"), "--target", str(target)]) == 1
 
 
 def test_command_line_starts_light() -> None:
     code = "import sys, recog_fast.cli as c; c._parser(); print([m for m in ('jsonargparse', 'yaml', 'PIL', 'rich', 'tensorboard', 'scipy') if m in sys.modules])"
-    out = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=True).stdout
+    out = subprocess.run(
+        [sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=True
+    ).stdout
     assert out.strip() == "[]"

@@ -6,9 +6,9 @@ import json
 
 import numpy as np
 import pytest
+from paths import golden_dir
 
 from recog_fast.training import schedules
-from tests.paths import golden_dir
 
 
 def test_polynomial_is_the_golden_curve() -> None:
@@ -34,8 +34,11 @@ def test_polynomial_ends() -> None:
 def test_smooth_schedules_rise_then_fall_without_a_jump(schedule: object) -> None:
     assert callable(schedule)
     rates = [schedule(k, base=0.2, warmup=10, total=100) for k in range(101)]
-    assert max(rates) == pytest.approx(0.2) and rates[0] == pytest.approx(0.02) and rates[100] == pytest.approx(0.0)
-    assert np.all(np.diff(rates[:10]) > 0) and np.all(np.diff(rates[10:]) <= 0)
+    assert max(rates) == pytest.approx(0.2)
+    assert rates[0] == pytest.approx(0.02)
+    assert rates[100] == pytest.approx(0.0)
+    assert np.all(np.diff(rates[:10]) > 0)
+    assert np.all(np.diff(rates[10:]) <= 0)
     assert np.abs(np.diff(rates)).max() <= 0.0201
 
 

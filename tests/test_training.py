@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from training_data import make_folder, settings
 
 from recog_fast.training import loop
 from recog_fast.training.config import TrainConfig, read_config, to_yaml
@@ -19,7 +20,6 @@ from recog_fast.training.data import Batch, TrainingImages, step_loader
 from recog_fast.training.logs import Meter, read_metrics
 from recog_fast.training.loop import NonFiniteError, TrainResult, train
 from recog_fast.training.verification import load_backbone, pairs_of_split, verify
-from tests.training_data import make_folder, settings
 
 
 @pytest.fixture(scope="module")
@@ -44,18 +44,37 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, step: int, action: Any) -> None:
 
 
 def test_it_learns_and_logs(tmp_path: Path, folder: Path) -> None:
-    config = settings(tmp_path, folder, num_epoch=8, data__holdout_classes=4, val_targets=["holdout"], val_sizes=[8], val_pairs=40, margin_ramp=2)
+    config = settings(
+        tmp_path,
+        folder,
+        num_epoch=8,
+        data__holdout_classes=4,
+        val_targets=["holdout"],
+        val_sizes=[8],
+        val_pairs=40,
+        margin_ramp=2,
+    )
     result = train(config)
     lines = read_metrics(result.output / "metrics.jsonl")
     steps = [line for line in lines if "loss" in line]
-    assert result.finished and result.step == 24 == len(steps)
+    assert result.finished
+    assert result.step == 24 == len(steps)
     assert np.mean([line["loss"] for line in steps[-4:]]) < 0.7 * np.mean([line["loss"] for line in steps[:4]])
     assert steps[-1]["target_cosine"] > steps[0]["target_cosine"] + 0.2
-    for name in ("lr", "nearest_cosine", "target_probability", "feature_norm", "images_per_second", "gradient_norm", "epoch"):
+    for name in (
+        "lr",
+        "nearest_cosine",
+        "target_probability",
+        "feature_norm",
+        "images_per_second",
+        "gradient_norm",
+        "epoch",
+    ):
         assert np.isfinite(steps[-1][name])
     # The InsightFace schedule: full rate at step 0, then linear to 0.
     np.testing.assert_allclose([line["lr"] for line in steps], [0.1 * (24 - k) / 24 for k in range(24)])
-    assert {"val/holdout", "val/holdout/eer", "val/holdout@8"} <= set(lines[-1]) and result.metrics["val/holdout"] > 0.6
+    assert {"val/holdout", "val/holdout/eer", "val/holdout@8"} <= set(lines[-1])
+    assert result.metrics["val/holdout"] > 0.6
     assert read_config(result.output / "config.yaml") == config
     assert any((result.output / "tensorboard").iterdir())
     backbone, size = load_backbone(result.output, None, 0, 0)
@@ -83,10 +102,12 @@ def test_resumed_run_is_bitwise_the_uninterrupted_one(
         # Step 6 is in the middle of the second epoch (4 steps each).
         stop_after(patch, 5, lambda: os.kill(os.getpid(), signal.SIGTERM))
         first = train(config)
-    assert not first.finished and first.step == 6
+    assert not first.finished
+    assert first.step == 6
     torch.manual_seed(99)  # the saved random state must win
     second = train(dataclasses.replace(config, resume=True))
-    assert second.finished and losses(second) == losses(whole)
+    assert second.finished
+    assert losses(second) == losses(whole)
     ours, theirs = (torch.load(r.output / "model.pt", weights_only=True) for r in (second, whole))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
@@ -124,12 +145,15 @@ def test_accumulation_is_one_large_batch(tmp_path: Path, folder: Path) -> None:
     weights = []
     for size, acc in ((16, 1), (8, 2)):
         changes = {"unlabelled": {"kind": "folder", "path": str(unknown)}, "unknown_weight": 0.1}
-        run = loop.setup(settings(tmp_path, folder, output=str(tmp_path / f"run{acc}"), batch_size=size, gradient_acc=acc, **changes))
+        run = loop.setup(
+            settings(tmp_path, folder, output=str(tmp_path / f"run{acc}"), batch_size=size, gradient_acc=acc, **changes)
+        )
         torch.manual_seed(0)
         run.backbone = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 16))
         run.optimizer = torch.optim.SGD(run.backbone.parameters(), lr=0.1)
         for batch, _ in zip(run.position.track(run.loader), range(3), strict=False):
-            assert (batch.labels < 0).any() and (batch.labels >= 0).any()
+            assert (batch.labels < 0).any()
+            assert (batch.labels >= 0).any()
             loop.train_step(run, batch, 0.1, 0.1)
             run.step += 1
         weights.append((run.backbone[1].weight.detach(), run.head.weight.detach()))
@@ -141,7 +165,9 @@ def test_accumulation_is_one_large_batch(tmp_path: Path, folder: Path) -> None:
 @pytest.mark.parametrize("head_optimizer", ["sgd", "headsgd"])
 def test_head_optimizers_agree(tmp_path: Path, folder: Path, head_optimizer: str) -> None:
     found = losses(train(settings(tmp_path, folder, head_optimizer=head_optimizer, max_steps=5)))
-    reference = losses(train(settings(tmp_path, folder, head_optimizer="sgd", max_steps=5, output=str(tmp_path / "reference"))))
+    reference = losses(
+        train(settings(tmp_path, folder, head_optimizer="sgd", max_steps=5, output=str(tmp_path / "reference")))
+    )
     np.testing.assert_allclose(found, reference, rtol=1e-3)
 
 
@@ -167,7 +193,9 @@ def test_nonfinite_values_stop_the_run_and_name_the_row(tmp_path: Path, folder: 
     loop.train_step(run, next(batches), 0.1, 0.1)
     run.step, batch = 1, next(batches)
     name = Path(run.images.path(batch.samples[5]))
-    with pytest.raises(NonFiniteError, match=rf"step 1: non-finite embeddings in rows \[5\] of 16 .*{name.parent.name}/{name.name}"):
+    with pytest.raises(
+        NonFiniteError, match=rf"step 1: non-finite embeddings in rows \[5\] of 16 .*{name.parent.name}/{name.name}"
+    ):
         loop.train_step(run, batch, 0.1, 0.1)
 
 
@@ -179,10 +207,12 @@ def test_nonfinite_values_can_be_skipped(tmp_path: Path, folder: Path) -> None:
     batches = run.position.track(run.loader)
     loop.train_step(run, next(batches), 0.1, 0.1)
     # The second micro-batch was bad: nothing moves, the first one's rows are dropped too.
-    assert run.skipped == 1 and torch.equal(run.head.weight, weight)
+    assert run.skipped == 1
+    assert torch.equal(run.head.weight, weight)
     assert all(torch.equal(a, b) for a, b in zip(before, run.backbone.parameters(), strict=True))
     loop.train_step(run, next(batches), 0.1, 0.1)
-    assert run.skipped == 1 and not torch.equal(run.head.weight, weight)
+    assert run.skipped == 1
+    assert not torch.equal(run.head.weight, weight)
 
 
 def test_corrupt_image_is_replaced_and_counted(tmp_path: Path) -> None:
@@ -199,7 +229,9 @@ def test_holdout_split_is_by_identity(tmp_path: Path, folder: Path) -> None:
     images = TrainingImages(settings(tmp_path, folder, data__holdout_classes=0.3))
     kept = {Path(p).parent.name for p in images.parts[0].dataset.paths}
     held = {Path(p).parent.name for p in images.held.paths}
-    assert len(kept) == images.num_classes == 10 and len(held) == 4 and not kept & held
+    assert len(kept) == images.num_classes == 10
+    assert len(held) == 4
+    assert not kept & held
     assert set(images.parts[0].labels) == set(range(10))
     with pytest.raises(ValueError, match="below the number of identities 14, got 14"):
         TrainingImages(settings(tmp_path, folder, data__holdout_classes=14))
@@ -209,18 +241,24 @@ def test_holdout_split_is_by_identity(tmp_path: Path, folder: Path) -> None:
 
 def test_items_depend_on_seed_epoch_and_sample_only(tmp_path: Path, folder: Path) -> None:
     config = settings(tmp_path, folder)
-    one, cached = TrainingImages(config), TrainingImages(dataclasses.replace(config, data=dataclasses.replace(config.data, cache=True)))
+    one, cached = (
+        TrainingImages(config),
+        TrainingImages(dataclasses.replace(config, data=dataclasses.replace(config.data, cache=True))),
+    )
     for key in ((0, 3), (1, 3)):
         np.testing.assert_array_equal(one[key][0], cached[key][0])
     assert not np.array_equal(one[0, 3][0], one[1, 3][0])
     position, loader = step_loader(one, config, pin_memory=False)
     state = torch.get_rng_state()
-    assert len(list(position.track(loader))) == 4 and torch.equal(state, torch.get_rng_state())
+    assert len(list(position.track(loader))) == 4
+    assert torch.equal(state, torch.get_rng_state())
 
 
 def test_margin_ramp_is_a_function_of_the_step(tmp_path: Path, folder: Path) -> None:
     for margin in ({"name": "ArcFace", "m": 0.4}, {"name": "AdaFace", "m": 0.4}):
-        run = loop.setup(settings(tmp_path, folder, margin=margin, margin_ramp=1, output=str(tmp_path / margin["name"])))
+        run = loop.setup(
+            settings(tmp_path, folder, margin=margin, margin_ramp=1, output=str(tmp_path / margin["name"]))
+        )
         found = []
         for step in (0, 2, 4, 9):
             run.ramp.set(step)
@@ -235,7 +273,8 @@ def test_meter_keeps_its_sums(tmp_path: Path) -> None:
     meter.add({"a": (3.0, 2), "b": (0.0, 0)})
     meter = Meter(meter.state)
     meter.add({"a": (5.0, 2)})
-    assert meter.flush() == {"a": 2.0} and meter.flush() == {}
+    assert meter.flush() == {"a": 2.0}
+    assert meter.flush() == {}
 
 
 @pytest.mark.parametrize(
@@ -248,7 +287,7 @@ def test_meter_keeps_its_sums(tmp_path: Path) -> None:
         (["--optimizer", "lion"], "optimizer"),
         (["--batch_size", "0"], "batch_size >= 1, got 0"),
         (["--warmup_epoch", "2"], "warmup_epoch < num_epoch"),
-        (["--sample_rate", "0"], "sample_rate"),
+        (["--scale", "0"], "scale > 0"),
         (["--val_targets", "[holdout]"], "holdout_classes > 0"),
         (["--data.path", ""], "data.path"),
     ],
@@ -273,17 +312,23 @@ def test_bad_settings_are_named(tmp_path: Path, folder: Path, arguments: list[st
         ({"augment": {"flip": 2}}, "flip"),
     ],
 )
-def test_settings_that_do_not_fit_are_named(tmp_path: Path, folder: Path, changes: dict[str, Any], message: str) -> None:
+def test_settings_that_do_not_fit_are_named(
+    tmp_path: Path, folder: Path, changes: dict[str, Any], message: str
+) -> None:
     with pytest.raises(ValueError) as error:
         train(settings(tmp_path, folder, **changes))
     assert message in str(error.value)
 
 
 def test_settings_round_trip_and_missing_files(tmp_path: Path, folder: Path) -> None:
-    config = settings(tmp_path, folder, memory={"name": "VPL"}, unlabelled={"kind": "folder", "path": "x"}, lr_epochs=[1, 2.5])
+    config = settings(
+        tmp_path, folder, memory={"name": "VPL"}, unlabelled={"kind": "folder", "path": "x"}, lr_epochs=[1, 2.5]
+    )
     (tmp_path / "again.yaml").write_text(to_yaml(config))
     assert read_config(tmp_path / "again.yaml") == config
-    changed = read_config(tmp_path / "again.yaml", ["--data.size", "40", "--margin.m=0.4", "--lr", "1e-3", "--memory", "null"])
+    changed = read_config(
+        tmp_path / "again.yaml", ["--data.size", "40", "--margin.m=0.4", "--lr", "1e-3", "--memory", "null"]
+    )
     assert (changed.data.size, changed.margin["m"], changed.lr, changed.memory) == (40, 0.4, 1e-3, None)
     with pytest.raises(FileNotFoundError, match="no settings file"):
         read_config(tmp_path / "absent.yaml")

@@ -23,7 +23,9 @@ class DataConfig:
     path: str = ""
     size: int = 112  # images are resized to size x size
     min_images: int = 1  # identities with fewer images are left out
-    holdout_classes: float = 0.0  # share (< 1) or number of identities kept out of training, for the val target "holdout"
+    holdout_classes: float = (
+        0.0  # share (< 1) or number of identities kept out of training, for the val target "holdout"
+    )
     cache: bool = False  # decode and resize all images once, into memory
     max_corrupt: int = 100  # so many unreadable images are replaced and listed; one more ends the run
     options: dict[str, Any] = field(default_factory=dict)  # further arguments of the dataset
@@ -59,11 +61,12 @@ class TrainConfig:
     network: str = "tiny"
     network_options: dict[str, Any] = field(default_factory=dict)
     embedding_size: int = 512
-    margin: dict[str, Any] = field(default_factory=lambda: {"name": "ArcFace"})  # name and parameters: {name: ArcFace, m: 0.5}
+    margin: dict[str, Any] = field(
+        default_factory=lambda: {"name": "ArcFace"}
+    )  # name and parameters: {name: ArcFace, m: 0.5}
     margin_ramp: float = 0.0  # epochs over which the margin grows from 0 to full
     scale: float = 64.0
     subcenters: int = 1
-    sample_rate: float = 1.0
     unknown_weight: float = 0.0
     memory: dict[str, Any] | None = None  # prototype memory: {name: VPL | QAFace, capacity: 4096, ...}
     memory_momentum: float = 0.0  # > 0: memory keys come from a momentum encoder with this gamma
@@ -148,7 +151,9 @@ def help_text() -> str:
 def _parser() -> Any:
     import jsonargparse
 
-    parser = jsonargparse.ArgumentParser(prog="recog-fast train CONFIG.yaml", exit_on_error=False, usage="%(prog)s [--key value ...]")
+    parser = jsonargparse.ArgumentParser(
+        prog="recog-fast train CONFIG.yaml", exit_on_error=False, usage="%(prog)s [--key value ...]"
+    )
     parser.add_class_arguments(TrainConfig, as_group=False)
     return parser
 
@@ -201,9 +206,11 @@ def _check(config: TrainConfig) -> None:
         if data is not None and data.kind != "synthetic" and not data.path:
             raise ValueError(f"train: expected {label}.path with {label}.kind = {data.kind!r}, got none")
         if data is not None and (data.size < 8 or min(data.min_images - 1, data.holdout_classes, data.max_corrupt) < 0):
-            raise ValueError(f"train: expected {label}.size >= 8, min_images >= 1, holdout_classes >= 0 and max_corrupt >= 0, got {data}")
-    if not config.scale > 0 or not 0 < config.sample_rate <= 1:
-        raise ValueError(f"train: expected scale > 0 and 0 < sample_rate <= 1, got {config.scale} and {config.sample_rate}")
+            raise ValueError(
+                f"train: expected {label}.size >= 8, min_images >= 1, holdout_classes >= 0 and max_corrupt >= 0, got {data}"
+            )
+    if not config.scale > 0:
+        raise ValueError(f"train: expected scale > 0, got {config.scale}")
     if not config.warmup_epoch < config.num_epoch:
         raise ValueError(f"train: expected warmup_epoch < num_epoch, got {config.warmup_epoch} and {config.num_epoch}")
     if "holdout" in config.val_targets and not config.data.holdout_classes:

@@ -99,12 +99,16 @@ def split_classes(source: Any, config: DataConfig, seed: int) -> tuple[Split, Sp
     classes, counts = np.unique(labels[labels >= 0], return_counts=True)
     classes = classes[counts >= config.min_images]
     if not len(classes):
-        raise ValueError(f"train: expected an identity with {config.min_images} or more images in {config.path or config.kind}, got none")
+        raise ValueError(
+            f"train: expected an identity with {config.min_images} or more images in {config.path or config.kind}, got none"
+        )
     held = round(config.holdout_classes * len(classes)) if config.holdout_classes < 1 else int(config.holdout_classes)
     if held >= len(classes):
         raise ValueError(f"train: expected holdout_classes below the number of identities {len(classes)}, got {held}")
     shuffled = np.random.default_rng((seed, 0x5917)).permutation(classes)
-    return Split(source, np.sort(shuffled[held:]), unlabelled=True), Split(source, np.sort(shuffled[:held]), unlabelled=False)
+    return Split(source, np.sort(shuffled[held:]), unlabelled=True), Split(
+        source, np.sort(shuffled[:held]), unlabelled=False
+    )
 
 
 class TrainingImages(Dataset[Item]):
@@ -124,7 +128,11 @@ class TrainingImages(Dataset[Item]):
             # Every image of it counts as unlabelled, whatever its source calls it.
             nobody = Split(_Unlabelled(open_source(config.unlabelled)), np.empty(0, dtype=np.int64), unlabelled=True)
             parts.append((nobody, config.unlabelled, "unlabelled"))
-        self.parts = [sources.SkipCorrupt(part, Path(config.output) / f"corrupt_{name}.jsonl", data.max_corrupt) for part, data, name in parts]
+        self.splits = [part for part, _, _ in parts]
+        self.parts = [
+            sources.SkipCorrupt(part, Path(config.output) / f"corrupt_{name}.jsonl", data.max_corrupt)
+            for part, data, name in parts
+        ]
         self.starts = np.cumsum([0] + [len(part) for part in self.parts])
         self.cached: list[tuple[Image, int]] | None = None
         if config.data.cache:
@@ -141,7 +149,7 @@ class TrainingImages(Dataset[Item]):
     def path(self, i: int) -> str:
         """Where sample i comes from, for messages."""
         part = self._part(i)
-        split = self.parts[part].dataset
+        split = self.splits[part]
         return str(split.source.paths[int(split.indices[i - self.starts[part]])])
 
     def corrupt(self) -> int:
@@ -187,7 +195,9 @@ def step_loader(images: TrainingImages, config: TrainConfig, pin_memory: bool) -
     """
     per_step = config.batch_size * config.gradient_acc
     if len(images) < per_step:
-        raise ValueError(f"train: expected batch_size * gradient_acc <= the {len(images)} training images, got {per_step}")
+        raise ValueError(
+            f"train: expected batch_size * gradient_acc <= the {len(images)} training images, got {per_step}"
+        )
     position = sources.ResumableBatches(len(images), per_step, seed=config.seed)
     loader: DataLoader[Any] = DataLoader(
         images,

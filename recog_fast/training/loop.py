@@ -24,11 +24,24 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from recog_fast.checkpoint import checkpoint_path, latest_checkpoint, load_checkpoint, prune_checkpoints, save_checkpoint
+from recog_fast.checkpoint import (
+    checkpoint_path,
+    latest_checkpoint,
+    load_checkpoint,
+    prune_checkpoints,
+    save_checkpoint,
+)
 from recog_fast.training.config import TrainConfig, to_yaml
 from recog_fast.training.data import Batch, TrainingImages, step_loader, to_input
 from recog_fast.training.logs import Log, Meter
-from recog_fast.training.model import MarginRamp, build_backbone, build_head, build_optimizers, learning_rate, set_learning_rate
+from recog_fast.training.model import (
+    MarginRamp,
+    build_backbone,
+    build_head,
+    build_optimizers,
+    learning_rate,
+    set_learning_rate,
+)
 from recog_fast.training.verification import pair_sets, verify_all
 
 
@@ -102,7 +115,9 @@ def train(config: TrainConfig) -> TrainResult:
             if run.step % save_every == 0 or last or stop.is_set():
                 save(run)
             if stop.is_set():
-                log.line(f"Stopped by a signal after step {run.step}; checkpoint saved, --resume true goes on from here")
+                log.line(
+                    f"Stopped by a signal after step {run.step}; checkpoint saved, --resume true goes on from here"
+                )
                 break
     torch.save(run.backbone.state_dict(), Path(config.output) / "model.pt")
     return TrainResult(run.step, run.step == run.total, metrics, Path(config.output))
@@ -118,7 +133,9 @@ def setup(config: TrainConfig) -> Run:
     random.seed(config.seed)
     np.random.seed(config.seed % 2**32)
     torch.manual_seed(config.seed)
-    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device)
+    device = torch.device(
+        ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
+    )
     autocast = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
     images = TrainingImages(config)
     position, loader = step_loader(images, config, pin_memory=device.type == "cuda")
@@ -144,7 +161,9 @@ def setup(config: TrainConfig) -> Run:
     output.mkdir(parents=True, exist_ok=True)
     restored = restore(run) if config.resume else False
     if not restored and latest_checkpoint(output / "checkpoints") is not None:
-        raise ValueError(f"train: {output} holds checkpoints of an earlier run: set resume to go on with it, or another output")
+        raise ValueError(
+            f"train: {output} holds checkpoints of an earlier run: set resume to go on with it, or another output"
+        )
     (output / "config.yaml").write_text(to_yaml(config))
     return run
 
@@ -152,6 +171,9 @@ def setup(config: TrainConfig) -> Run:
 def save(run: Run) -> None:
     """A checkpoint of the whole run after the current step; the last `keep_last` stay."""
     folder = Path(run.config.output) / "checkpoints"
+    if run.head.memory is not None:
+        # Without HeadSGD writes wait for the next forward, which would apply them before anything else.
+        run.head.memory.flush()
     save_checkpoint(
         checkpoint_path(folder, run.step),
         head=run.head,
@@ -180,7 +202,9 @@ def restore(run: Run) -> bool:
     saved = load_checkpoint(path, head=run.head, optimizer=run.head_optimizer)
     rows = run.config.batch_size * run.config.gradient_acc
     if saved["rows_per_step"] != rows:
-        raise ValueError(f"train: expected batch_size * gradient_acc = {saved['rows_per_step']} as in {path}, got {rows}")
+        raise ValueError(
+            f"train: expected batch_size * gradient_acc = {saved['rows_per_step']} as in {path}, got {rows}"
+        )
     run.position.load_state_dict(saved["position"])
     run.backbone.load_state_dict(saved["model"])
     run.optimizer.load_state_dict(saved["backbone_optimizer"])
@@ -248,9 +272,12 @@ def train_step(run: Run, batch: Batch, lr: float, head_lr: float) -> None:
     if run.encoder is not None:
         run.encoder.update(run.backbone)
     labelled = max(1, int((batch.labels >= 0).sum()))
+    unlabelled = max(1, int((batch.labels < 0).sum()))
     loss = 0.0
     try:
         for micro_batch in batch.split(config.batch_size):
+            # The head's mean over unlabelled rows is that of one forward: weigh it by its share of the step.
+            run.head.unknown_weight = config.unknown_weight * int((micro_batch.labels < 0).sum()) / unlabelled
             loss += _forward_backward(run, micro_batch, labelled)
         if config.clip_grad_norm:
             norm = nn.utils.clip_grad_norm_(run.backbone.parameters(), config.clip_grad_norm)
@@ -263,6 +290,8 @@ def train_step(run: Run, batch: Batch, lr: float, head_lr: float) -> None:
         run.skipped += 1
         run.optimizer.zero_grad(set_to_none=True)
         run.head_optimizer.zero_grad()
+        if run.head.memory is not None:
+            run.head.memory.flush()
         return
     run.optimizer.step()
     run.head_optimizer.step()
@@ -277,7 +306,9 @@ def _forward_backward(run: Run, batch: Batch, labelled: int) -> float:
         keys = None
         if run.head.memory is not None:
             keys = run.encoder(images) if run.encoder is not None else embeddings.detach()
-        loss, stats = run.head(embeddings, labels, normalizer=labelled, keys=keys, step=run.step, return_stats=True)
+        # HeadSGD moves the head's clock once a step; other optimizers leave it counting forwards.
+        step = None if run.config.head_optimizer == "headsgd" else run.step
+        loss, stats = run.head(embeddings, labels, normalizer=labelled, keys=keys, step=step, return_stats=True)
     if not bool(torch.isfinite(loss.detach())):
         rows = torch.isfinite(stats.lse) & torch.isfinite(stats.target_cosine)
         _refuse_nonfinite(run, batch, "loss", rows if not bool(rows.all()) else torch.zeros_like(rows))
@@ -315,7 +346,9 @@ def _refuse_nonfinite(run: Run, batch: Batch, what: str, finite: Tensor) -> None
     rows = (~finite).nonzero().flatten().tolist()
     paths = ", ".join(run.images.path(batch.samples[row]) for row in rows[:3])
     more = f" and {len(rows) - 3} more" if len(rows) > 3 else ""
-    raise NonFiniteError(f"train: step {run.step}: non-finite {what} in rows {rows[:8]} of {len(finite)} (images {paths}{more})")
+    raise NonFiniteError(
+        f"train: step {run.step}: non-finite {what} in rows {rows[:8]} of {len(finite)} (images {paths}{more})"
+    )
 
 
 # --- reports --------------------------------------------------------------------------------------------------------

@@ -33,7 +33,10 @@ def named(settings: Mapping[str, Any], names: tuple[str, ...] | list[str], what:
     name = arguments.pop("name", None)
     if name not in names:
         near = difflib.get_close_matches(str(name), names, n=1)
-        raise ValueError(f"train: expected {what}.name in {', '.join(names)}, got {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+        raise ValueError(
+            f"train: expected {what}.name in {', '.join(names)}, got {name!r}"
+            + (f"; did you mean {near[0]!r}?" if near else "")
+        )
     made = getattr(rf, name)
     known = list(inspect.signature(made).parameters)
     for key, value in arguments.items():
@@ -49,9 +52,11 @@ def named(settings: Mapping[str, Any], names: tuple[str, ...] | list[str], what:
 class MarginRamp:
     """Sets `head.margin` to its settings times a share that grows from 0 to 1 over `steps`; a pure function of the step."""
 
-    def __init__(self, head: nn.Module, steps: int, settings: Mapping[str, Any]) -> None:
+    def __init__(self, head: rf.MarginHead, steps: int, settings: Mapping[str, Any]) -> None:
         if steps and settings.get("name") not in _RAMPED:
-            raise ValueError(f"train: expected margin_ramp = 0 with margin {settings.get('name')!r}; a ramp is known for {', '.join(_RAMPED)}")
+            raise ValueError(
+                f"train: expected margin_ramp = 0 with margin {settings.get('name')!r}; a ramp is known for {', '.join(_RAMPED)}"
+            )
         self.head, self.steps = head, steps
         self.full = {k: float(getattr(head.margin, k)) for k in _NEUTRAL if hasattr(head.margin, k)} if steps else {}
 
@@ -74,31 +79,35 @@ def build_backbone(config: TrainConfig) -> nn.Module:
     from recog_fast.models import build_model
 
     options = {k: tuple(v) if isinstance(v, list) else v for k, v in config.network_options.items()}
-    backbone: nn.Module = build_model(config.network, embedding_dim=config.embedding_size, input_size=config.data.size, **options)
+    backbone: nn.Module = build_model(
+        config.network, embedding_dim=config.embedding_size, input_size=config.data.size, **options
+    )
     return backbone
 
 
-def build_head(config: TrainConfig, num_classes: int) -> nn.Module:
-    """MarginHead with the margin, memory and sampling of the settings."""
+def build_head(config: TrainConfig, num_classes: int) -> rf.MarginHead:
+    """MarginHead with the margin and memory of the settings."""
     memory = None
     if config.memory is not None:
         settings = dict(config.memory)
         capacity = settings.pop("capacity", None)
-        memory = rf.PrototypeMemory(num_classes, config.embedding_size, named(settings, POLICIES, "memory"), capacity=capacity)
-    head: nn.Module = rf.MarginHead(
+        memory = rf.PrototypeMemory(
+            num_classes, config.embedding_size, named(settings, POLICIES, "memory"), capacity=capacity
+        )
+    return rf.MarginHead(
         num_classes,
         config.embedding_size,
         margin=named(config.margin, MARGINS, "margin"),
         scale=config.scale,
         subcenters=config.subcenters,
         memory=memory,
-        sample_rate=config.sample_rate,
         unknown_weight=config.unknown_weight,
     )
-    return head
 
 
-def build_optimizers(config: TrainConfig, backbone: nn.Module, head: nn.Module) -> tuple[torch.optim.Optimizer, Any]:
+def build_optimizers(
+    config: TrainConfig, backbone: nn.Module, head: rf.MarginHead
+) -> tuple[torch.optim.Optimizer, Any]:
     """(backbone's, head's): separate, because HeadSGD updates the head inside its sweep and only the backbone is clipped."""
     decay = config.weight_decay
     head_decay = decay if config.head_weight_decay is None else config.head_weight_decay

@@ -31,7 +31,7 @@ def polynomial_smooth(step: int, *, base: float, warmup: int, total: int, power:
     _check("polynomial_smooth", step, base, warmup, total)
     if step < warmup:
         return base * (step + 1) / warmup
-    return base * (max(0, total - step) / (total - warmup)) ** power
+    return float(base * (max(0, total - step) / (total - warmup)) ** power)
 
 
 def cosine(step: int, *, base: float, warmup: int, total: int) -> float:
@@ -46,7 +46,9 @@ def cosine(step: int, *, base: float, warmup: int, total: int) -> float:
     return base * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
-def multistep(step: int, *, base: float, warmup: int, total: int, milestones: Sequence[int], gamma: float = 0.1) -> float:
+def multistep(
+    step: int, *, base: float, warmup: int, total: int, milestones: Sequence[int], gamma: float = 0.1
+) -> float:
     """Warm-up base (k + 1) / warmup for k < warmup, then base gamma^(number of milestones <= k); milestones in steps, ascending.
 
     Raises ValueError as `polynomial` does, and for milestones that are not ascending.

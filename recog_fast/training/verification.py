@@ -54,7 +54,9 @@ def pairs_of_bin(path: str | Path, size: int) -> PairSet:
     if not Path(path).is_file():
         raise FileNotFoundError(f"verification: no pair file {path}")
     encoded, same = sources.read_bin(path)
-    images = [sources.resize_image(sources.decode_image(bytes(data), str(path), i), size) for i, data in enumerate(encoded)]
+    images = [
+        sources.resize_image(sources.decode_image(bytes(data), str(path), i), size) for i, data in enumerate(encoded)
+    ]
     left = np.arange(0, len(images), 2)
     return PairSet(Path(path).stem, images, left, left + 1, np.asarray(same, dtype=bool))
 
@@ -71,7 +73,9 @@ def pairs_of_split(name: str, split: Split, size: int, pairs: int, seed: int) ->
     groups = [np.flatnonzero(labels == k) for k in np.unique(labels[labels >= 0])]
     several = [group for group in groups if len(group) > 1]
     if len(groups) < 2 or not several:
-        raise ValueError(f"verification: expected two identities and one with two images to draw pairs from for {name!r}, got {len(groups)}")
+        raise ValueError(
+            f"verification: expected two identities and one with two images to draw pairs from for {name!r}, got {len(groups)}"
+        )
     genuine: set[tuple[int, int]] = set()
     impostor: set[tuple[int, int]] = set()
     # Small splits hold fewer distinct pairs than asked for: the number of draws is bounded.
@@ -88,7 +92,9 @@ def pairs_of_split(name: str, split: Split, size: int, pairs: int, seed: int) ->
     chosen = [rng.permutation(np.array(sorted(found), dtype=np.int64))[:count] for found in (genuine, impostor)]
     both = np.stack(chosen, axis=1).reshape(-1, 2)
     images = [decoded[i] for i in readable]
-    return PairSet(name, [image for image in images if image is not None], both[:, 0], both[:, 1], np.arange(2 * count) % 2 == 0)
+    return PairSet(
+        name, [image for image in images if image is not None], both[:, 0], both[:, 1], np.arange(2 * count) % 2 == 0
+    )
 
 
 def verify(
@@ -105,10 +111,14 @@ def verify(
         images = [sources.degradations.down_up(image, size) for image in images]
     embeddings = evaluation.embed_images(backbone, images, batch_size, flip=True, device=device)
     form = evaluation.post_processing(True, True)
-    return evaluation.verification_result(embeddings[pairs.first], embeddings[pairs.second], pairs.same, folds=folds, form=form)
+    return evaluation.verification_result(
+        embeddings[pairs.first], embeddings[pairs.second], pairs.same, folds=folds, form=form
+    )
 
 
-def verify_all(backbone: torch.nn.Module, found: list[PairSet], config: TrainConfig, device: torch.device) -> dict[str, float]:
+def verify_all(
+    backbone: torch.nn.Module, found: list[PairSet], config: TrainConfig, device: torch.device
+) -> dict[str, float]:
     """Accuracy, EER and mean cosine of genuine pairs for every pair set at full size, accuracy alone at `config.val_sizes`."""
     scalars: dict[str, float] = {}
     check = partial(verify, backbone, batch_size=config.batch_size, device=device)
@@ -151,5 +161,7 @@ def load_backbone(path: str | Path, network: str | None, embedding_size: int, si
     try:
         backbone.load_state_dict(weights)
     except (RuntimeError, TypeError, AttributeError) as error:
-        raise ValueError(f"eval: {place} does not fit {config.network}: {' '.join(str(error).split())[:400]}") from error
+        raise ValueError(
+            f"eval: {place} does not fit {config.network}: {' '.join(str(error).split())[:400]}"
+        ) from error
     return backbone.eval(), config.data.size
