@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from recog_fast.evaluation import VerificationResult, verification_result
+from recog_fast.evaluation import VerificationResult, plots, verification_result
 from recog_fast.evaluation.gallery import Gallery, GalleryItem, pair_galleries, png_data_uri, strip
 from recog_fast.evaluation.report import flatten, read_metrics, write_report
 
@@ -132,6 +132,20 @@ def test_report_is_self_contained_and_adapts(full: tuple[str, Page]) -> None:
     assert "prefers-color-scheme:dark" in text
     assert 'name="viewport"' in text
     assert "max-width:600px" in text
+
+
+def test_dark_plots_have_no_light_colour_left() -> None:
+    picture = plots.loss_plot(METRICS)
+    assert picture is not None
+    light, dark = (base64.b64decode(uri.partition(",")[2]).decode() for uri in (picture.light, picture.dark))
+    colours = [set(re.findall("#[0-9a-f]{6}", svg)) for svg in (light, dark)]
+    assert plots.LIGHT.series[0] in colours[0]
+    assert plots.DARK.series[0] in colours[1]
+    assert not colours[1] & {*plots.LIGHT.series, plots.LIGHT.text, plots.LIGHT.muted, plots.LIGHT.grid}
+    # One partner each: colours that are equal in the light theme are equal in the dark one.
+    pairs = [(plots.LIGHT.genuine, plots.DARK.genuine), (plots.LIGHT.muted, plots.DARK.muted)]
+    pairs += zip(plots.LIGHT.series, plots.DARK.series, strict=True)
+    assert len({a for a, _ in pairs}) == len(set(pairs))
 
 
 def test_everything_is_escaped(tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ figcaption b{color:var(--text);font-weight:600;margin-right:.35em}
 .gallery{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,ITEM),1fr));gap:16px;margin:0 0 8px}
 .gallery.wide{grid-template-columns:repeat(auto-fill,minmax(min(100%,WIDE),1fr))}
 .item img{display:block;width:100%;height:auto;border-radius:6px}
-.item figcaption{margin:6px 0 0}
+.item figcaption{margin:6px 0 0;font-size:.8125rem}
 .detail{display:block;font-variant-numeric:tabular-nums}
 .detail b{font-weight:600;margin-left:.3em;white-space:nowrap}
 .right{color:var(--genuine)}
@@ -74,7 +74,7 @@ dd{margin-bottom:6px}
 
 def stylesheet(light: Theme, dark: Theme) -> str:
     """CSS with the themes' colours as custom properties, dark ones where the reader prefers them."""
-    rules = _RULES.replace("FONT_STACK", FONT_STACK).replace("ITEM", "158px").replace("WIDE", "320px").strip()
+    rules = _RULES.replace("FONT_STACK", FONT_STACK).replace("ITEM", "160px").replace("WIDE", "320px").strip()
     night = f"@media(prefers-color-scheme:dark){{:root{{{_tokens(dark)}}}}}"
     return f":root{{color-scheme:light dark;{_tokens(light)}}}{night}\n{rules}\n"
 

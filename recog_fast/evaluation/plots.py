@@ -278,20 +278,33 @@ def _legend(figure: Figure, axes: Axes, theme: Theme) -> None:
 
 
 def _picture(draw: Callable[[Figure, Theme], None], height: float, alt: str) -> Picture:
-    return Picture(_svg(draw, height, LIGHT), _svg(draw, height, DARK), alt)
+    """Drawn once: layout is most of the time, and the dark version differs in colours only."""
+    light = _svg(draw, height)
+    return Picture(_data_uri(light), _data_uri(_darkened(light)), alt)
 
 
-def _svg(draw: Callable[[Figure, Theme], None], height: float, theme: Theme) -> str:
-    """A data URI of the drawing. The same drawing gives the same bytes: no date, fixed element ids."""
+def _svg(draw: Callable[[Figure, Theme], None], height: float) -> str:
+    """The drawing in light colours. The same drawing gives the same text: no date, fixed element ids."""
     import matplotlib
     from matplotlib.figure import Figure
 
     # rc_context puts every setting back; a bare Figure never registers with pyplot, so no window system is touched.
     with matplotlib.rc_context({"font.size": FONT, "svg.fonttype": "none", "svg.hashsalt": "recog_fast"}):
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
-        draw(figure, theme)
+        draw(figure, LIGHT)
         out = io.StringIO()
         figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     # Text stays text and takes the reader's own interface font instead of matplotlib's.
-    svg = re.sub(r"font-family: [^;\"]+", "font-family: " + FONT_STACK, out.getvalue())
+    return re.sub(r"font-family: [^;\"]+", "font-family: " + FONT_STACK, out.getvalue())
+
+
+def _darkened(svg: str) -> str:
+    """Every colour of the light theme becomes its partner of the dark one."""
+    names = ("text", "muted", "grid", "genuine", "impostor", "baseline")
+    partners = {getattr(LIGHT, name): getattr(DARK, name) for name in names}
+    partners.update(zip(LIGHT.series, DARK.series, strict=True))
+    return re.sub("|".join(partners), lambda found: partners[found.group()], svg)
+
+
+def _data_uri(svg: str) -> str:
     return "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode()

@@ -125,7 +125,7 @@ def _evaluation_plots(results: Results, baseline: Results | None, baseline_name:
 
 def _training_plots(metrics: plots.Metrics) -> list[Figure]:
     return [
-        ("Loss", "Mean over the labelled rows of each batch.", plots.loss_plot(metrics)),
+        ("Loss", "Of the labelled rows; it may rise while the margin still grows.", plots.loss_plot(metrics)),
         ("Target and nearest negative", "The margin pushes the two apart.", plots.cosines_plot(metrics)),
         ("Probability of the true class", "With the margin, so it understates.", plots.probability_plot(metrics)),
         ("Accuracy on held-out people", "10 folds.", plots.accuracy_plot(metrics)),
