@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from paths import data_dir, golden_dir
 from torch import nn
 
 from recog_fast.evaluation import (
@@ -29,7 +30,6 @@ from recog_fast.evaluation import (
     verification_accuracy,
     verification_result,
 )
-from tests.paths import golden_dir
 
 rng = np.random.default_rng(0)
 
@@ -321,6 +321,36 @@ def test_evaluate_bin_from_memory_file_and_bytes(tmp_path: Path) -> None:
     assert black.eer == 0.5
     json.dumps(result.summary())
     assert result.summary()["pairs"] == {"genuine": 20, "impostor": 20}
+
+
+# ---- real faces
+
+
+def test_real_embeddings_of_lfw_fold_5() -> None:
+    case = np.load(data_dir() / "embeddings" / "lfw_fold05_mobilefacenet128.npz")
+    a, b, same = case["a"], case["b"], case["same"]
+    found = {k: verification_result(case[k][a], case[k][b], same) for k in ("clean", "down16", "down8", "down4")}
+    accuracies = [r.accuracy for r in found.values()]
+    assert accuracies == sorted(accuracies, reverse=True)
+    # Measured: 0.9867, 0.8183, 0.6233, 0.5683.
+    assert found["clean"].accuracy > 0.98
+    assert found["clean"].tar[1] > 0.98
+    assert found["down4"].accuracy < 0.6
+
+
+def test_pixels_on_the_real_pair_file() -> None:
+    pytest.importorskip("PIL")
+    from recog_fast import data
+
+    def centred(x: torch.Tensor) -> torch.Tensor:
+        return (x - x.mean((2, 3), keepdim=True)).flatten(1)
+
+    path = data_dir() / "lfw112" / "lfw_fold05.bin"
+    result = evaluate_bin(centred, path, read=data.read_bin, decode=data.decode_image, size=16)
+    assert result.same.sum() == 300
+    # Better than chance, far from a trained network: cosines of 16x16 pixels.
+    assert 0.5 < result.accuracy < 0.7
+    assert 0.3 < result.eer < 0.5
 
 
 # ---- bad input
