@@ -13,7 +13,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from . import _version, ops
-from .backends import backends
+from ._backends import backends
 from .heads import MarginHead
 from .losses import margin_softmax_loss, unknown_rejection_loss
 from .margins import (

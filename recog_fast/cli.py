@@ -66,10 +66,10 @@ def _parser() -> argparse.ArgumentParser:
         help="train from a settings file",
         usage="%(prog)s CONFIG.yaml [--key value ...]",
         description="Trains as CONFIG.yaml says; every setting can be given on top as --key value (nested: --data.size 56).",
-        epilog="`recog-fast train CONFIG.yaml --help-settings` lists all settings with their types and defaults.",
+        epilog="`recog-fast train --help-settings` lists all settings with their types and defaults.",
         allow_abbrev=False,
     )
-    train.add_argument("config", help="settings file (YAML)")
+    train.add_argument("config", nargs="?", help="settings file (YAML)")
     train.add_argument("--help-settings", action="store_true", help="list all settings and stop")
     train.set_defaults(run=_train)
 
@@ -109,6 +109,9 @@ def _train(options: argparse.Namespace, rest: list[str]) -> int:
     if options.help_settings:
         print(help_text())
         return 0
+    if options.config is None or options.config.startswith("-"):
+        print("recog-fast train: error: expected a settings file, got none", file=sys.stderr)
+        return 2
     try:
         config = read_config(options.config, rest)
     except ValueError as error:
@@ -135,12 +138,13 @@ def _eval(options: argparse.Namespace, _: list[str]) -> int:
         pairs = pairs_of_bin(target, size)
         for down in [0, *options.down]:
             name = pairs.name + (f"@{down}" if down else "")
-            report[name] = verify(backbone, pairs, down).summary()
+            result, balanced = verify(backbone, pairs, down)
+            report[name] = {**result.summary(), "balanced": balanced}
             if not options.json:
                 row = report[name]
                 tar = "   ".join(f"TAR@{far} {value:.4f}" for far, value in row["tar"].items())
                 print(
-                    f"{name}: accuracy {row['accuracy']:.4f} +- {row['std']:.4f}   EER {row['eer']:.4f}   {tar}   ({row['form']})"
+                    f"{name}: accuracy {row['accuracy']:.4f} +- {row['std']:.4f} (balanced folds {balanced:.4f})   EER {row['eer']:.4f}   {tar}   ({row['form']})"
                 )
     if options.json:
         print(json.dumps(report))

@@ -285,7 +285,7 @@ class _AttachedCosine(torch.autograd.Function):
     def forward(ctx: Any, embeddings: Tensor, weight: Tensor, ids: Tensor, head: MarginHead, injection: Injection, key: Key) -> Tensor:
         unit, norms = reference.unit_rows(embeddings.to(weight.dtype))
         near = injection.of(ids)
-        rows = reference.effective_prototypes(weight[ids], *near.arguments()).reshape(ids.numel(), -1, weight.shape[-1])
+        rows = reference.effective_prototypes(weight[ids], *near.arguments()).reshape(ids.numel(), head.subcenters, weight.shape[-1])
         cosines = torch.einsum("nkd,nd->nk", rows, unit)
         sub = (cosines == cosines.amax(dim=1, keepdim=True)).to(torch.int8).argmax(dim=1)
         at = torch.arange(ids.numel(), device=ids.device)

@@ -71,12 +71,12 @@ def pack_rules(
     rule: NegativeRule | None,
     thresholds: Tensor | None,  # (N,)
     clamp: float,
+    dtype: torch.dtype,
 ) -> Tensor | None:
     """One (RULE_ROWS, N) matrix of each row's clamp, threshold and coefficients; None where every row is plain."""
     if rule is None and clamp >= 1.0:
         return None
     n = labels.numel()
-    dtype = thresholds.dtype if thresholds is not None else torch.float32
     column = [NO_CLAMP, NO_THRESHOLD, *PLAIN, *PLAIN]
     packed = torch.tensor(column, dtype=dtype, device=labels.device).unsqueeze(1).repeat(1, n)
     labelled = labels != -1
@@ -85,6 +85,6 @@ def pack_rules(
         if thresholds is None:
             raise ValueError("negative_logsumexp: expected thresholds of shape (N,) with a rule, got None")
         coefficients = torch.tensor([*rule.above, *rule.below], dtype=dtype, device=labels.device)
-        packed[1] = torch.where(labelled, thresholds, packed[1])
+        packed[1] = torch.where(labelled, thresholds.to(dtype), packed[1])
         packed[2:, labelled] = coefficients.unsqueeze(1)
     return packed

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import pytest
-
 from paths import data_dir
+
 from recog_fast.data import decode_image, read_bin
 
 IMAGES = [b"\xff\xd8 one", b"", bytes(range(256)), b"four" * 100]
@@ -111,6 +111,22 @@ def test_bombs_and_other_content(tmp_path: Path, content: bytes) -> None:
     with pytest.raises(ValueError, match=r"^read_bin: expected .* in .*odd\.bin, got "):
         read_bin(tmp_path / "odd.bin")
     assert time.perf_counter() - began < 1
+
+
+def test_small_files_do_not_grow(tmp_path: Path) -> None:
+    """A nest of shared tuples, whose repr has no end; one large image listed a hundred thousand times."""
+    nest = b"\x80\x04)\x94" + b"".join(b"h" + bytes([k]) + b"h" + bytes([k]) + b"\x86\x94" for k in range(200))
+    array = b"cnumpy.core.multiarray\n_reconstruct\n" + b"h\xc8h\xc8h\xc8\x87R(K\x01h\xc8h\xc8h\xc8h\xc8tb."
+    dtype = b"cnumpy\ndtype\nh\xc8\x85R."
+    codec = b"c_codecs\nencode\nh\xc8h\xc8\x86R."
+    for tail in (array, dtype, codec, b"]\x86."):
+        (tmp_path / "nest.bin").write_bytes(nest + tail)
+        with pytest.raises(ValueError, match="nest.bin, got"):
+            read_bin(tmp_path / "nest.bin")
+    large = bytearray(1 << 20)
+    (tmp_path / "many.bin").write_bytes(pickle.dumps(([large] * 100_000, [True] * 50_000), 5))
+    images, _ = read_bin(tmp_path / "many.bin")
+    assert len(images) == 100_000 and len({id(image) for image in images}) == 1
 
 
 def test_missing_file(tmp_path: Path) -> None:

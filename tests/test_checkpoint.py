@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+import recog_fast
 from recog_fast.checkpoint import (
     CheckpointError,
     checkpoint_path,
@@ -153,3 +154,30 @@ def test_refusals(tmp_path: Path) -> None:
         load_checkpoint(tmp_path / "c", head=head, optimizer=optimizer)
     with pytest.raises(CheckpointError, match="does not fit this head"):
         load_checkpoint(tmp_path / "c", head=torch.nn.Linear(3, 6))
+
+
+def test_waiting_rows_and_writes_are_refused(tmp_path: Path) -> None:
+    memory = recog_fast.PrototypeMemory(7, 4, recog_fast.VPL(start=0))
+    head = recog_fast.MarginHead(7, 4, memory=memory)
+    optimizer = recog_fast.HeadSGD(head, lr=0.1)
+    embeddings, labels = torch.randn(3, 4, requires_grad=True), torch.tensor([0, 3, -1])
+    head(embeddings, labels).backward()
+    with pytest.raises(ValueError, match="no pending rows on the head, got"):
+        save_checkpoint(tmp_path / "c", head=head, optimizer=optimizer, step=0)
+    optimizer.zero_grad()
+    memory.write(embeddings.detach(), labels, 0)
+    with pytest.raises(ValueError, match="no queued memory writes, got 1"):
+        save_checkpoint(tmp_path / "c", head=head, optimizer=optimizer, step=0)
+    head(embeddings, labels).backward()
+    optimizer.step()
+    save_checkpoint(tmp_path / "c", head=head, optimizer=optimizer, step=1)
+
+    other = recog_fast.MarginHead(7, 4, memory=recog_fast.PrototypeMemory(7, 4, recog_fast.VPL(start=0)))
+    other_optimizer = recog_fast.HeadSGD(other, lr=0.1)
+    load_checkpoint(tmp_path / "c", head=other, optimizer=other_optimizer)
+    for one, two in ((head, optimizer), (other, other_optimizer)):
+        loss = one(embeddings, labels)
+        loss.backward()
+        two.step()
+    assert torch.equal(head.weight, other.weight)
+    assert torch.equal(head.prototypes(), other.prototypes())

@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import pytest
+from paths import data_dir
 from torch.utils.data import DataLoader
 
-from paths import data_dir
 from recog_fast.data import (
     CorruptImage,
     FolderDataset,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from golden import Case, build_margin, cases, get_state, load
+from golden import Case, build_margin, cases, get_state, load, set_state
 from routes import FLOAT64, NATIVE, ROUTES, Route, each
 from torch import Tensor
 
@@ -45,6 +45,17 @@ def run(case: Case, route: Route, margin: object, reduction: str = "none") -> tu
     return loss.detach(), stats, d_x, d_w
 
 
+def prepared_margin(case: Case, route: Route) -> object:
+    """The case's margin with its state, in the route's dtype."""
+    margin = build_margin(case.kwargs, case)
+    state = case.get("in_state")
+    if isinstance(margin, torch.nn.Module):
+        margin.to(route.dtype)
+        if state is not None:
+            set_state(getattr(margin, "margin", margin), state)
+    return margin
+
+
 def budget(route: Route) -> tuple[float, float, float]:
     """(loss relative, loss absolute per s, gradient Frobenius-relative): golden/README."""
     return (1e-9, 1e-9, 1e-9) if route.dtype == torch.float64 else (1e-6, 2e-6, 5e-5)
@@ -66,7 +77,7 @@ def check_loss(loss: Tensor, case: Case, route: Route, rows: Tensor) -> None:
 @pytest.mark.parametrize("name", cases("margin_softmax", without=("norm passed separately",)))
 def test_golden(name: str, route: Route) -> None:
     case = load(name)
-    margin = build_margin(case.kwargs, case)
+    margin = prepared_margin(case, route)
     averaged = "mean" in case.tags or "in_gout" not in case
     loss, stats, d_x, d_w = run(case, route, margin, "mean" if averaged else "none")
     labelled = case["in_y"] >= 0
@@ -96,7 +107,7 @@ def test_golden(name: str, route: Route) -> None:
 @pytest.mark.parametrize("name", cases("inject_margin"))
 def test_golden_injected(name: str, route: Route) -> None:
     case = load(name)
-    loss, stats, d_x, d_w = run(case, route, build_margin(case.kwargs, case))
+    loss, stats, d_x, d_w = run(case, route, prepared_margin(case, route))
     check_loss(loss, case, route, torch.ones_like(loss, dtype=torch.bool))
     assert torch.equal(stats.nearest_index, case["out_nn_idx"])
     assert relative(d_x, case["grad_dX"]) <= budget(route)[2]

@@ -67,8 +67,8 @@ def test_golden_values_and_slopes_in_float32(name: str) -> None:
     # (At cosine +-1 phi' is the floored 1e6 sin m; the smallest sine a float32 cosine can make is 3e-4, hence 3e3.)
     budget = EPSILON32 * (0.5 * dt_dc.abs().clamp_max(3e3) + 8.0 * t.abs().clamp_min(1.0))
     assert ((value - t).abs() <= budget)[labelled].all()
-    # phi'' grows as 1/sin^3: the slope is compared where one float32 step of the cosine does not change it.
-    tame = labelled & (cosine.abs() < 0.999)
+    # phi'' grows as 1/sin^3: near +-1 rounding the cosine alone moves the slope by more (random trials: 0.65 of this).
+    tame = labelled & (cosine.abs() < 0.99)
     torch.testing.assert_close(slope[tame].double(), dt_dc[tame], rtol=2e-5, atol=2e-6)
 
 

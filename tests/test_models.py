@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import io
 import pickle
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,18 +15,17 @@ import pytest
 import torch
 from paths import data_dir
 from torch import Tensor, nn
+from torch.nn import functional
 
 from recog_fast.models import Backbone, LoadReport, Preprocessing, TinyNet, build_model, load_backbone, model_names
 
-# Tensors per state dict: iresnet50 is InsightFace's published 475; a block holds 18, a downsample 6, the rest 19.
-TENSORS = {
-    "iresnet18": 187,
-    "iresnet34": 331,
-    "iresnet50": 475,
-    "iresnet100": 925,
-    "iresnet200": 1807,
-    "mobilefacenet": 333,
-    "mobilenet_v2": 307,
+# InsightFace's blocks per stage and tensors per state dict (475 for iresnet50 is its published file's count).
+IRESNETS = {
+    "iresnet18": ((2, 2, 2, 2), 187),
+    "iresnet34": ((3, 4, 6, 3), 331),
+    "iresnet50": ((3, 4, 14, 3), 475),
+    "iresnet100": ((3, 13, 30, 3), 925),
+    "iresnet200": ((6, 26, 60, 6), 1807),
 }
 BATCH_NORM = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 
@@ -58,18 +58,12 @@ def iresnet_keys(blocks: tuple[int, ...]) -> Iterator[str]:
         yield from (f"layer{stage}.0.downsample.0.weight", *norm(f"layer{stage}.0.downsample.1"))
 
 
-@pytest.mark.parametrize(
-    ("name", "blocks"),
-    [("iresnet18", (2, 2, 2, 2)), ("iresnet34", (3, 4, 6, 3)), ("iresnet50", (3, 4, 14, 3)), ("iresnet100", (3, 13, 30, 3)),
-     ("iresnet200", (6, 26, 60, 6))],
-)  # fmt: skip
-def test_iresnet_has_insightface_keys(name: str, blocks: tuple[int, ...]) -> None:
-    assert set(on_meta(name).state_dict()) == set(iresnet_keys(blocks))
-
-
-@pytest.mark.parametrize("name", TENSORS)
-def test_tensor_count(name: str) -> None:
-    assert len(on_meta(name).state_dict()) == TENSORS[name]
+@pytest.mark.parametrize("name", IRESNETS)
+def test_iresnet_has_insightface_keys(name: str) -> None:
+    blocks, count = IRESNETS[name]
+    state = on_meta(name).state_dict()
+    assert set(state) == set(iresnet_keys(blocks))
+    assert len(state) == count
 
 
 def test_iresnet50_shapes() -> None:
@@ -85,12 +79,8 @@ def test_iresnet50_shapes() -> None:
         "features.weight": (512,),
     }
     assert {key: tuple(state[key].shape) for key in expected} == expected
-
-
-def test_iresnet_stride_is_on_conv2() -> None:
-    block = cast(nn.Sequential, on_meta("iresnet18").layer3)[0]
-    assert cast(nn.Conv2d, block.conv1).stride == (1, 1)
-    assert cast(nn.Conv2d, block.conv2).stride == (2, 2)
+    strided = [key for key, layer in on_meta("iresnet50").named_modules() if getattr(layer, "stride", 1) == (2, 2)]
+    assert [key for key in strided if "downsample" not in key] == [f"layer{k}.0.conv2" for k in (1, 2, 3, 4)]
 
 
 def test_mobilefacenet_has_insightface_keys() -> None:
@@ -108,6 +98,7 @@ def test_mobilefacenet_has_insightface_keys() -> None:
         "features.layers.3.running_mean": (512,),
     }
     assert {key: tuple(state[key].shape) for key in expected} == expected
+    assert (len(state), len(on_meta("mobilenet_v2").state_dict())) == (333, 307)
     large = on_meta("mobilefacenet", blocks=(2, 8, 12, 4), scale=4).state_dict()
     assert tuple(large["layers.1.layers.1.layers.2.layers.0.weight"].shape) == (256, 128, 1, 1)
 
@@ -117,11 +108,13 @@ def test_mobilefacenet_has_insightface_keys() -> None:
 def test_shapes(name: str, size: int | tuple[int, int]) -> None:
     model = build_model(name, embedding_dim=24, input_size=size).eval()
     height, width = (size, size) if isinstance(size, int) else size
-    images = torch.zeros(2, 3, height, width)
+    images = torch.randn(2, 3, height, width)
     features = model.forward_features(images)
     assert tuple(features.shape[1:]) == model.feature_shape
     assert model.feature_shape[1:] == (-(-height // 16), -(-width // 16))
-    assert model.embed(features).shape == model(images).shape == (2, 24)
+    embeddings = model(images)
+    assert embeddings.shape == (2, 24)
+    assert torch.equal(embeddings, model.embed(features))
     assert model.input_size == (height, width)
     assert model.embedding_dim == 24
 
@@ -131,12 +124,6 @@ def test_every_name_builds_for_112_pixels(name: str) -> None:
     model = on_meta(name)
     assert model.feature_shape[1:] == (7, 7)
     assert (model.embedding_dim, model.input_size) == (512, (112, 112))
-
-
-def test_forward_is_embed_of_features() -> None:
-    model = tiny().eval()
-    images = torch.randn(3, 3, 32, 32)
-    torch.testing.assert_close(model(images), model.embed(model.forward_features(images)), rtol=0, atol=0)
 
 
 def test_iresnet_features_weight_is_frozen_and_the_rest_learns() -> None:
@@ -169,14 +156,6 @@ def test_dropout_acts_in_training_only() -> None:
     assert torch.equal(model.embed(features), model.embed(features))
 
 
-def test_iresnet_dropout_leaves_the_feature_map_alone() -> None:
-    model = on_meta("iresnet18", embedding_dim=4, input_size=16, dropout=0.9)
-    module = model.get_submodule("dropout").train()
-    features = torch.ones(1, 512, 1, 1)
-    module(torch.flatten(features, 1))
-    assert torch.equal(features, torch.ones_like(features))
-
-
 @pytest.mark.parametrize("name", ["iresnet18", "mobilefacenet", "mobilenet_v1", "mobilenet_v2", "tiny"])
 def test_autocast_keeps_the_last_projection_in_float32(name: str) -> None:
     torch.manual_seed(0)
@@ -188,12 +167,7 @@ def test_autocast_keeps_the_last_projection_in_float32(name: str) -> None:
             mixed = model(images)
     assert mixed.dtype == torch.float32
     # bf16 has 8 bits: 2^-8 a rounding, over up to 40 layers; a wrong path would give unrelated vectors.
-    assert torch.nn.functional.cosine_similarity(full, mixed).min() > 0.98
-
-
-def test_float64_runs_in_float64() -> None:
-    model = tiny().double().eval()
-    assert model(torch.randn(1, 3, 32, 32, dtype=torch.float64)).dtype == torch.float64
+    assert functional.cosine_similarity(full, mixed).min() > 0.98
 
 
 def test_tiny_stays_small_and_channels_last() -> None:
@@ -257,9 +231,6 @@ def test_build_model_refuses(name: str, options: dict[str, object], error: type[
 def test_forward_refuses_other_shapes(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"TinyNet: expected images of shape \(B, 3, 32, 32\), got"):
         tiny()(torch.zeros(shape))
-
-
-def test_forward_refuses_integers() -> None:
     with pytest.raises(TypeError, match="floating"):
         tiny()(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
 
@@ -321,8 +292,7 @@ def test_strict_load_reports_everything_and_changes_nothing() -> None:
     with pytest.raises(ValueError, match="expected all 40 tensors of TinyNet, got state dict: 0 ") as caught:
         load_backbone(model, broken_state())
     text = str(caught.value)
-    assert "1 missing (pool.weight)" in text
-    assert "1 unexpected (extra.weight)" in text
+    assert "1 missing (pool.weight); 1 unexpected (extra.weight); " in text
     assert "1 wrong shape (fc.weight: model (8, 256), file (9, 256))" in text
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 
@@ -351,6 +321,7 @@ class _Pickled:
     """A class a weights file has no business with."""
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("content", ["code", "list", "numbers", "empty", "text"])
 def test_load_refuses_files_that_are_not_weights(tmp_path: Path, content: str) -> None:
     path = tmp_path / "weights.pt"
@@ -389,7 +360,6 @@ def test_load_reads_safetensors(tmp_path: Path) -> None:
 def decoded_faces(folder: Path, count: int) -> tuple[list[str], Tensor]:
     """Names and uint8 images (count, 112, 112, 3) of the first images of LFW fold 5, JPEG decoded."""
     image = pytest.importorskip("PIL.Image")
-    io = pytest.importorskip("io")
     # Project test data of plain lists, bytes and bools; the data package holds the restricted reader for strangers' files.
     encoded, _ = pickle.loads((folder / "lfw_fold05.bin").read_bytes())
     lines = (folder / "lfw_fold05.tsv").read_text().splitlines()
@@ -400,23 +370,29 @@ def decoded_faces(folder: Path, count: int) -> tuple[list[str], Tensor]:
 
 def test_published_weights_reproduce_stored_embeddings() -> None:
     data = data_dir()
-    weights, stored_path = data / "weights" / "mobilefacenet_foamliu.pt", data / "embeddings" / "lfw_fold05_mobilefacenet128.npz"
+    weights = data / "weights" / "mobilefacenet_foamliu.pt"
+    stored_path = data / "embeddings" / "lfw_fold05_mobilefacenet128.npz"
     for path in (weights, stored_path, data / "lfw112" / "lfw_fold05.bin"):
         if not path.is_file():
             pytest.skip(f"{path.name} not found in the real data")
     model = build_model("mobilenet_v2", embedding_dim=128).eval()
-    report = load_backbone(model, weights)
-    assert report.complete
-    assert report.loaded == 307
+    assert load_backbone(model, weights) == LoadReport(str(weights), 307)
     names, images = decoded_faces(data / "lfw112", 12)  # six genuine pairs
-    with torch.no_grad():
-        embeddings = model(model.preprocessing(images))
     with np.load(stored_path) as stored:
         rows = {str(name): row for row, name in enumerate(stored["names"])}
-        expected = torch.from_numpy(stored["clean"][[rows[name] for name in names]].astype(np.float32))
-    # float16 storage: 2^-11 of a value's size, plus float32 summation order.
-    torch.testing.assert_close(embeddings, expected, rtol=1e-3, atol=2e-3)
-    unit = torch.nn.functional.normalize(embeddings)
+        chosen = [rows[name] for name in names]
+        clean, down4 = (torch.from_numpy(stored[key][chosen].astype(np.float32)) for key in ("clean", "down4"))
+    coarse = functional.avg_pool2d(images.permute(0, 3, 1, 2).float(), 28)
+    blurred = functional.interpolate(coarse, size=(112, 112), mode="bicubic").round().clamp(0, 255).to(torch.uint8)
+    with torch.no_grad():
+        embeddings, blurred_embeddings = (model(model.preprocessing(x)) for x in (images, blurred.permute(0, 2, 3, 1)))
+    # The stored rows differ by about 1.5 grey levels of pixel noise a pixel (as if taken before the JPEG round trip): cosines of
+    # 0.998 to 0.999 on clean images. The area mean of the 4x4 images removes that noise and leaves a sharp test of the network:
+    # ReLU for ReLU6 or another BN eps costs 0.002 to 0.016 already on clean images.
+    assert functional.cosine_similarity(embeddings, clean).min() > 0.997
+    assert functional.cosine_similarity(blurred_embeddings, down4).min() > 0.9998
+    assert (embeddings.norm(dim=1) / clean.norm(dim=1) - 1).abs().max() < 0.02
+    unit = functional.normalize(embeddings)
     cosine = unit @ unit.T
     genuine = cosine[torch.arange(0, 12, 2), torch.arange(1, 12, 2)]
     strangers = cosine[0::2, 0::2][~torch.eye(6, dtype=torch.bool)]

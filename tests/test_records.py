@@ -13,13 +13,12 @@ import PIL.Image
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from paths import data_dir
 from torch.utils.data import DataLoader
 
 from recog_fast.data import RecordDataset, pack_record, read_records, unpack_record, write_identities, write_records
 from recog_fast.data.images import CorruptImage
 from recog_fast.data.records import MAGIC, RecordFile, index_path, read_index
-
-from paths import data_dir
 
 MAGIC_BYTES = struct.pack("<I", MAGIC)
 

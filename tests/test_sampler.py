@@ -16,8 +16,7 @@ def run(batches: ResumableBatches, count: int) -> list[list[tuple[int, int]]]:
     """The next `count` batches, over epoch borders."""
     found: list[list[tuple[int, int]]] = []
     while len(found) < count:
-        for keys in itertools.islice(batches.track(batches), count - len(found)):
-            found.append(keys)
+        found += itertools.islice(batches.track(batches), count - len(found))
     return found
 
 

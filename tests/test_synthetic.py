@@ -64,7 +64,7 @@ def test_same_seed_same_pixels_and_other_seed_other_pixels() -> None:
 def test_pixels_do_not_depend_on_order_batch_or_counts() -> None:
     data = SyntheticIdentities(9, 5, size=40, seed=1)
     everything = data.render_all()
-    # 45 items: two full batches and a rest; read one by one, backwards.
+    # 45 items: some full batches and a rest; read one by one, backwards.
     for i in reversed(range(0, 45, 4)):
         assert np.array_equal(data[i][0], everything[i])
     assert np.array_equal(data.render(np.asarray([44, 3, 17])), everything[[44, 3, 17]])

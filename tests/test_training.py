@@ -19,7 +19,7 @@ from recog_fast.training.config import TrainConfig, read_config, to_yaml
 from recog_fast.training.data import Batch, TrainingImages, step_loader
 from recog_fast.training.logs import Meter, read_metrics
 from recog_fast.training.loop import NonFiniteError, TrainResult, train
-from recog_fast.training.verification import load_backbone, pairs_of_split, verify
+from recog_fast.training.verification import alternating, load_backbone, pairs_of_split, verify
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +79,7 @@ def test_it_learns_and_logs(tmp_path: Path, folder: Path) -> None:
     assert any((result.output / "tensorboard").iterdir())
     backbone, size = load_backbone(result.output, None, 0, 0)
     pairs = pairs_of_split("holdout", TrainingImages(config).held, size, 40, config.seed)
-    assert verify(backbone, pairs).accuracy == result.metrics["val/holdout"]
+    assert verify(backbone, pairs)[0].accuracy == result.metrics["val/holdout"]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -266,6 +266,15 @@ def test_margin_ramp_is_a_function_of_the_step(tmp_path: Path, folder: Path) -> 
         assert found == pytest.approx([0.0, 0.2, 0.4, 0.4])
     with pytest.raises(ValueError, match="margin_ramp = 0"):
         loop.setup(settings(tmp_path, folder, margin={"name": "Softmax"}, margin_ramp=1))
+
+
+def test_pairs_are_dealt_out_alternately() -> None:
+    """Ten genuine pairs, then twenty impostors, as sorted .bin files list them: every third of the new order has its share."""
+    same = np.arange(30) < 10
+    order = alternating(same)
+    assert sorted(order) == list(range(30))
+    assert [int(part.sum()) for part in np.array_split(same[order], 5)] == [2] * 5
+    assert list(order[same[order]]) == list(range(10))
 
 
 def test_meter_keeps_its_sums(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ stand-ins below: nothing of numpy's is called.
 from __future__ import annotations
 
 import io
+import math
 import os
 import pickle
 import pickletools
@@ -26,35 +27,53 @@ _OPCODE_NAMES = (
 _OPCODES = frozenset(_OPCODE_NAMES.split())
 
 
+class _Data:
+    """Bytes, or the text that stands for them in protocols 0 to 2, kept as they came.
+
+    Nothing is copied while the pickle runs: a small file could otherwise ask for one large copy per opcode.
+    """
+
+    source: bytes | bytearray | str = b""
+    is_bool = False
+
+
+def _encode(text: object, codec: object) -> _Data:
+    """_codecs.encode(text, 'latin1')."""
+    if not isinstance(text, str) or codec not in ("latin1", b"latin1", "latin-1", b"latin-1"):
+        raise pickle.UnpicklingError("_codecs.encode of something else than latin1 text")
+    data = _Data()
+    data.source = text
+    return data
+
+
 class _DType:
     """Stands in for numpy.dtype: remembers the code, ignores byte order and alignment (one-byte types only)."""
 
-    def __init__(self, code: str | bytes, align: object = False, copy: object = True) -> None:
-        self.code = code.decode("latin1") if isinstance(code, bytes) else code
-        if self.code not in ("u1", "b1", "|u1", "|b1"):
-            raise pickle.UnpicklingError(f"an array of dtype {self.code!r}; only uint8 and bool are read")
+    def __init__(self, code: object, align: object = False, copy: object = True) -> None:
+        text = code.decode("latin1") if isinstance(code, bytes) else code
+        if not isinstance(text, str) or text.lstrip("|") not in ("u1", "b1"):
+            # Only text is shown: the repr of a nest of shared tuples has no end.
+            shown = text[:20] if isinstance(text, str) else type(text).__name__
+            raise pickle.UnpicklingError(f"an array of dtype {shown}; only uint8 and bool are read")
+        self.is_bool = text.endswith("b1")
 
     def __setstate__(self, state: object) -> None:
         """The state repeats what a one-byte type cannot vary."""
 
 
-class _Array:
-    """Stands in for numpy.ndarray: its bytes and whether it is boolean."""
-
-    data = b""
-    is_bool = False
+class _Array(_Data):
+    """Stands in for numpy.ndarray."""
 
     def fill(self, shape: object, dtype: object, data: object) -> None:
-        if not (isinstance(shape, tuple) and isinstance(dtype, _DType) and isinstance(data, (bytes, bytearray))):
+        source = data.source if type(data) is _Data else data
+        if not (isinstance(shape, tuple) and isinstance(dtype, _DType) and isinstance(source, (bytes, bytearray, str))):
             raise pickle.UnpicklingError("an array whose state is not (shape, dtype, bytes)")
-        count = 1
-        for side in shape:
-            if not isinstance(side, int) or side < 0:
-                raise pickle.UnpicklingError(f"an array of shape {shape!r:.80}")
-            count *= side
-        if count != len(data):
-            raise pickle.UnpicklingError(f"an array of shape {shape!r:.80} with {len(data)} bytes")
-        self.data, self.is_bool = bytes(data), dtype.code.endswith("b1")
+        most = max(len(source), 1)
+        if len(shape) > 8 or not all(isinstance(side, int) and 0 <= side <= most for side in shape):
+            raise pickle.UnpicklingError("an array of impossible shape")
+        if math.prod(shape) != len(source):
+            raise pickle.UnpicklingError(f"an array of shape {shape} with {len(source)} bytes")
+        self.source, self.is_bool = source, dtype.is_bool
 
     def __setstate__(self, state: object) -> None:
         if not isinstance(state, tuple) or len(state) != 5:
@@ -78,14 +97,7 @@ def _scalar(dtype: object, data: object) -> bool:
     """A numpy.bool_."""
     array = _Array()
     array.fill((1,), dtype, data)
-    return array.data != b"\0"
-
-
-def _encode(text: object, codec: object) -> bytes:
-    """Protocols 0 to 2 store bytes as _codecs.encode(text, 'latin1')."""
-    if not isinstance(text, str) or codec not in ("latin1", b"latin1", "latin-1", b"latin-1"):
-        raise pickle.UnpicklingError(f"_codecs.encode with codec {codec!r:.40}")
-    return text.encode("latin1")
+    return array.source[0] not in (0, "\0")
 
 
 def _empty_bytes() -> bytes:
@@ -131,20 +143,30 @@ class _DataUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError("a persistent id")
 
 
-def _image(item: object) -> bytes:
-    if isinstance(item, (bytes, bytearray)):
-        return bytes(item)
-    if isinstance(item, _Array) and not item.is_bool:
-        return item.data
-    raise pickle.UnpicklingError(f"an image of type {type(item).__name__.strip('_')}")
+def _to_bytes(source: bytes | bytearray | str) -> bytes:
+    return source.encode("latin1") if isinstance(source, str) else bytes(source)
+
+
+def _images(items: object) -> list[bytes]:
+    """One bytes object per distinct image, however often it is listed."""
+    if not isinstance(items, (list, tuple)):
+        raise pickle.UnpicklingError("a first part that is no list")
+    made: dict[int, bytes] = {}
+    images = []
+    for item in items:
+        source = item.source if isinstance(item, _Data) and not item.is_bool else item
+        if not isinstance(source, (bytes, bytearray, str)) or isinstance(item, str):
+            raise pickle.UnpicklingError(f"an image of type {type(item).__name__.strip('_')}")
+        if id(source) not in made:
+            made[id(source)] = _to_bytes(source)
+        images.append(made[id(source)])
+    return images
 
 
 def _flags(items: object) -> list[bool]:
     if isinstance(items, _Array):
-        return [bool(flag) for flag in items.data]
-    if not isinstance(items, (list, tuple)) or any(
-        not isinstance(flag, (bool, int)) or flag not in (0, 1) for flag in items
-    ):
+        return [flag != 0 for flag in _to_bytes(items.source)]
+    if not isinstance(items, (list, tuple)) or not all(isinstance(flag, int) and flag in (0, 1) for flag in items):
         raise pickle.UnpicklingError("a second part that is no list of bool")
     return [bool(flag) for flag in items]
 
@@ -162,9 +184,9 @@ def read_bin(path: str | os.PathLike[str]) -> tuple[list[bytes], list[bool]]:
     try:
         _refuse_opcodes(data)
         content = _DataUnpickler(io.BytesIO(data), encoding="bytes").load()
-        if not isinstance(content, (list, tuple)) or len(content) != 2 or not isinstance(content[0], (list, tuple)):
+        if not isinstance(content, (list, tuple)) or len(content) != 2:
             raise pickle.UnpicklingError("a pickle of something else")
-        images, same = [_image(item) for item in content[0]], _flags(content[1])
+        images, same = _images(content[0]), _flags(content[1])
     except Exception as error:  # a mutated pickle raises almost any type; none of them says which file
         raise ValueError(
             f"read_bin: expected a pickle of (list of images, list of bool) in {os.fspath(path)}, "

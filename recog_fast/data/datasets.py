@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import csv
 import json
+import mmap
 import os
 import tarfile
 import zipfile
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 from .images import MAX_ENCODED_BYTES, CorruptImage, EncodedDataset
 
 PathLike = str | os.PathLike[str]
+_MAX_LABEL_BYTES = 1 << 20
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".pgm", ".ppm", ".bmp", ".webp", ".tif", ".tiff", ".gif")
 
 
@@ -93,10 +95,17 @@ class FolderDataset(NamedDataset):
         super().__init__([os.path.join(self.root, name) for name in names], [_folder(name) for name in names], decode)
 
 
-def _list_rows(path: Path) -> Iterator[tuple[int, Any, Any]]:
+def _text(value: object) -> str:
+    """A path or label of a JSON file: text or a whole number."""
+    if not isinstance(value, (str, int)):
+        raise TypeError(f"expected text or a whole number, got {type(value).__name__}")
+    return str(value)
+
+
+def _list_rows(path: Path) -> Iterator[tuple[int, str, str]]:
     """(line number, path, label) of a .csv (columns path, label; header optional) or .jsonl ({"path": ..., "label":
     ...}) file."""
-    with open(path, encoding="utf-8", newline="") as file:
+    with open(path, encoding="utf-8-sig", newline="") as file:
         if path.suffix == ".csv":
             columns = {"path": 0, "label": 1}
             for number, row in enumerate(csv.reader(file), 1):
@@ -113,8 +122,8 @@ def _list_rows(path: Path) -> Iterator[tuple[int, Any, Any]]:
             try:
                 entry = json.loads(line) if line.strip() else None
                 if entry is not None:
-                    yield number, entry["path"], entry["label"]
-            except (ValueError, KeyError, TypeError) as error:
+                    yield number, _text(entry["path"]), _text(entry["label"])
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise ValueError(
                     f'ListDataset: expected {{"path": ..., "label": ...}} in line {number} of {path}, '
                     f"got {line.strip()!r:.80}"
@@ -139,13 +148,13 @@ class ListDataset(NamedDataset):
         labels: list[str] = []
         try:
             for number, name, label in _list_rows(source):
-                image = os.path.join(base, str(name))
+                image = os.path.join(base, name)
                 if not os.path.isfile(image):
                     raise ValueError(
                         f"ListDataset: expected an image in line {number} of {source}, got {image}, which is no file"
                     )
                 paths.append(image)
-                labels.append(str(label).strip())
+                labels.append(label.strip())
         except (UnicodeDecodeError, csv.Error) as error:
             raise ValueError(f"ListDataset: expected UTF-8 text in {source}, got {error}") from error
         if not paths:
@@ -172,7 +181,7 @@ class ZipDataset(NamedDataset):
         start = "" if not prefix else prefix.rstrip("/") + "/"
         try:
             names = [name for name in self._open().namelist() if name.startswith(start) and _is_image(name)]
-        except (OSError, zipfile.BadZipFile, NotImplementedError) as error:
+        except (OSError, zipfile.BadZipFile, NotImplementedError, ValueError, MemoryError) as error:
             raise ValueError(f"ZipDataset: expected path to be a zip file, got {self.path}: {error}") from error
         if not names:
             raise ValueError(f"ZipDataset: expected images below {start or '/'} in {self.path}, got none")
@@ -194,8 +203,8 @@ class ZipDataset(NamedDataset):
     def _read(self, index: int) -> bytes:
         archive = self._open()
         info = archive.getinfo(self.paths[index])
-        if info.file_size > MAX_ENCODED_BYTES:
-            raise ValueError(f"more than {MAX_ENCODED_BYTES} bytes")
+        if info.file_size > MAX_ENCODED_BYTES or info.compress_size > os.path.getsize(self.path):
+            raise ValueError(f"an entry of {info.file_size} bytes packed in {info.compress_size}")
         return archive.read(info)
 
 
@@ -254,8 +263,13 @@ class TarDataset(NamedDataset):
 
 def _tar_members(path: str) -> Iterable[tuple[str, int, int]]:
     """(name, data offset, size) of every file of an uncompressed tar; sizes checked against the file."""
-    total = os.path.getsize(path)
-    with tarfile.open(path, "r:") as archive:
+    # tarfile asks for as many bytes as a header says; a memory map never gives more than there are.
+    with (
+        open(path, "rb") as file,
+        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as whole,
+        tarfile.open(fileobj=whole, mode="r:") as archive,
+    ):
+        total = len(whole)
         for member in archive:
             if member.isreg():
                 if member.offset_data + member.size > total or member.size > MAX_ENCODED_BYTES:
@@ -279,13 +293,13 @@ def _tar_samples(path: str) -> Iterator[tuple[str, str | None, int, int]]:
                 key = f"{folder}/{stem}"
                 if _is_image(name):
                     images[key] = (name, offset, size)
-                elif extension in ("cls", "json"):
+                elif extension in ("cls", "json") and size <= _MAX_LABEL_BYTES:
                     file.seek(offset)
                     text = file.read(size).decode("utf-8").strip()
                     label = text if extension == "cls" else json.loads(text).get("label")
                     if label is not None and (extension == "cls" or key not in labels):
-                        labels[key] = str(label)
-    except (tarfile.TarError, OSError, ValueError, AttributeError, EOFError) as error:
+                        labels[key] = _text(label)
+    except (tarfile.TarError, OSError, ValueError, TypeError, AttributeError, EOFError, RecursionError) as error:
         raise ValueError(f"TarDataset: expected an uncompressed, whole tar, got {path}: {error}") from error
     for key, (name, offset, size) in images.items():
         yield name, labels.get(key), offset, size

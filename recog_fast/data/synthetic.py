@@ -27,7 +27,7 @@ from .synthetic_parameters import (
 )
 from .synthetic_sensor import photograph
 
-_BATCH = 16  # pictures drawn at once: their grids stay in the second-level cache
+_BATCH = 8  # pictures drawn at once: their grids stay in the second-level cache
 
 
 def _check_int(name: str, value: int, low: int, high: int) -> int:
@@ -172,7 +172,7 @@ class SyntheticIdentities(Dataset[tuple[NDArray[np.uint8], int]]):
         workers = _check_int("workers", workers, 1, 1 << 16)
         if self._images is not None:
             return self._images
-        chunks = list(_chunks(np.arange(len(self)), 8 * _BATCH))
+        chunks = list(_chunks(np.arange(len(self)), 16 * _BATCH))
         if workers == 1:
             return np.concatenate([self.render(rows) for rows in chunks])
         with ThreadPoolExecutor(workers) as pool:

@@ -95,15 +95,16 @@ def _draw(
     blocks = np.arange(len(names), dtype=np.uint64)[:, None]
     words = philox((blocks, image[None, :], identity[None, :], np.full((1, 1), stream, dtype=np.uint64)), seed)
     drawn: Draws = {}
+    unit = [(w.astype(np.float64) + 0.5) / 4294967296.0 for w in words]
+    # The sum of four uniforms has variance 1/3.
+    bell = 1.7320508075688772 * (unit[0] + unit[1] + unit[2] + unit[3] - 2.0)
     for row, name in enumerate(names):
-        unit = [(w[row].astype(np.float64) + 0.5) / 4294967296.0 for w in words]
         if name in normal:
             mean, deviation = normal[name]
-            # The sum of four uniforms has variance 1/3.
-            value = mean + deviation * 1.7320508075688772 * (unit[0] + unit[1] + unit[2] + unit[3] - 2.0)
+            value = mean + deviation * bell[row]
         else:
             low, high = uniform[name]
-            value = low + (high - low) * unit[0]
+            value = low + (high - low) * unit[0][row]
         drawn[name] = value.astype(np.float32)
     return drawn
 

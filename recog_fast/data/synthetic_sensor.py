@@ -53,16 +53,17 @@ def photograph(
 ) -> NDArray[np.uint8]:
     """Blurs, shrinks, adds the sensor's noise, enlarges: grey levels (3, B, S, S) to pictures (B, S, S, 3) uint8."""
     size = planes.shape[-1]
-    low = np.rint(planes * 8.0).astype(np.float64)
+    low = np.rint(planes * 8.0)
     soft = np.flatnonzero((draws["resolution"] < size) | (draws["blur"] > 0))
     down, up = resampling(size, draws["resolution"][soft], draws["blur"][soft])
     # 1/8 level, times 2^26, over 2^23: 1/64 level.
-    rows = np.rint(np.matmul(down, low[:, soft]) / 2.0**23)
+    rows = np.rint(np.matmul(down, low[:, soft].astype(np.float64)) / 2.0**23)
     low *= 8.0
     low[:, soft] = np.rint(np.matmul(rows, down.transpose(0, 2, 1)) / 2.0**26)
     low += np.rint(_grain(size, seed, split, identity, image) * (draws["noise"][:, None, None] * np.float32(_FINE)))
     np.clip(low, 0.0, 255.0 * _FINE, out=low)
-    low[:, soft] = np.matmul(np.matmul(up, low[:, soft]), up.transpose(0, 2, 1)) / (_UNIT * _UNIT)
+    high = np.matmul(np.matmul(up, low[:, soft].astype(np.float64)), up.transpose(0, 2, 1))
+    low[:, soft] = high / (_UNIT * _UNIT)
     pictures = np.clip(np.rint(low / _FINE), 0.0, 255.0).astype(np.uint8)
     return np.ascontiguousarray(pictures.transpose(1, 2, 3, 0))
 

@@ -20,7 +20,7 @@ class TinyNet(Backbone):
 
     widths: channels of the four stages. dropout acts before the Linear.
     About 0.4 M parameters at D = 128 and 0.5 M at D = 512, at any input size. Its weights are stored channels-last, and its maps
-    follow: convs, BN and PReLU take a third less time on CPU.
+    follow, which made forward and backward a fifth to two fifths faster on CPU.
 
     Raises ValueError for widths that are not four positive counts, or a dropout outside [0, 1).
     """

@@ -81,7 +81,7 @@ def _target_prototypes(unit: Tensor, weight: Tensor, labels: Tensor, injection: 
     """Target cosine (N,), winning sub-center (N,), its prototype (N, D); label -1 uses class 0 as filler."""
     ids = labels.clamp_min(0)
     rows = reference.effective_prototypes(weight[ids], *injection.of(ids).arguments())
-    rows = rows.reshape(ids.numel(), -1, weight.shape[-1])
+    rows = rows.reshape(ids.numel(), weight[0].numel() // weight.shape[-1], weight.shape[-1])
     cosines = torch.einsum("nkd,nd->nk", rows, unit)
     sub = (cosines == cosines.amax(dim=1, keepdim=True)).to(torch.int8).argmax(dim=1)
     at = torch.arange(ids.numel(), device=ids.device)
@@ -111,7 +111,7 @@ def _sweep(unit: Tensor, norms: Tensor, weight: Tensor, labels: Tensor, options:
     if margin is not None and hasattr(margin, "update") and getattr(margin, "training", True):
         margin.update(cosine, norms, labelled)
     rule, thresholds = margin.rule(cosine) if margin is not None and hasattr(margin, "rule") else (None, None)
-    rules = pack_rules(labels, rule, thresholds, float(getattr(margin, "clamp", 1.0)))
+    rules = pack_rules(labels, rule, thresholds, float(getattr(margin, "clamp", 1.0)), unit.dtype)
     leaf, norm_leaf, target, penalty = _run_margin(options, cosine, norms)
     lse, nearest, index, pull = torch.ops.recog_fast.negative_logsumexp(
         unit, weight, labels, options.scale, rules, *options.injection.arguments(), False, True

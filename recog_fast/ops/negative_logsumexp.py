@@ -131,7 +131,7 @@ def negative_logsumexp(
     _checks.check_vector(thresholds, unit_embeddings.shape[0], where, "thresholds")
     _checks.expect(0 < clamp <= 1, where, "clamp in (0, 1]", clamp)
     rows = unit_embeddings.to(prototypes.dtype)
-    rules = pack_rules(labels, rule, thresholds, clamp)
+    rules = pack_rules(labels, rule, thresholds, clamp, rows.dtype)
     lse, cosine, index, _ = torch.ops.recog_fast.negative_logsumexp(
         rows, prototypes, labels, float(scale), rules, None, None, None, True, True
     )

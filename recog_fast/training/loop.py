@@ -10,6 +10,7 @@ SIGTERM and SIGUSR1 save a checkpoint after the step in progress and end the run
 
 from __future__ import annotations
 
+import os
 import random
 import signal
 import threading
@@ -32,7 +33,7 @@ from recog_fast.checkpoint import (
     save_checkpoint,
 )
 from recog_fast.training.config import TrainConfig, to_yaml
-from recog_fast.training.data import Batch, TrainingImages, step_loader, to_input
+from recog_fast.training.data import Batch, TrainingImages, step_loader
 from recog_fast.training.logs import Log, Meter
 from recog_fast.training.model import (
     MarginRamp,
@@ -58,6 +59,7 @@ class Run:
     device: torch.device
     autocast: bool
     backbone: nn.Module
+    prepare: Any  # the network's own pixel convention: (B, H, W, 3) uint8 -> (B, 3, H, W) float32
     head: Any
     optimizer: torch.optim.Optimizer
     head_optimizer: Any
@@ -88,6 +90,11 @@ def train(config: TrainConfig) -> TrainResult:
     Raises ValueError and FileNotFoundError for settings that do not fit the data or the checkpoint, NonFiniteError when values
     become non-finite and `nonfinite` is "raise".
     """
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world != 1:
+        raise ValueError(
+            f"train: expected one process, got WORLD_SIZE={world}: this version trains in a single process"
+        )
     run = setup(config)
     rate = learning_rate(config, run.steps_per_epoch, run.total)
     verify_every = config.verbose or run.steps_per_epoch
@@ -153,7 +160,7 @@ def setup(config: TrainConfig) -> Run:
 
         encoder = MomentumEncoder(backbone, config.memory_momentum)
     run = Run(
-        config=config, images=images, device=device, autocast=autocast, backbone=backbone, head=head, optimizer=optimizer,
+        config=config, images=images, device=device, autocast=autocast, backbone=backbone, prepare=backbone.preprocessing, head=head, optimizer=optimizer,
         head_optimizer=head_optimizer, encoder=encoder, ramp=ramp, meter=Meter(), position=position, loader=loader,
         steps_per_epoch=steps_per_epoch, total=total,
     )  # fmt: skip
@@ -299,7 +306,9 @@ def train_step(run: Run, batch: Batch, lr: float, head_lr: float) -> None:
 
 
 def _forward_backward(run: Run, batch: Batch, labelled: int) -> float:
-    images, labels = to_input(batch.images, run.device), batch.labels.to(run.device)
+    # Pixels cross to the device as bytes and become floats there.
+    images = run.prepare(batch.images.to(run.device, non_blocking=True))
+    labels = batch.labels.to(run.device, non_blocking=True)
     with torch.autocast(run.device.type, dtype=torch.bfloat16, enabled=run.autocast):
         embeddings = run.backbone(images)
         _refuse_nonfinite(run, batch, "embeddings", torch.isfinite(embeddings.detach()).all(dim=1))

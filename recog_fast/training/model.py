@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import recog_fast as rf
+from recog_fast.models import Backbone, build_model
 from recog_fast.training import schedules
 from recog_fast.training.config import TrainConfig
 
@@ -74,15 +75,10 @@ class MarginRamp:
             self.head.margin = dataclasses.replace(margin, **values)
 
 
-def build_backbone(config: TrainConfig) -> nn.Module:
+def build_backbone(config: TrainConfig) -> Backbone:
     """The network of the settings, on the CPU, initialised from the global torch generator."""
-    from recog_fast.models import build_model
-
     options = {k: tuple(v) if isinstance(v, list) else v for k, v in config.network_options.items()}
-    backbone: nn.Module = build_model(
-        config.network, embedding_dim=config.embedding_size, input_size=config.data.size, **options
-    )
-    return backbone
+    return build_model(config.network, embedding_dim=config.embedding_size, input_size=config.data.size, **options)
 
 
 def build_head(config: TrainConfig, num_classes: int) -> rf.MarginHead:

@@ -29,7 +29,11 @@ def _cuda() -> str:
 def _triton() -> str:
     if importlib.util.find_spec("triton") is None:
         return "not installed"
-    return importlib.import_module(".triton_kernels", __package__).describe()  # type: ignore[no-any-return]
+    try:
+        kernels = importlib.import_module(".triton_kernels", __package__)
+    except ImportError as error:
+        return f"kernels not installed ({error}): pip install -e ."
+    return str(kernels.describe())
 
 
 def backends() -> dict[str, str]:
