@@ -31,8 +31,7 @@ from torch import nn
 import recog_fast as rf
 from recog_fast import data as sources
 from recog_fast import evaluation
-from recog_fast.evaluation.gallery import Gallery, GalleryItem, pair_galleries, strip
-from recog_fast.evaluation.report import write_report
+from recog_fast.evaluation import Gallery, GalleryItem, pair_galleries, strip, write_report
 from recog_fast.training.config import AugmentConfig, DataConfig, TrainConfig
 from recog_fast.training.loop import train
 from recog_fast.training.model import build_backbone
@@ -49,13 +48,13 @@ FOLDS = 10
 class Size:
     """How much is drawn and trained; the defaults take about two minutes on two cores."""
 
-    identities: int = 400
+    identities: int = 600
     images: int = 12  # pictures of each
     holdout: int = 40  # identities behind the accuracy curve
     test_identities: int = 100
     test_pairs: int = 2000
     pixels: int = 40
-    epochs: int = 8
+    epochs: int = 12
     batch_size: int = 64
     embedding_size: int = 128
 
