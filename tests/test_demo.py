@@ -14,7 +14,7 @@ pytest.importorskip("jsonargparse")
 import numpy as np
 import torch
 
-from recog_fast.training import demo
+from recog_fast.training import demo, loop
 from recog_fast.training.config import read_config
 
 CONDITIONS = ["full size (32x32)", "16x16", "8x8"]
@@ -49,7 +49,8 @@ def test_page_shows_everything_and_loads_nothing(output: Path) -> None:
     # 12 people, 3 resolutions, 3 galleries of 6 pairs
     assert page.count("data:image/png") == 12 + 3 + 18
     assert "<script" not in page
-    assert "http" not in page.replace("data:image", "")
+    assert "http://" not in page
+    assert "https://" not in page
     for word in (*CONDITIONS, "untrained", "Same person, least alike", "Which path ran", "augment.low_resolution"):
         assert word in page
     assert [p.name for p in output.iterdir() if p.name.endswith(".partial")] == []
@@ -87,6 +88,7 @@ def test_test_people_are_not_training_people() -> None:
     [
         (["--identities", "3"], "--identities: expected at least 20, got 3"),
         (["--epochs", "0"], "--epochs: expected at least 1, got 0"),
+        (["--threads", "-2"], "--threads: expected at least 0, got -2"),
         (["--seed", "-1"], "--seed: expected at least 0, got -1"),
         (["--speed"], "unrecognized arguments: --speed"),
     ],
@@ -99,9 +101,22 @@ def test_bad_options(options: list[str], message: str, capsys: pytest.CaptureFix
 
 
 def test_options_override_the_size() -> None:
-    size, folder, seed = demo._options(
-        ["--quick", "--identities", "50", "--epochs", "3", "--output", "x", "--seed", "5"]
-    )
-    assert size == dataclasses.replace(demo.QUICK, identities=50, epochs=3)
-    assert (folder, seed) == (Path("x"), 5)
-    assert demo._options([])[0] == demo.Size()
+    options = demo._options(["--quick", "--identities", "50", "--epochs", "3", "--output", "x", "--seed", "5"])
+    assert demo._size(options) == dataclasses.replace(demo.QUICK, identities=50, epochs=3)
+    assert (options.output, options.seed) == (Path("x"), 5)
+    assert demo._size(demo._options([])) == demo.Size()
+
+
+def test_a_signal_during_training_leaves_no_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(demo, "train", lambda config: loop.TrainResult(1, False, {}, tmp_path))
+    assert demo.main(["--quick", "--output", str(tmp_path)]) == 1
+    assert "stopped by a signal" in capsys.readouterr().out
+    assert not list(tmp_path.glob("report*"))
+
+
+def test_missing_matplotlib_is_said_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match="needs matplotlib"):
+        demo.main(["--quick", "--output", str(tmp_path)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import json
 import re
 import xml.etree.ElementTree as ElementTree
@@ -124,6 +125,7 @@ def test_report_holds_every_plot_table_and_gallery(full: tuple[str, Page]) -> No
 
 def test_report_is_self_contained_and_adapts(full: tuple[str, Page]) -> None:
     text, page = full
+    assert "default-src 'none'" in text
     assert page.links
     assert all(link.startswith("data:") for link in page.links)
     assert not {"script", "link", "iframe", "object"} & set(page.tags)
@@ -209,6 +211,9 @@ def test_bad_arguments(tmp_path: Path) -> None:
         write(tmp_path, results={})
     with pytest.raises(ValueError, match=r"baseline of \['full size', '16x16', '8x8'\]"):
         write(tmp_path, baseline={"full size": RESULTS["8x8"]})
+    other = dataclasses.replace(RESULTS["8x8"], fars=(0.5, 0.1, 0.01))
+    with pytest.raises(ValueError, match="same fars"):
+        write(tmp_path, results={"a": other}, baseline={"a": RESULTS["8x8"]})
     with pytest.raises(FileNotFoundError):
         write(tmp_path, metrics_jsonl=tmp_path / "absent.jsonl")
     with pytest.raises(ValueError, match="expected image uint8"):

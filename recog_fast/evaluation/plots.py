@@ -82,7 +82,7 @@ def roc_plot(
 ) -> Picture:
     """True accept rate over false accept rate (log), one curve a condition; baselines thin and dashed, chance
     dotted."""
-    lowest = min(1.0 / np.count_nonzero(~r.same) for r in results.values())
+    lowest = min(0.5, *(1.0 / np.count_nonzero(~r.same) for r in results.values()))
 
     def draw(figure: Figure, theme: Theme) -> None:
         axes = _axes(figure, theme)

@@ -17,6 +17,9 @@ from recog_fast.evaluation.gallery import Gallery, GalleryItem, png_data_uri
 Figure = tuple[str, str, plots.Picture | None]  # title, what to see in it, the plot
 Results = Mapping[str, VerificationResult]  # condition ("full size", "16x16", ...) -> result
 
+# The browser itself then refuses scripts and requests, whatever a text on the page tries.
+_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+
 # A rate that rests on fewer false accepts than this is marked in the table.
 FEW_FALSE_ACCEPTS = 10
 
@@ -44,12 +47,16 @@ def write_report(
     config, versions, backends  shown as tables, nested mappings with dotted names
     summary        one or two sentences under the title, plain text
     Every text is escaped. The file is replaced at once, never left half written.
-    Raises ValueError for empty results, a baseline with other conditions, or a log line that is no JSON object.
+    Raises ValueError for empty results, a baseline with other conditions, results at different FARs, or a log line that
+    is no JSON object.
     """
     if not results:
         raise ValueError("write_report: expected at least one result, got none")
     if baseline is not None and list(baseline) != list(results):
         raise ValueError(f"write_report: expected baseline of {list(results)}, got {list(baseline)}")
+    rates = {result.fars for result in (*results.values(), *(baseline or {}).values())}
+    if len(rates) > 1:
+        raise ValueError(f"write_report: expected the same fars in every result, got {sorted(rates)}")
     metrics = read_metrics(metrics_jsonl) if isinstance(metrics_jsonl, (str, Path)) else list(metrics_jsonl or [])
     verification = _tiles(results, baseline, baseline_name) + _table(results, baseline, baseline_name)
     sections = [
@@ -64,6 +71,7 @@ def write_report(
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="color-scheme" content="light dark">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
         f"<title>{escape(title)}</title>\n<style>{stylesheet(plots.LIGHT, plots.DARK)}</style>\n</head>\n<body>\n"
         f"<header><h1>{escape(title)}</h1>{lead}</header>\n<main>\n{''.join(sections)}</main>\n"
         "<footer>Written by recog_fast. Face recognition works on biometric data: ask for consent, follow the law, "

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
 import json
 import platform
 import shutil
@@ -85,9 +86,17 @@ class TestSet:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the demo and returns 0; bad options end with argparse's message and exit code 2."""
-    size, output, seed = _options(argv)
-    config = demo_config(size, output, seed)
+    """Runs the demo; returns 0, or 1 when a signal stopped the training. Bad options: argparse's message and exit code 2.
+
+    Raises ImportError at once, not after the training, where matplotlib is missing.
+    """
+    options = _options(argv)
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ImportError("demo: the report needs matplotlib (pip install recog_fast[train])")
+    size, seed = _size(options), options.seed
+    config = demo_config(size, options.output, seed, options.threads)
+    if options.threads:
+        torch.set_num_threads(options.threads)
     # Only what an earlier demo wrote: the training script refuses to start over beside old checkpoints.
     shutil.rmtree(Path(config.output) / "checkpoints", ignore_errors=True)
     began = time.monotonic()
@@ -95,7 +104,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     test = draw_test_set(size, seed)
     torch.manual_seed(seed)
     untrained = evaluate(build_backbone(config), test)
-    train(config)
+    if not train(config).finished:
+        print("demo: stopped by a signal; no report written")
+        return 1
     backbone = build_backbone(config)
     backbone.load_state_dict(torch.load(Path(config.output) / "model.pt", map_location="cpu", weights_only=True))
     trained = evaluate(backbone, test)
@@ -108,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _options(argv: Sequence[str] | None) -> tuple[Size, Path, int]:
+def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="recog-fast demo", description="Train and evaluate on drawn people; write a report."
     )
@@ -119,20 +130,23 @@ def _options(argv: Sequence[str] | None) -> tuple[Size, Path, int]:
     parser.add_argument("--epochs", type=int, help=f"passes over their pictures ({Size.epochs})")
     parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder to write to (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of people, weights and order (%(default)s)")
+    parser.add_argument(
+        "--threads", type=int, default=0, help="of torch; 1 is faster on a busy machine (0: torch's choice)"
+    )
     options = parser.parse_args(argv)
-    size = QUICK if options.quick else Size()
-    for name, low in (("identities", 20), ("epochs", 1)):
+    for name, low in (("identities", 20), ("epochs", 1), ("seed", 0), ("threads", 0)):
         value = getattr(options, name)
         if value is not None and value < low:
             parser.error(f"argument --{name}: expected at least {low}, got {value}")
-        if value is not None:
-            size = dataclasses.replace(size, **{name: value})
-    if options.seed < 0:
-        parser.error(f"argument --seed: expected at least 0, got {options.seed}")
-    return size, options.output, options.seed
+    return options
 
 
-def demo_config(size: Size, output: Path, seed: int) -> TrainConfig:
+def _size(options: argparse.Namespace) -> Size:
+    changes = {name: getattr(options, name) for name in ("identities", "epochs") if getattr(options, name) is not None}
+    return dataclasses.replace(QUICK if options.quick else Size(), **changes)
+
+
+def demo_config(size: Size, output: Path, seed: int, threads: int = 0) -> TrainConfig:
     """The settings of the training run; `output/training/config.yaml` holds them for `recog-fast train`."""
     drawn = {"num_identities": size.identities + size.holdout, "images_per_identity": size.images, "seed": seed}
     return TrainConfig(
@@ -149,6 +163,7 @@ def demo_config(size: Size, output: Path, seed: int) -> TrainConfig:
         lr_schedule="polynomial_smooth",
         warmup_epoch=size.epochs / 16,
         num_workers=0,
+        num_threads=threads,
         frequent=10,
         keep_last=1,
         seed=seed,
