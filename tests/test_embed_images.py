@@ -13,7 +13,7 @@ import torch
 from paths import data_dir
 from torch import nn
 
-from recog_fast.evaluation import embed_images, evaluate_bin, post_processing, to_input, verification_result
+from recog_fast.evaluation import embed_images, evaluate_bin, post_processing, resize, to_input, verification_result
 
 rng = np.random.default_rng(0)
 
@@ -68,8 +68,26 @@ def test_to_input_conventions() -> None:
     assert to_input(image)[0, :, 0, 0].tolist() == [1, -1, -1]
     assert to_input(image, bgr=True)[0, :, 0, 0].tolist() == [-1, -1, 1]
     assert to_input(image, mean=(1, 0, 0), std=(2, 1, 1))[0, :, 0, 0].tolist() == [0, 0, 0]
-    assert to_input(image, size=6).shape == (1, 3, 6, 6)
-    torch.testing.assert_close(to_input(image, size=6)[0, 0], torch.ones(6, 6))
+
+
+def test_resize() -> None:
+    image = faces(1, 12)[0]
+    np.testing.assert_array_equal(resize(image, 12), image)
+    half = resize(image, 6)
+    assert half.shape == (6, 6, 3)
+    assert half.dtype == np.uint8
+    assert abs(half.mean() - image.mean()) < 8
+    np.testing.assert_array_equal(resize(np.full((9, 7, 3), 255, np.uint8), 16), np.full((16, 16, 3), 255, np.uint8))
+
+
+def test_a_model_with_its_own_preprocessing_is_asked() -> None:
+    model = nn.Flatten()
+    images = faces(2)
+    plain = embed_images(model, images, flip=False)
+    model.preprocessing = lambda x: x.permute(0, 3, 1, 2).float()
+    own = embed_images(model, images, flip=False)
+    torch.testing.assert_close(plain, (own / 255 - 0.5) / 0.5)
+    torch.testing.assert_close(embed_images(model, images, flip=False, prepare=to_input), plain)
 
 
 def test_evaluate_bin_from_memory_file_and_bytes(tmp_path: Path) -> None:
@@ -146,10 +164,6 @@ IMAGES = np.zeros((4, 8, 8, 3), dtype=np.uint8)
         (lambda: evaluate_bin(nn.Flatten(), (IMAGES, [True])), "2 images per pair = 2, got 4"),
         (lambda: evaluate_bin(nn.Flatten(), ([b"x"] * 4, [True, False]), folds=2), "expected decode"),
         (lambda: evaluate_bin(nn.Flatten(), (IMAGES, [True, True])), "no impostor one"),
-        (
-            lambda: evaluate_bin(nn.Flatten(), (IMAGES, [True, False]), size=8, prepare=to_input),
-            "size or prepare, got both",
-        ),
     ],
 )
 def test_bad_input_is_a_clear_error(call: Callable[[], Any], message: str) -> None:

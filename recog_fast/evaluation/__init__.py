@@ -9,6 +9,7 @@ from recog_fast.evaluation.embed import (
     embed_images,
     evaluate_bin,
     post_processing,
+    resize,
     to_input,
     verification_result,
 )
@@ -32,6 +33,7 @@ __all__ = [
     "pair_galleries",
     "png_data_uri",
     "post_processing",
+    "resize",
     "roc_curve",
     "strip",
     "tar_at_far",
