@@ -36,8 +36,10 @@ def run(*command: str | Path, cwd: Path, code: int = 0) -> str:
 
 
 def python(code: str, cwd: Path) -> str:
-    """What `code` prints, run where `recog_fast` comes from `cwd`; fails if anything goes to stderr."""
-    program = f"import sys; sys.path.insert(0, {str(cwd)!r})\n{code}"
+    """What `code` prints, run where `recog_fast` comes from `cwd` alone; fails if anything goes to stderr."""
+    # The finder of an editable installation would fill in what the folder lacks.
+    alone = "sys.meta_path[:] = [f for f in sys.meta_path if not getattr(f, '__name__', '').startswith('_Editable')]"
+    program = f"import sys; sys.path.insert(0, {str(cwd)!r}); {alone}\n{code}"
     done = subprocess.run([sys.executable, "-c", program], cwd=cwd, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and not done.stderr, done.stderr
     return done.stdout
