@@ -15,8 +15,9 @@ fail() {
 }
 
 apt="On Debian or Ubuntu: apt-get install python3 python3-venv python3-dev g++ make"
+command -v "$python" >/dev/null 2>&1 || fail "no '$python'. $apt; or name an interpreter: make PYTHON=python3.12"
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
-  fail "expected Python 3.11 or newer, got '$python' ($("$python" --version 2>&1 || true)). Name another one: make PYTHON=python3.12"
+  fail "expected Python 3.11 or newer, got '$python' ($("$python" --version 2>&1)). Name another one: make PYTHON=python3.12"
 "$python" -c 'import ensurepip, venv' 2>/dev/null || fail "'$python' has no venv module. $apt"
 "$python" -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(os.path.join(sysconfig.get_paths()["include"], "Python.h")))' ||
   fail "'$python' has no headers (Python.h). $apt"
@@ -34,12 +35,12 @@ if [ ! -e $venv/.packages ] || [ -n "$(find pyproject.toml constraints.txt tools
   touch $venv/.unfinished
   [ -x $py ] || "$python" -m venv $venv || fail "'$python -m venv' failed. $apt"
   grep -v '^triton' constraints.txt >$venv/constraints.txt
-  echo "Installing torch into $venv (a download of 200 MB, or of 3 GB where only the CUDA build is offered)"
+  echo "Installing packages into $venv: torch (a download of 200 MB, or of 3 GB where only the CUDA build is offered)"
   $pip install --constraint $venv/constraints.txt torch numpy
   if ! "$py" -c 'import importlib.metadata as m; m.version("triton")' 2>/dev/null; then
     $pip install --no-deps --constraint constraints.txt triton || echo "No triton for this platform: its tests are skipped"
   fi
-  echo "Installing build tools, training and development packages"
+  echo "Installing packages into $venv: build tools, training, development"
   "$py" -c 'import tomllib
 with open("pyproject.toml", "rb") as file: settings = tomllib.load(file)
 extras = settings["project"]["optional-dependencies"]
