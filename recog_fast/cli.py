@@ -39,11 +39,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, TypeError, OSError, ArithmeticError, RuntimeError, ImportError) as error:
         if options.debug:
             raise
-        print(
-            f"recog-fast {options.command}: error: {' '.join(str(error).split()) or type(error).__name__}",
-            file=sys.stderr,
-        )
+        print(f"recog-fast {options.command}: error: {_one_line(error)}", file=sys.stderr)
         return 1
+
+
+def _one_line(error: BaseException) -> str:
+    text = str(error)
+    if "Original Traceback" in text:
+        # An error of a data worker carries its traceback as text; its last line is the message.
+        text = text.strip().splitlines()[-1]
+    return " ".join(text.split()) or type(error).__name__
 
 
 def _parser() -> argparse.ArgumentParser:

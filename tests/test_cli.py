@@ -75,6 +75,17 @@ def test_exit_codes_and_one_line_errors(tmp_path: Path, capsys: pytest.CaptureFi
         main(["train", file, "--debug"])
 
 
+def test_error_of_a_data_worker_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = make_folder(tmp_path / "faces", identities=4, images=4)
+    (folder / "id01" / "1.png").write_bytes(b"no image")
+    settings(tmp_path, folder, num_workers=1, data__max_corrupt=0)
+    assert main(["train", str(tmp_path / "settings.yaml")]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "Traceback" not in error
+    assert "id01" in error
+
+
 def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     for arguments in (["--help"], ["train", "--help"], ["eval", "--help"], ["doctor", "--help"]):
         with pytest.raises(SystemExit) as stop:

@@ -74,7 +74,7 @@ class TrainConfig:
     batch_size: int = 128
     gradient_acc: int = 1  # one step sees batch_size * gradient_acc images
     num_epoch: int = 20
-    max_steps: int = 0  # stop after this many steps whatever num_epoch says; 0: no such limit
+    max_steps: int = 0  # end (the schedule too) after this many steps whatever num_epoch says; 0: no limit
     optimizer: Literal["sgd", "adamw"] = "sgd"
     head_optimizer: Literal["headsgd", "sgd", "adamw"] = "headsgd"
     lr: float = 0.1

@@ -73,7 +73,7 @@ class Log:
     def line(self, text: str) -> None:
         """A line for people."""
         if self.progress is not None:
-            self.progress.console.print(text, highlight=False, markup=False)
+            self.progress.console.print(text, highlight=False, markup=False, soft_wrap=True)
         else:
             print(text, flush=True)
 

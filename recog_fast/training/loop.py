@@ -110,7 +110,7 @@ def train(config: TrainConfig) -> TrainResult:
             train_step(run, batch, lr, head_lr)
             run.step += 1
             seen += len(batch.samples)
-            last = run.step == run.total
+            last, stopping = run.step == run.total, stop.is_set()
             if run.step % config.frequent == 0 or last:
                 _log_training(run, log, lr, seen / max(1e-9, time.monotonic() - clock))
                 clock, seen = time.monotonic(), 0
@@ -119,11 +119,11 @@ def train(config: TrainConfig) -> TrainResult:
                 metrics = verify_all(run.backbone, pairs, config, run.device)
                 _log_verification(run, log, metrics)
                 clock, seen = time.monotonic(), 0
-            if run.step % save_every == 0 or last or stop.is_set():
+            if run.step % save_every == 0 or last or stopping:
                 save(run)
-            if stop.is_set():
+            if stopping and not last:
                 log.line(
-                    f"Stopped by a signal after step {run.step}; checkpoint saved, --resume true goes on from here"
+                    f"Stopped by a signal after step {run.step}; checkpoint saved, --resume true goes on from there"
                 )
                 break
     torch.save(run.backbone.state_dict(), Path(config.output) / "model.pt")
@@ -160,8 +160,9 @@ def setup(config: TrainConfig) -> Run:
 
         encoder = MomentumEncoder(backbone, config.memory_momentum)
     run = Run(
-        config=config, images=images, device=device, autocast=autocast, backbone=backbone, prepare=backbone.preprocessing, head=head, optimizer=optimizer,
-        head_optimizer=head_optimizer, encoder=encoder, ramp=ramp, meter=Meter(), position=position, loader=loader,
+        config=config, images=images, device=device, autocast=autocast, backbone=backbone,
+        prepare=backbone.preprocessing, head=head, optimizer=optimizer, head_optimizer=head_optimizer, encoder=encoder,
+        ramp=ramp, meter=Meter(), position=position, loader=loader,
         steps_per_epoch=steps_per_epoch, total=total,
     )  # fmt: skip
     output = Path(config.output)
