@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,24 +11,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
+from paths import golden_dir
 
 from recog_fast.evaluation import (
-    embed_images,
     equal_error_rate,
     error_versus_reject,
-    evaluate_bin,
     identification,
     mean_average_precision,
-    post_processing,
     roc_curve,
     tar_at_far,
     template_embeddings,
-    to_input,
     verification_accuracy,
     verification_result,
 )
-from tests.paths import golden_dir
 
 rng = np.random.default_rng(0)
 
@@ -46,9 +40,8 @@ def test_verification_accuracy_golden() -> None:
     case, kwargs = golden("lfw_kfold__default.npz")
     mean, std, per_fold = verification_accuracy(case["in_e1"], case["in_e2"], case["in_issame"], kwargs["k"])
     np.testing.assert_allclose(per_fold, case["out_acc"], rtol=0, atol=1e-9)
-    assert mean == pytest.approx(case["out_acc"].mean(), abs=1e-12) and std == pytest.approx(
-        case["out_acc"].std(), abs=1e-12
-    )
+    assert mean == pytest.approx(case["out_acc"].mean(), abs=1e-12)
+    assert std == pytest.approx(case["out_acc"].std(), abs=1e-12)
 
 
 def test_verification_accuracy_does_not_depend_on_norm_or_dtype() -> None:
@@ -140,16 +133,21 @@ def test_tar_at_far_against_brute_force(pairs: list[tuple[int, bool]], fars: lis
 def test_roc_and_eer_properties(pairs: list[tuple[int, bool]]) -> None:
     scores, same = np.array([s for s, _ in pairs], dtype=np.float64), np.array([m for _, m in pairs])
     far, tar, thresholds = roc_curve(scores, same)
-    assert (far[0], tar[0], thresholds[0]) == (0, 0, np.inf) and (far[-1], tar[-1]) == (1, 1)
-    assert (np.diff(far) >= 0).all() and (np.diff(tar) >= 0).all() and (np.diff(thresholds) < 0).all()
+    assert (far[0], tar[0], thresholds[0]) == (0, 0, np.inf)
+    assert (far[-1], tar[-1]) == (1, 1)
+    assert (np.diff(far) >= 0).all()
+    assert (np.diff(tar) >= 0).all()
+    assert (np.diff(thresholds) < 0).all()
     assert len(far) == len(np.unique(scores)) + 1
     np.testing.assert_allclose(far[1:], [(scores[~same] >= t).mean() for t in thresholds[1:]])
     eer, threshold = equal_error_rate(scores, same)
     below, _ = equal_error_rate(-scores, same)
-    assert 0 <= eer <= 1 and scores.min() <= threshold <= scores.max()
+    assert 0 <= eer <= 1
+    assert scores.min() <= threshold <= scores.max()
     assert eer + below == pytest.approx(1, abs=1e-12)
     rising = tar_at_far(scores, same, [0, 0.1, 0.5, 1])
-    assert (np.diff(rising) >= 0).all() and rising[-1] == 1
+    assert (np.diff(rising) >= 0).all()
+    assert rising[-1] == 1
 
 
 def test_tar_at_far_does_not_lose_a_false_accept_to_rounding() -> None:
@@ -175,7 +173,9 @@ def test_perfect_and_chance() -> None:
     assert (perfect.accuracy, perfect.std, perfect.eer, perfect.tar) == (1.0, 0.0, 0.0, (1.0, 1.0, 1.0))
     a, b = rng.normal(size=(2, 4000, 8))
     chance = verification_result(a, b, rng.random(4000) < 0.5)
-    assert abs(chance.accuracy - 0.5) < 0.03 and abs(chance.eer - 0.5) < 0.03 and abs(chance.tar[0] - 0.1) < 0.04
+    assert abs(chance.accuracy - 0.5) < 0.03
+    assert abs(chance.eer - 0.5) < 0.03
+    assert abs(chance.tar[0] - 0.1) < 0.04
 
 
 def test_ties_on_a_threshold_and_zero_rows() -> None:
@@ -184,7 +184,8 @@ def test_ties_on_a_threshold_and_zero_rows() -> None:
     a = np.array([[1.0, 0], [0, 1], [1, 0], [0, 0]])
     b = np.array([[2.0, 0], [0, 3], [0, 1], [5, 0]])
     _, _, per_fold = verification_accuracy(a, b, np.array([True, True, False, False]), folds=2)
-    assert per_fold.shape == (2,) and np.isfinite(per_fold).all()
+    assert per_fold.shape == (2,)
+    assert np.isfinite(per_fold).all()
     result = verification_result(a, b, np.array([True, True, False, False]), folds=2)
     np.testing.assert_allclose(result.scores, [1, 1, 0, 0])
 
@@ -232,91 +233,11 @@ def test_error_versus_reject_improves_with_a_perfect_quality() -> None:
     assert area == pytest.approx(0.02 * (curve[0] + curve[1]) / 2 + 0.03 * (curve[1] + curve[2]) / 2)
 
 
-# ---- embedding
-
-
-class Mean(nn.Module):
-    """(B, 3, H, W) -> the four corners of channel 0; dropout shows whether eval mode was set."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.dropout = nn.Dropout(0.5)
-        self.frozen = nn.BatchNorm2d(3).eval()
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        corners: torch.Tensor = self.dropout(self.frozen(x)[:, 0, [0, 0, -1, -1], [0, -1, 0, -1]])
-        return corners
-
-
-def faces(n: int, size: int = 8) -> np.ndarray:
-    return rng.integers(0, 256, (n, size, size, 3), dtype=np.uint8)
-
-
-@pytest.mark.parametrize("batch_size", [1, 3, 64])
-def test_embed_images_four_forms(batch_size: int) -> None:
-    images = faces(7)
-    model = Mean().train()
-    model.frozen.eval()
-    x = to_input(images)
-    corners = x[:, 0, [0, 0, -1, -1], [0, -1, 0, -1]] / (1 + 1e-5) ** 0.5
-    both = corners + corners[:, [1, 0, 3, 2]]
-    for flip, plain in ((True, both), (False, corners)):
-        for normalize in (True, False):
-            expected = torch.nn.functional.normalize(plain) if normalize else plain
-            got = embed_images(model, images, batch_size, flip, normalize=normalize)
-            torch.testing.assert_close(got, expected)
-    assert model.training and model.dropout.training and not model.frozen.training
-    assert len({post_processing(f, n) for f in (True, False) for n in (True, False)}) == 4
-
-
-def test_embed_images_generator_mixed_sizes_and_plain_callables() -> None:
-    images = [faces(1, size)[0] for size in (8, 8, 16, 8)]
-    got = embed_images(lambda x: x.mean((2, 3)), (i for i in images), batch_size=2, flip=False)
-    expected = np.stack([(i / 255 - 0.5).mean((0, 1)) / 0.5 for i in images])
-    np.testing.assert_allclose(got, expected, atol=1e-5)
-    got.add_(1)  # not an inference tensor
-
-
-def test_to_input_conventions() -> None:
-    image = np.zeros((1, 2, 2, 3), dtype=np.uint8)
-    image[..., 0] = 255
-    assert to_input(image)[0, :, 0, 0].tolist() == [1, -1, -1]
-    assert to_input(image, bgr=True)[0, :, 0, 0].tolist() == [-1, -1, 1]
-    assert to_input(image, mean=(1, 0, 0), std=(2, 1, 1))[0, :, 0, 0].tolist() == [0, 0, 0]
-    assert to_input(image, size=6).shape == (1, 3, 6, 6)
-    torch.testing.assert_close(to_input(image, size=6)[0, 0], torch.ones(6, 6))
-
-
-def test_evaluate_bin_from_memory_file_and_bytes(tmp_path: Path) -> None:
-    people = faces(20, 8)
-    same = [i % 2 == 0 for i in range(40)]
-    images = [im for i in range(40) for im in (people[i % 20], people[i % 20] if same[i] else people[(i + 3) % 20])]
-    model: Callable[[torch.Tensor], torch.Tensor] = lambda x: x.flatten(1)  # noqa: E731
-    result = evaluate_bin(model, (images, same), folds=5)
-    assert result.accuracy == 1.0 and result.eer == 0.0 and result.form == "flip summed, feature norm removed"
-    encoded = [im.tobytes() for im in images]
-
-    def read(path: str | Path) -> tuple[list[bytes], list[bool]]:
-        assert str(path).endswith("x.bin")
-        return encoded, same
-
-    def decode(data: bytes) -> np.ndarray:
-        return np.frombuffer(data, np.uint8).reshape(8, 8, 3)
-
-    again = evaluate_bin(model, tmp_path / "x.bin", read=read, decode=decode, folds=5, size=8)
-    np.testing.assert_array_equal(again.scores, result.scores)
-    black = evaluate_bin(model, (images, same), degrade=np.zeros_like, folds=5)
-    assert black.accuracy == 0.5 and black.eer == 0.5
-    json.dumps(result.summary())
-    assert result.summary()["pairs"] == {"genuine": 20, "impostor": 20}
-
-
 # ---- bad input
 
 SAME = np.array([True, False, True, False])
 GOOD = np.array([0.9, 0.1, 0.8, 0.2])
 E4 = np.eye(4)
-IMAGES = np.zeros((4, 8, 8, 3), dtype=np.uint8)
 
 
 @pytest.mark.parametrize(
@@ -349,19 +270,6 @@ IMAGES = np.zeros((4, 8, 8, 3), dtype=np.uint8)
         (lambda: error_versus_reject(GOOD, SAME, GOOD, 2.0), r"fmr in \[0, 1\]"),
         (lambda: error_versus_reject(GOOD, SAME, GOOD, 0.1, reject=[0.5, 0.1]), "ascending"),
         (lambda: error_versus_reject(GOOD, SAME, GOOD, 0.1, False, reject=[0.75]), "impostor pairs left"),
-        (lambda: embed_images(nn.Flatten(), IMAGES[:0]), "at least one image"),
-        (lambda: embed_images(nn.Flatten(), IMAGES, 0), "batch_size >= 1"),
-        (lambda: embed_images(nn.Flatten(), IMAGES[..., :2]), r"\(H, W, 3\), got \(8, 8, 2\) for image 0"),
-        (lambda: embed_images(lambda x: x, IMAGES), r"outputs of shape \(4, D\)"),
-        (lambda: embed_images(lambda x: x.flatten(1) / 0, IMAGES), "non-finite row for image 0"),
-        (lambda: evaluate_bin(nn.Flatten(), "lfw.bin"), "expected read"),
-        (lambda: evaluate_bin(nn.Flatten(), (IMAGES, [True])), "2 images per pair = 2, got 4"),
-        (lambda: evaluate_bin(nn.Flatten(), ([b"x"] * 4, [True, False]), folds=2), "expected decode"),
-        (lambda: evaluate_bin(nn.Flatten(), (IMAGES, [True, True])), "no impostor one"),
-        (
-            lambda: evaluate_bin(nn.Flatten(), (IMAGES, [True, False]), size=8, prepare=to_input),
-            "size or prepare, got both",
-        ),
     ],
 )
 def test_bad_input_is_a_clear_error(call: Callable[[], Any], message: str) -> None:
@@ -370,8 +278,6 @@ def test_bad_input_is_a_clear_error(call: Callable[[], Any], message: str) -> No
 
 
 def test_wrong_types_are_type_errors() -> None:
-    with pytest.raises(TypeError, match="uint8 images, got dtype float64 for image 0"):
-        embed_images(nn.Flatten(), np.zeros((1, 8, 8, 3)))  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="emb1 of real numbers"):
         verification_accuracy(np.array([["a"]]), np.array([["a"]]), [True])
     with pytest.raises(TypeError, match="template_ids of integers"):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -68,18 +67,37 @@ def to_input(
     mean: Sequence[float] = (0.5, 0.5, 0.5),
     std: Sequence[float] = (0.5, 0.5, 0.5),
     bgr: bool = False,
-    size: int | None = None,
 ) -> Tensor:
     """(x / 255 - mean) / std as (B, 3, H, W) float32: what the backbones take; `partial` it for other conventions.
 
-    `bgr` reverses the channels after normalising by RGB mean and std (AdaFace checkpoints). `size` resizes to (size,
-    size), bilinear with antialiasing, where the network's input is not the images' size.
+    `bgr` reverses the channels after normalising by RGB mean and std (AdaFace checkpoints).
     """
     x = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float() / 255.0
-    if size is not None and tuple(x.shape[2:]) != (size, size):
-        x = F.interpolate(x, size=(size, size), mode="bilinear", antialias=True, align_corners=False).clamp_(0.0, 1.0)
     x = (x - torch.tensor(mean).view(1, 3, 1, 1)) / torch.tensor(std).view(1, 3, 1, 1)
     return x.flip(1) if bgr else x
+
+
+def resize(image: Image, size: int) -> Image:
+    """(H, W, 3) uint8 -> (size, size, 3) uint8, bilinear with antialiasing; unchanged where it has that size."""
+    if image.shape[:2] == (size, size):
+        return image
+    x = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None].float()
+    x = F.interpolate(x, size=(size, size), mode="bilinear", antialias=True, align_corners=False)
+    resized: Image = x[0].permute(1, 2, 0).round().clamp(0, 255).to(torch.uint8).numpy()
+    return resized
+
+
+def _preparation(model: object) -> Prepare:
+    """The model's own `preprocessing` (uint8 tensor (B, H, W, 3) -> input) where it has one, else `to_input`."""
+    own = getattr(model, "preprocessing", None)
+    if not callable(own):
+        return to_input
+
+    def prepare(images: NDArray[np.uint8]) -> Tensor:
+        x: Tensor = own(torch.from_numpy(np.ascontiguousarray(images)))
+        return x
+
+    return prepare
 
 
 def embed_images(
@@ -90,19 +108,22 @@ def embed_images(
     device: torch.device | str | None = None,
     *,
     normalize: bool = False,
-    prepare: Prepare = to_input,
+    prepare: Prepare | None = None,
 ) -> Tensor:
     """Embeddings (N, D) float32 on the CPU, in the order of `images`.
 
     The four forms of post-processing (math.md section 6) are the two switches; `post_processing` names them:
     flip=True   f(x) + f(mirrored x)      flip=False   f(x)
     normalize=True   divided by its L2 norm      normalize=False   feature norm kept (templates weigh by it)
+    prepare turns uint8 images into the model's input; None: the model's own `.preprocessing` where it has one (the
+    backbones of recog_fast.models do), else `to_input`.
     A module runs in eval mode without gradient; every submodule's training flag is put back afterwards. device=None:
     where the module's first parameter lies. Equal sizes make a batch: a change of image size starts a new one.
     Raises TypeError for images that are not uint8, ValueError for shapes other than (H, W, 3), batch_size < 1, no
     images, or a model that gives non-finite or wrongly shaped embeddings.
     """
     where = "embed_images"
+    prepare = _preparation(model) if prepare is None else prepare
     if batch_size < 1:
         raise ValueError(f"{where}: expected batch_size >= 1, got {batch_size}")
     module = model if isinstance(model, nn.Module) else None
@@ -202,8 +223,8 @@ def evaluate_bin(
     read      opens a path: pass `recog_fast.data.read_bin` (a restricted unpickler); needed for a path only
     decode    bytes -> (H, W, 3) uint8 RGB; needed where images are encoded
     degrade   applied to every decoded image, e.g. down to 8x8 and back
-    size      input size of the network where the images differ; prepare: instead of `to_input` (then `size` must be
-              None)
+    size      input size of the network: images of another size are resized, after `degrade`
+    prepare   as in `embed_images`
     Raises ValueError for a path without `read`, encoded images without `decode`, or 2 P images that do not match P
     labels, and what `embed_images` and `verification_accuracy` raise.
     """
@@ -219,24 +240,16 @@ def evaluate_bin(
             f"{where}: expected 2 images per pair = {2 * len(same)}, got {len(images)} images for {len(same)} pairs"
         )
     both_kinds(where, same)
-    if prepare is not None and size is not None:
-        raise ValueError(f"{where}: expected size or prepare, got both (size={size})")
 
     def ready(image: Any) -> Image:
         if isinstance(image, (bytes, bytearray, memoryview)):
             if decode is None:
                 raise ValueError(f"{where}: expected decode for encoded images, got None")
             image = decode(bytes(image))
-        return degrade(image) if degrade is not None else image
+        image = degrade(image) if degrade is not None else image
+        return resize(image, size) if size is not None else image
 
-    embeddings = embed_images(
-        model,
-        map(ready, images),
-        batch_size,
-        flip,
-        device,
-        prepare=prepare if prepare is not None else partial(to_input, size=size),
-    )
+    embeddings = embed_images(model, map(ready, images), batch_size, flip, device, prepare=prepare)
     return verification_result(
         embeddings[0::2], embeddings[1::2], same, folds=folds, fars=fars, form=post_processing(flip, True)
     )

@@ -1,4 +1,5 @@
-"""Pictures of images for the report: PNG data URIs, strips, galleries of the pairs a model is surest and least sure of."""
+"""Pictures of images for the report: PNG data URIs, strips, galleries of the pairs a model is surest and least sure
+of."""
 
 from __future__ import annotations
 
@@ -20,10 +21,11 @@ Image = NDArray[np.uint8]  # (H, W, 3) RGB
 
 @dataclass(frozen=True)
 class GalleryItem:
-    """One picture with a caption; `tone` marks a right or a wrong decision."""
+    """One picture with a caption and a second line; `tone` marks a right or a wrong decision."""
 
     image: Image
     caption: str
+    detail: str = ""
     tone: Literal["", "right", "wrong"] = ""
 
 
@@ -38,7 +40,8 @@ class Gallery:
 
 
 def png_data_uri(image: Image) -> str:
-    """(H, W, 3) uint8 RGB -> a PNG data URI, lossless. Written out (signature, IHDR, IDAT, IEND): needs no image library.
+    """(H, W, 3) uint8 RGB -> a PNG data URI, lossless. Written out (signature, IHDR, IDAT, IEND): needs no image
+    library.
 
     Raises ValueError for another shape or dtype.
     """
@@ -90,5 +93,9 @@ def pair_galleries(
 def _pair(images: Sequence[Image], result: VerificationResult, row: int) -> GalleryItem:
     same, score = bool(result.same[row]), float(result.scores[row])
     right = (score >= result.threshold) == same
-    truth = "same person" if same else "different people"
-    return GalleryItem(strip([images[2 * row], images[2 * row + 1]]), f"{truth}, cosine {score:.2f}", "right" if right else "wrong")
+    return GalleryItem(
+        strip([images[2 * row], images[2 * row + 1]]),
+        "same person" if same else "different people",
+        f"cosine {score:.2f}".replace("-", "\N{MINUS SIGN}"),
+        "right" if right else "wrong",
+    )

@@ -1,4 +1,5 @@
-"""Plots as SVG data URIs, each in a light and a dark version (matplotlib's object interface; no global state is left changed)."""
+"""Plots as SVG data URIs, each in a light and a dark version (matplotlib's object interface; no global state is left
+changed)."""
 
 from __future__ import annotations
 
@@ -75,19 +76,22 @@ class Picture:
 
 
 def roc_plot(
-    results: Mapping[str, VerificationResult], baseline: Mapping[str, VerificationResult] | None = None
+    results: Mapping[str, VerificationResult],
+    baseline: Mapping[str, VerificationResult] | None = None,
+    baseline_name: str = "untrained",
 ) -> Picture:
-    """True accept rate over false accept rate (log), one curve a condition; baselines thin and dashed, chance dotted."""
-    lowest = min(1.0 / np.count_nonzero(~r.same) for r in results.values())
+    """True accept rate over false accept rate (log), one curve a condition; baselines thin and dashed, chance
+    dotted."""
+    lowest = min(0.5, *(1.0 / np.count_nonzero(~r.same) for r in results.values()))
 
     def draw(figure: Figure, theme: Theme) -> None:
         axes = _axes(figure, theme)
         for i, (name, result) in enumerate(results.items()):
             far, tar, _ = roc_curve(result.scores, result.same)
-            axes.step(far, tar, where="post", color=_series(theme, i), lw=1.8, label=f"{name} (EER {_percent(result.eer)})", zorder=3)
+            axes.step(far, tar, where="post", color=_series(theme, i), lw=1.8, label=name, zorder=3)
         for i, (_, result) in enumerate((baseline or {}).items()):
             far, tar, _ = roc_curve(result.scores, result.same)
-            label = "untrained" if i == 0 else None
+            label = baseline_name if i == 0 else None
             axes.step(far, tar, where="post", color=theme.baseline, lw=1.0, ls=(0, (4, 2)), label=label, zorder=2)
         chance = np.geomspace(lowest, 1, 100)
         axes.plot(chance, chance, color=theme.baseline, lw=1.0, ls=":", label="chance", zorder=1)
@@ -98,7 +102,7 @@ def roc_plot(
         axes.set_ylabel("true accept rate")
         axes.xaxis.set_major_formatter(_percent_ticks())
         axes.yaxis.set_major_formatter(_percent_ticks())
-        _legend(axes, theme, "upper left")
+        _legend(figure, axes, theme)
 
     names = ", ".join(f"{name}: EER {_percent(r.eer)}" for name, r in results.items())
     return _picture(draw, HEIGHT + 0.4, f"ROC curves, true accept rate over false accept rate. {names}.")
@@ -128,36 +132,40 @@ def cosine_plot(results: Mapping[str, VerificationResult]) -> Picture:
             axes.grid(False)
         rows[-1].set_xlim(edges[0], 1.0)
         rows[-1].set_xlabel("cosine of the two embeddings  (dashed: threshold of equal error)")
-        _legend(rows[0], theme, "upper right")
+        _legend(figure, rows[0], theme)
 
     return _picture(draw, HEIGHT + 0.4, f"Histograms of cosines of same and different people: {', '.join(results)}.")
 
 
 def loss_plot(metrics: Metrics) -> Picture | None:
     """Training loss over steps, raw and smoothed; None where the log has no loss."""
-    return _history(metrics, {"loss": ("loss", 0)}, "loss", "Training loss over steps.", rising=False)
+    return _history(metrics, {"loss": ("loss", 0)}, "loss", "Training loss over steps.")
 
 
 def cosines_plot(metrics: Metrics) -> Picture | None:
     """Mean target and nearest-negative cosine over steps: the gap between them is what the margin opens."""
     lines = {"target_cosine": ("target class", 0), "nearest_cosine": ("nearest other class", -1)}
-    return _history(metrics, lines, "cosine", "Mean cosine to the target class and to the nearest other class over steps.")
+    return _history(
+        metrics, lines, "cosine", "Mean cosine to the target class and to the nearest other class over steps."
+    )
 
 
 def probability_plot(metrics: Metrics) -> Picture | None:
     """Mean p_y over steps: the probability the margin softmax gives the true class."""
-    return _history(metrics, {"target_probability": ("p_y", 1)}, "mean p_y", "Mean probability of the true class over steps.")
+    return _history(
+        metrics, {"target_probability": ("p_y", 0)}, "mean p_y", "Mean probability of the true class over steps."
+    )
 
 
 def accuracy_plot(metrics: Metrics) -> Picture | None:
     """Verification accuracy during training, one line for every logged `val/<name>`; None where there is none."""
     keys = list(dict.fromkeys(key for row in metrics for key in row if key.startswith("val/") and key.count("/") == 1))
     lines = {key: (_condition(key.removeprefix("val/")), i) for i, key in enumerate(keys)}
-    return _history(metrics, lines, "accuracy", "Verification accuracy during training.", markers=True)
+    return _history(metrics, lines, "accuracy", "Verification accuracy during training.", verification=True)
 
 
 def _condition(name: str) -> str:
-    """"holdout@16" is the pair set holdout taken down to 16x16."""
+    """ "holdout@16" is the pair set holdout taken down to 16x16."""
     base, _, size = name.partition("@")
     return f"{base}, {size}x{size}" if size else base
 
@@ -178,8 +186,7 @@ def _history(
     lines: Mapping[str, tuple[str, int]],  # key -> (label, index of its colour; -1 the impostor colour)
     ylabel: str,
     alt: str,
-    rising: bool = True,
-    markers: bool = False,
+    verification: bool = False,  # few points, in percent
 ) -> Picture | None:
     found = {key: series_of(metrics, key) for key in lines}
     if not any(len(steps) for steps, _ in found.values()):
@@ -190,16 +197,20 @@ def _history(
         for key, (steps, values) in found.items():
             label, index = lines[key]
             colour = theme.impostor if index < 0 else _series(theme, index)
-            if markers or len(values) < 40:
-                axes.plot(steps, values, color=colour, lw=1.8, marker="o" if markers else None, ms=3.5, label=label)
+            if verification or len(values) < 40:
+                axes.plot(
+                    steps, values, color=colour, lw=1.8, marker="o" if verification else None, ms=3.5, label=label
+                )
             else:
                 axes.plot(steps, values, color=colour, lw=0.8, alpha=0.3)
                 axes.plot(steps, _smooth(values), color=colour, lw=1.8, label=label)
         axes.set_xlabel("step")
         axes.set_ylabel(ylabel)
         axes.margins(x=0.01)
-        if len(lines) > 1 or markers:
-            _legend(axes, theme, "best" if rising else "upper right")
+        if verification:
+            axes.yaxis.set_major_formatter(_percent_ticks())
+        if len(lines) > 1:
+            _legend(figure, axes, theme)
 
     return _picture(draw, HEIGHT - 0.4, alt)
 
@@ -249,25 +260,51 @@ def _style(axes: Axes, theme: Theme) -> None:
     axes.yaxis.label.set_color(theme.muted)
 
 
-def _legend(axes: Axes, theme: Theme, where: str) -> None:
-    axes.legend(loc=where, frameon=False, labelcolor=theme.text, handlelength=1.6, borderaxespad=0.2, labelspacing=0.3)
+def _legend(figure: Figure, axes: Axes, theme: Theme) -> None:
+    """One row above the plot, where it can hide no curve."""
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(
+        handles,
+        labels,
+        loc="outside upper left",
+        ncols=len(labels),
+        frameon=False,
+        labelcolor=theme.text,
+        handlelength=1.4,
+        handletextpad=0.5,
+        columnspacing=1.3,
+        borderaxespad=0.1,
+    )
 
 
 def _picture(draw: Callable[[Figure, Theme], None], height: float, alt: str) -> Picture:
-    return Picture(_svg(draw, height, LIGHT), _svg(draw, height, DARK), alt)
+    """Drawn once: layout is most of the time, and the dark version differs in colours only."""
+    light = _svg(draw, height)
+    return Picture(_data_uri(light), _data_uri(_darkened(light)), alt)
 
 
-def _svg(draw: Callable[[Figure, Theme], None], height: float, theme: Theme) -> str:
-    """A data URI of the drawing. The same drawing gives the same bytes: no date, fixed element ids."""
+def _svg(draw: Callable[[Figure, Theme], None], height: float) -> str:
+    """The drawing in light colours. The same drawing gives the same text: no date, fixed element ids."""
     import matplotlib
     from matplotlib.figure import Figure
 
     # rc_context puts every setting back; a bare Figure never registers with pyplot, so no window system is touched.
     with matplotlib.rc_context({"font.size": FONT, "svg.fonttype": "none", "svg.hashsalt": "recog_fast"}):
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
-        draw(figure, theme)
+        draw(figure, LIGHT)
         out = io.StringIO()
         figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     # Text stays text and takes the reader's own interface font instead of matplotlib's.
-    svg = re.sub(r"font: ([0-9.]+)px [^;\"]+", rf"font: \1px {FONT_STACK}", out.getvalue())
+    return re.sub(r"font-family: [^;\"]+", "font-family: " + FONT_STACK, out.getvalue())
+
+
+def _darkened(svg: str) -> str:
+    """Every colour of the light theme becomes its partner of the dark one."""
+    names = ("text", "muted", "grid", "genuine", "impostor", "baseline")
+    partners = {getattr(LIGHT, name): getattr(DARK, name) for name in names}
+    partners.update(zip(LIGHT.series, DARK.series, strict=True))
+    return re.sub("|".join(partners), lambda found: partners[found.group()], svg)
+
+
+def _data_uri(svg: str) -> str:
     return "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode()

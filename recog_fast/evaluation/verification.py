@@ -36,7 +36,9 @@ def verification_accuracy(
     Rows are L2-normalised here, so raw, flip-summed and unit embeddings are all welcome. A pair is accepted when its
     squared Euclidean distance is BELOW the threshold; for each contiguous fold the threshold of `arange(0, 4, 0.01)`
     with the best accuracy on the other folds (the lowest among equals) is applied to it. The first P mod folds folds
-    hold one pair more. The standard deviation is the population one over folds (as LFW and InsightFace report it).
+    hold one pair more. The standard deviation is the population one over folds (as LFW and InsightFace report it);
+    it says little where folds hold pairs of one kind only (a file that lists all genuine pairs first). Pairs keep their
+    order: shuffling them is another protocol.
 
     Distances are float64 whatever the embeddings' dtype: a pair that sits on a threshold then does not depend on the
     dtype.
