@@ -150,6 +150,22 @@ def test_dark_plots_have_no_light_colour_left() -> None:
     assert len({a for a, _ in pairs}) == len(set(pairs))
 
 
+def test_accuracy_legend_names_sets_only_where_there_are_several() -> None:
+    def legend(*keys: str) -> str:
+        picture = plots.accuracy_plot([{"step": 1, **dict.fromkeys(keys, 0.5)}])
+        assert picture is not None
+        return base64.b64decode(picture.light.partition(",")[2]).decode()
+
+    one = legend("val/lfw", "val/lfw@16", "val/lfw/eer")
+    assert ">full size<" in one
+    assert ">16x16<" in one
+    assert "lfw" not in one
+    several = legend("val/lfw", "val/cfp@8")
+    assert ">lfw, full size<" in several
+    assert ">cfp, 8x8<" in several
+    assert plots.accuracy_plot([{"step": 1, "loss": 1.0}]) is None
+
+
 def test_plotted_roc_is_the_conservative_tar() -> None:
     grid = np.geomspace(1 / 30, 1, 50)
     for one in RESULTS.values():

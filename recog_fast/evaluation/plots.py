@@ -173,14 +173,16 @@ def probability_plot(metrics: Metrics) -> Picture | None:
 def accuracy_plot(metrics: Metrics) -> Picture | None:
     """Verification accuracy during training, one line for every logged `val/<name>`; None where there is none."""
     keys = list(dict.fromkeys(key for row in metrics for key in row if key.startswith("val/") and key.count("/") == 1))
-    lines = {key: (_condition(key.removeprefix("val/")), i) for i, key in enumerate(keys)}
+    one_set = len({key.partition("@")[0] for key in keys}) == 1
+    lines = {key: (_condition(key.removeprefix("val/"), one_set), i) for i, key in enumerate(keys)}
     return _history(metrics, lines, "accuracy", "Verification accuracy during training.", verification=True)
 
 
-def _condition(name: str) -> str:
-    """ "holdout@16" is the pair set holdout taken down to 16x16."""
-    base, _, size = name.partition("@")
-    return f"{base}, {size}x{size}" if size else base
+def _condition(name: str, one_set: bool) -> str:
+    """What val/holdout@16 is called: the pair set holdout taken down to 16x16; a lone set needs no name."""
+    base, _, side = name.partition("@")
+    size = f"{side}x{side}" if side else "full size"
+    return size if one_set else f"{base}, {size}"
 
 
 def series_of(metrics: Metrics, key: str) -> tuple[FloatArray, FloatArray]:
