@@ -17,7 +17,7 @@ import torch
 from recog_fast.training import demo, loop
 from recog_fast.training.config import read_config
 
-CONDITIONS = ["full size (32x32)", "16x16", "8x8"]
+CONDITIONS = list(demo.CONDITIONS)
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from recog_fast.evaluation import VerificationResult, plots, verification_result
+from recog_fast.evaluation import VerificationResult, plots, tar_at_far, verification_result
 from recog_fast.evaluation.gallery import Gallery, GalleryItem, pair_galleries, png_data_uri, strip
 from recog_fast.evaluation.report import flatten, read_metrics, write_report
 
@@ -148,6 +148,35 @@ def test_dark_plots_have_no_light_colour_left() -> None:
     pairs = [(plots.LIGHT.genuine, plots.DARK.genuine), (plots.LIGHT.muted, plots.DARK.muted)]
     pairs += zip(plots.LIGHT.series, plots.DARK.series, strict=True)
     assert len({a for a, _ in pairs}) == len(set(pairs))
+
+
+def test_accuracy_legend_names_sets_only_where_there_are_several() -> None:
+    def legend(*keys: str) -> str:
+        picture = plots.accuracy_plot([{"step": 1, **dict.fromkeys(keys, 0.5)}])
+        assert picture is not None
+        return base64.b64decode(picture.light.partition(",")[2]).decode()
+
+    one = legend("val/lfw", "val/lfw@16", "val/lfw/eer")
+    assert ">full size<" in one
+    assert ">16x16<" in one
+    assert "lfw" not in one
+    several = legend("val/lfw", "val/cfp@8")
+    assert ">lfw, full size<" in several
+    assert ">cfp, 8x8<" in several
+    assert plots.accuracy_plot([{"step": 1, "loss": 1.0}]) is None
+
+
+def test_plotted_roc_is_the_conservative_tar() -> None:
+    grid = np.geomspace(1 / 30, 1, 50)
+    for one in RESULTS.values():
+        np.testing.assert_array_equal(plots._tar_on(grid, one), tar_at_far(one.scores, one.same, grid))
+
+
+def test_roc_of_many_pairs_is_a_small_picture() -> None:
+    same = np.arange(200_000) % 2 == 0
+    scores = rng.normal(size=200_000) + same
+    many = dataclasses.replace(RESULTS["8x8"], scores=scores, same=same)
+    assert len(plots.roc_plot({"many": many}).light) < 60_000
 
 
 def test_everything_is_escaped(tmp_path: Path) -> None:

@@ -80,21 +80,27 @@ def roc_plot(
     baseline: Mapping[str, VerificationResult] | None = None,
     baseline_name: str = "untrained",
 ) -> Picture:
-    """True accept rate over false accept rate (log), one curve a condition; baselines thin and dashed, chance
-    dotted."""
+    """True accept rate over false accept rate (log), one curve a condition; baselines dashed, chance dotted."""
     lowest = min(0.5, *(1.0 / np.count_nonzero(~r.same) for r in results.values()))
+    grid = np.geomspace(lowest, 1, 600)
 
     def draw(figure: Figure, theme: Theme) -> None:
         axes = _axes(figure, theme)
         for i, (name, result) in enumerate(results.items()):
-            far, tar, _ = roc_curve(result.scores, result.same)
-            axes.step(far, tar, where="post", color=_series(theme, i), lw=1.8, label=name, zorder=3)
+            axes.step(grid, _tar_on(grid, result), where="post", color=_series(theme, i), lw=1.8, label=name, zorder=3)
         for i, (_, result) in enumerate((baseline or {}).items()):
-            far, tar, _ = roc_curve(result.scores, result.same)
             label = baseline_name if i == 0 else None
-            axes.step(far, tar, where="post", color=theme.baseline, lw=1.0, ls=(0, (4, 2)), label=label, zorder=2)
-        chance = np.geomspace(lowest, 1, 100)
-        axes.plot(chance, chance, color=theme.baseline, lw=1.0, ls=":", label="chance", zorder=1)
+            axes.step(
+                grid,
+                _tar_on(grid, result),
+                where="post",
+                color=theme.baseline,
+                lw=1.0,
+                ls=(0, (4, 2)),
+                label=label,
+                zorder=2,
+            )
+        axes.plot(grid[::6], grid[::6], color=theme.baseline, lw=1.0, ls=":", label="chance", zorder=1)
         axes.set_xscale("log")
         axes.set_xlim(lowest, 1)
         axes.set_ylim(0, 1.02)
@@ -106,6 +112,13 @@ def roc_plot(
 
     names = ", ".join(f"{name}: EER {_percent(r.eer)}" for name, r in results.items())
     return _picture(draw, HEIGHT + 0.4, f"ROC curves, true accept rate over false accept rate. {names}.")
+
+
+def _tar_on(grid: FloatArray, result: VerificationResult) -> FloatArray:
+    """TAR at the last operating point with FAR <= grid: a curve of millions of pairs stays a small picture."""
+    far, tar, _ = roc_curve(result.scores, result.same)
+    on_grid: FloatArray = tar[np.searchsorted(far, grid * (1 + 1e-12), side="right") - 1]
+    return on_grid
 
 
 def cosine_plot(results: Mapping[str, VerificationResult]) -> Picture:
@@ -160,14 +173,16 @@ def probability_plot(metrics: Metrics) -> Picture | None:
 def accuracy_plot(metrics: Metrics) -> Picture | None:
     """Verification accuracy during training, one line for every logged `val/<name>`; None where there is none."""
     keys = list(dict.fromkeys(key for row in metrics for key in row if key.startswith("val/") and key.count("/") == 1))
-    lines = {key: (_condition(key.removeprefix("val/")), i) for i, key in enumerate(keys)}
+    one_set = len({key.partition("@")[0] for key in keys}) == 1
+    lines = {key: (_condition(key.removeprefix("val/"), one_set), i) for i, key in enumerate(keys)}
     return _history(metrics, lines, "accuracy", "Verification accuracy during training.", verification=True)
 
 
-def _condition(name: str) -> str:
-    """ "holdout@16" is the pair set holdout taken down to 16x16."""
-    base, _, size = name.partition("@")
-    return f"{base}, {size}x{size}" if size else base
+def _condition(name: str, one_set: bool) -> str:
+    """What val/holdout@16 is called: the pair set holdout taken down to 16x16; a lone set needs no name."""
+    base, _, side = name.partition("@")
+    size = f"{side}x{side}" if side else "full size"
+    return size if one_set else f"{base}, {size}"
 
 
 def series_of(metrics: Metrics, key: str) -> tuple[FloatArray, FloatArray]:

@@ -132,7 +132,8 @@ def tar_at_far(
         raise ValueError(f'{where}: expected rule "conservative" or "nearest", got {rule!r}')
     genuine = np.sort(checked[mask])
     threshold = conservative_thresholds(checked[~mask], targets)
-    return np.asarray(1.0 - np.searchsorted(genuine, threshold, side="right") / len(genuine), dtype=np.float64)
+    accepted = len(genuine) - np.searchsorted(genuine, threshold, side="right")
+    return np.asarray(accepted / len(genuine), dtype=np.float64)
 
 
 def conservative_thresholds(impostors: FloatArray, targets: FloatArray) -> FloatArray:

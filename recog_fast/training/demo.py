@@ -43,6 +43,8 @@ Results = dict[str, evaluation.VerificationResult]
 # Test people are numbered from here: no training set is that large.
 FIRST_TEST_IDENTITY = 1 << 20
 FOLDS = 10
+# Name -> size the pictures are taken down to and up again; 0: not at all.
+CONDITIONS = {"full size": 0, "16x16": 16, "8x8": 8}
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ class TestSet:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the demo; returns 0, or 1 when a signal stopped the training. Bad options: argparse's message and exit code 2.
+    """Runs the demo; returns 0, or 1 when a signal stopped the training. Bad options exit with code 2.
 
     Raises ImportError at once, not after the training, where matplotlib is missing.
     """
@@ -188,15 +190,10 @@ def draw_test_set(size: Size, seed: int) -> TestSet:
     return TestSet(images, first, second, same, size.test_identities, sharpest)
 
 
-def conditions(pixels: int) -> dict[str, int]:
-    """Name -> size the pictures are taken down to; 0: not at all."""
-    return {f"full size ({pixels}x{pixels})": 0, "16x16": 16, "8x8": 8}
-
-
 def evaluate(backbone: nn.Module, test: TestSet) -> Results:
     """Verification of the test pairs under every condition; each picture is embedded once (flip sum)."""
     results = {}
-    for name, down in conditions(test.images.shape[1]).items():
+    for name, down in CONDITIONS.items():
         images = degraded(test.images, down)
         embeddings = evaluation.embed_images(backbone, images, batch_size=100)
         results[name] = evaluation.verification_result(
@@ -222,9 +219,7 @@ def galleries(config: TrainConfig, test: TestSet, result: evaluation.Verificatio
     shown = people.render_all()
     sheet = [GalleryItem(strip(list(shown[each * k : each * (k + 1)])), f"person {k}") for k in range(12)]
     samples = test.images[test.sharpest]
-    levels = [
-        GalleryItem(strip(list(degraded(samples, down))), name) for name, down in conditions(config.data.size).items()
-    ]
+    levels = [GalleryItem(strip(list(degraded(samples, down))), name) for name, down in CONDITIONS.items()]
     pairs = [image for a, b in zip(test.first, test.second, strict=True) for image in (test.images[a], test.images[b])]
     return [
         Gallery(
@@ -269,7 +264,8 @@ def write_results(
     parameters = sum(p.numel() for p in backbone.parameters())
     summary = (
         f"A network of {parameters / 1e6:.2f} M parameters learned {size.identities:,} drawn people from {size.images} "
-        f"pictures of each, from random weights, and is tested on {test.people} people it has never seen. "
+        f"pictures of each ({size.pixels}x{size.pixels} pixels), from random weights, and is tested on {test.people} "
+        "people it has never seen. "
         f"Everything, drawing included, took {_duration(seconds)}."
     )
     return write_report(
