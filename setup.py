@@ -28,7 +28,8 @@ class CMakeBuild(build_ext):
         import pybind11
 
         output = Path(self.get_ext_fullpath(ext.name)).resolve().parent
-        build = Path(self.build_temp).resolve() / ext.name
+        # Not build_temp: an editable installation throws it away, and every change would compile all files again.
+        build = ROOT / "build" / f"cmake.{self.plat_name}-{sys.implementation.cache_tag}" / ext.name
         build.mkdir(parents=True, exist_ok=True)
         # The cmake and ninja of this environment, also where it is not activated.
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])

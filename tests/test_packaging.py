@@ -67,8 +67,8 @@ def sdist(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def wheel(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The wheel built from the sdist, over the cache of a build that another folder left behind."""
-    temporary = f"temp.{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
-    stale = sdist / "build" / temporary / "recog_fast._native" / "CMakeCache.txt"
+    cache = f"cmake.{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+    stale = sdist / "build" / cache / "recog_fast._native" / "CMakeCache.txt"
     stale.parent.mkdir(parents=True)
     stale.write_text("CMAKE_HOME_DIRECTORY:INTERNAL=/gone\nCMAKE_MAKE_PROGRAM:FILEPATH=/gone/ninja\n")
     folder = tmp_path_factory.mktemp("wheel")
