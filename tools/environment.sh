@@ -23,6 +23,13 @@ command -v "$python" >/dev/null 2>&1 || fail "no '$python'. $apt; or name an int
   fail "'$python' has no headers (Python.h). $apt"
 command -v "${CXX:-c++}" >/dev/null 2>&1 || fail "no C++ compiler (${CXX:-c++}). $apt"
 
+# One at a time: a second make, or what a killed one left running, would write into the same folder.
+mkdir -p build
+if command -v flock >/dev/null 2>&1; then
+  exec 9>build/.environment.lock
+  flock 9
+fi
+
 # Packages. `.unfinished` stands while they are being installed, `.packages` names the folder they were installed for.
 # An environment that somebody else made is used as it is, if its pip works.
 broken=
