@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from . import machine, report
+from . import machine, report, suite
 
 SIZES = ("toy", "full", "large")
 
@@ -37,27 +37,30 @@ def sizes(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="session")
-def results(request: pytest.FixtureRequest, sizes: str) -> Iterator[dict[str, Any]]:
-    """What the tests add to; written as JSON and Markdown, and printed, at the end of the session."""
-    collected: dict[str, Any] = {
-        "sizes": sizes,
-        "environment": machine.describe(),
-        "cases": [],
-        "memory": [],
-        "per_class": [],
-        "gates": [],
-    }
-    yield collected
-    named = request.config.getoption("--results")
-    folder = (
-        Path(named)
-        if named
-        else (machine.ROOT / "runs" / "benchmarks" if sizes == "toy" else machine.RESULTS / machine.slug())
-    )
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{sizes}.json").write_text(json.dumps(collected, indent=1) + "\n")
-    page = report.markdown(collected)
-    (folder / f"{sizes}.md").write_text(page)
+def collected(request: pytest.FixtureRequest, sizes: str) -> Iterator[dict[str, Any]]:
+    """Everything measured in this session; its page is printed at the end."""
+    empty: dict[str, Any] = {"cases": [], "memory": [], "per_class": [], "gates": []}
+    everything = {"sizes": sizes, "environment": machine.describe(), **empty}
+    yield everything
     capture = request.config.pluginmanager.getplugin("capturemanager")
     with capture.global_and_fixture_disabled():
-        print(f"\n{page}\n-> {folder / sizes}.json, .md")
+        print(f"\n{report.markdown(everything)}")
+
+
+@pytest.fixture
+def results(request: pytest.FixtureRequest, sizes: str, collected: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """What a test adds to; written as JSON and Markdown after each, so that a run cut short leaves what it had."""
+    yield collected
+    named = request.config.getoption("--results")
+    stored = machine.ROOT / "runs" / "benchmarks" if sizes == "toy" else machine.RESULTS / machine.slug()
+    folder = Path(named) if named else stored
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{sizes}.json").write_text(json.dumps(collected, indent=1) + "\n")
+    (folder / f"{sizes}.md").write_text(report.markdown(collected))
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """`case`: the cases of --sizes."""
+    if "case" in metafunc.fixturenames:
+        cases = suite.CASES[metafunc.config.getoption("--sizes")]
+        metafunc.parametrize("case", cases, ids=[f"{c.regime}-{c.rows}x{c.classes}x{c.dimension}" for c in cases])

@@ -53,6 +53,7 @@ class Contender(ABC):
     cost: ClassVar[str] = ""  # its function in cost_model, where the traffic is known term by term
     dense: ClassVar[bool] = True  # backward makes dW; False: update() does
     classes: Tensor | None = None  # (S,) the only classes that take part, after forward()
+    dropped: float | None = None  # largest dropped mass of a row, after forward(), where the contender says
 
     def __init__(self, arena: Arena) -> None:
         self.arena = arena
@@ -210,10 +211,12 @@ class Native(Contender):
 
     def forward(self) -> Tensor:
         arena = self.arena
-        return rf.margin_softmax_loss(
+        loss, stats = rf.margin_softmax_loss(
             arena.embeddings, arena.weight, arena.labels,
-            margin=rf.ArcFace(MARGIN), scale=SCALE, compute_dtype=self.compute_dtype,
+            margin=rf.ArcFace(MARGIN), scale=SCALE, compute_dtype=self.compute_dtype, return_stats=True,
         )  # fmt: skip
+        self.dropped = float(stats.dropped_mass.max())
+        return loss
 
 
 class NativeBF16(Native):
@@ -246,7 +249,8 @@ class FusedStep(Contender):
         return made
 
     def forward(self) -> Tensor:
-        loss = self.head(self.arena.embeddings, self.arena.labels)
+        loss, stats = self.head(self.arena.embeddings, self.arena.labels, return_stats=True)
+        self.dropped = float(stats.dropped_mass.max())
         assert isinstance(loss, Tensor)
         return loss
 

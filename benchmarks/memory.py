@@ -64,7 +64,8 @@ def measure_here(name: str, rows: int, classes: int, dimension: int) -> list[Pea
 
     torch.set_num_threads(1)
     kind = next(k for k in ALL if k.name == name)
-    small = kind(Arena(make_problem("R0", rows, 2000, dimension)))  # loads code, starts libraries
+    # loads code and starts libraries; so small that no buffer of the real size is left behind by it
+    small = kind(Arena(make_problem("R0", 2, 16, 8)))
     torch.autograd.backward(small.forward())
     small.update()
     contender = kind(Arena(make_problem("R0", rows, classes, dimension), restore=False))

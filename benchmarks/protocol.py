@@ -79,14 +79,14 @@ def run_once(contender: Contender, into: Times | None = None) -> Tensor:
     return loss.detach()
 
 
-def check(contender: Contender, truths: dict[str, Truth]) -> Gate:
-    """Two runs: errors of the first against float64 on a sample of classes, and the bits of the second against the first.
+def check(contender: Contender, truths: dict[str, Truth], first: Times, second: Times) -> Gate:
+    """Two runs (the first compiles): errors of the first against float64 on a sample of classes, and the bits of the second against the first.
 
     dW is read from the velocity after the step, v = mu v0 + dW + wd W0, so that a contender without a gradient tensor is
     judged by the same numbers.
     """
     arena, problem = contender.arena, contender.arena.problem
-    loss = run_once(contender)
+    loss = run_once(contender, first)
     truth = _truth_of(contender, problem, truths)
     assert arena.embeddings.grad is not None
     d_embeddings = arena.embeddings.grad.clone()
@@ -104,7 +104,7 @@ def check(contender: Contender, truths: dict[str, Truth]) -> Gate:
         step if step > _STEP_LIMIT else 0.0,
     )
     kept = [arena.velocity.clone(), arena.weight.detach().clone()]
-    again = run_once(contender)
+    again = run_once(contender, second)
     assert arena.embeddings.grad is not None
     pairs = [
         (loss, again),

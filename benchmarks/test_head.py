@@ -23,30 +23,26 @@ PROMISED = (
 MOST_EXTRA = 20.0  # MB beyond W, momentum and dW
 
 
-def _cases(sizes: str) -> tuple[suite.Case, ...]:
-    return {"toy": suite.TOY, "full": suite.FULL, "large": suite.LARGE}[sizes]
-
-
-def test_gates_and_times(sizes: str, results: dict[str, Any]) -> None:
+def test_gates_and_times(case: suite.Case, results: dict[str, Any]) -> None:
     """Every contender of ours passes its gate in every case; the loss is what the regime was built for."""
-    for case in _cases(sizes):
-        measured = suite.run_case(case)
-        results["cases"].append(measured)
-        loss = measured["loss"]
-        assert abs(loss["float64"] - loss["expected"]) <= loss["tolerance"], (case, loss)
-        rows = {r["name"]: r for r in measured["rows"]}
-        for kind in case.kinds:
-            if kind in OURS:
-                gate = rows[kind.name]["gate"]
-                assert gate["passes"], (case, kind.name, gate)
-                assert rows[kind.name]["same_loss_every_round"], (case, kind.name)
-        assert "steps" in rows[BASELINE.name], rows[BASELINE.name]
+    measured = suite.run_case(case)
+    results["cases"].append(measured)
+    loss = measured["loss"]
+    assert abs(loss["float64"] - loss["expected"]) <= loss["tolerance"], loss
+    rows = {r["name"]: r for r in measured["rows"]}
+    for kind in case.kinds:
+        if kind in OURS:
+            gate = rows[kind.name]["gate"]
+            assert gate["passes"], (kind.name, gate)
+            assert rows[kind.name]["same_loss_every_round"], kind.name
+    assert "steps" in rows[BASELINE.name], rows[BASELINE.name]
 
 
 def test_peak_memory(sizes: str, results: dict[str, Any]) -> None:
     """Extra resident memory of ours beyond W, momentum and dW stays below 20 MB whatever C is."""
     rows, classes = {"toy": (32, 20_000), "full": (64, 100_000), "large": (64, 500_000)}[sizes]
-    for kind in (BASELINE, Native, FusedStep):
+    # each is a new process that imports torch; the baseline needs none at toy size
+    for kind in (Native, FusedStep) if sizes == "toy" else (BASELINE, Native, FusedStep):
         for peak in memory.measure(kind.name, rows, classes, 512):
             extra = {
                 "N": rows,
@@ -63,7 +59,7 @@ def test_peak_memory(sizes: str, results: dict[str, Any]) -> None:
 def test_time_per_class(sizes: str, results: dict[str, Any]) -> None:
     """Time per class as C grows; recorded, and finite."""
     rows, classes, rounds = {
-        "toy": (32, (1000, 4000), 5),
+        "toy": (32, (500, 2000), 5),
         "full": (64, (10_000, 30_000, 100_000), 5),
         "large": (64, (100_000, 1_000_000), 5),
     }[sizes]
@@ -79,7 +75,9 @@ def test_promised_ratios(sizes: str, results: dict[str, Any]) -> None:
     """Median paired ratios to eager float32 and the memory bound, at full size."""
     if sizes != "full":
         pytest.skip("ratios are asserted at full size: pytest benchmarks --sizes full")
-    case = next(c for c in results["cases"] if (c["regime"], c["N"], c["C"]) == ("R0", 64, 100_000))
+    case = next((c for c in results["cases"] if (c["regime"], c["N"], c["C"]) == ("R0", 64, 100_000)), None)
+    if case is None or not results["memory"]:
+        pytest.skip("needs the times of R0-64x100000x512 and the memory of the same session")
     gates = []
     for kind, step, wanted in PROMISED:
         ratio = suite.ratio_of(case, kind.name, step)

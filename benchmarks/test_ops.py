@@ -41,7 +41,9 @@ def _inputs(stem: str, rows: int, classes: int, dimension: int) -> Arguments:
         return _memory_arguments(stored, unit, problem.labels, slot)
     if stem == "negative_logsumexp":
         return (unit, problem.weight, problem.labels, SCALE, None, *memory, False, True)
-    whole = reference.negative_logsumexp(unit.double(), problem.weight.double(), torch.full((rows,), -1), SCALE, None, *memory)
+    whole = reference.negative_logsumexp(
+        unit.double(), problem.weight.double(), torch.full((rows,), -1), SCALE, None, *memory
+    )
     if stem == "unknown_rejection":
         return (unit, problem.weight, whole[0], SCALE, *memory, False, True)
     terms = torch.zeros(reference.TERM_ROWS, rows)
@@ -62,7 +64,9 @@ def _memory_arguments(stored: Tensor, unit: Tensor, labels: Tensor, slot: Tensor
 
 def _copies(arguments: Arguments, dtype: torch.dtype) -> Arguments:
     """Clones, floating ones in `dtype`."""
-    return tuple((a.to(dtype) if a.is_floating_point() else a).clone() if isinstance(a, Tensor) else a for a in arguments)
+    return tuple(
+        (a.to(dtype) if a.is_floating_point() else a).clone() if isinstance(a, Tensor) else a for a in arguments
+    )
 
 
 def _outputs(stem: str, run: Callable[..., Any], arguments: Arguments) -> list[Tensor]:
