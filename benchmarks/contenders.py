@@ -51,6 +51,7 @@ class Contender(ABC):
     same_bits: ClassVar[bool] = False  # whether equal bits between runs are promised
     note: ClassVar[str] = ""
     cost: ClassVar[str] = ""  # its function in cost_model, where the traffic is known term by term
+    compiles: ClassVar[bool] = False  # its first call says nothing of the next ones
     dense: ClassVar[bool] = True  # backward makes dW; False: update() does
     classes: Tensor | None = None  # (S,) the only classes that take part, after forward()
     dropped: float | None = None  # largest dropped mass of a row, after forward(), where the contender says
@@ -106,6 +107,7 @@ class Compiled(Contender):
     """torch.compile of eager; compiled code for the forward and backward, SGD(fused) beside it."""
 
     name = "torch.compile of eager"
+    compiles = True
 
     def __init__(self, arena: Arena) -> None:
         super().__init__(arena)

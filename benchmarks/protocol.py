@@ -79,14 +79,27 @@ def run_once(contender: Contender, into: Times | None = None) -> Tensor:
     return loss.detach()
 
 
-def check(contender: Contender, truths: dict[str, Truth], first: Times, second: Times) -> Gate:
-    """Two runs (the first compiles): errors of the first against float64 on a sample of classes, and the bits of the second against the first.
+class TooSlow(Exception):
+    """A contender whose full step takes longer than the case allows."""
+
+
+def _quick(contender: Contender, slow: float, times: Times) -> Tensor:
+    """One run, kept in `times`; TooSlow where it took more than `slow` CPU seconds (compilation apart)."""
+    loss = run_once(contender, times)
+    seconds = times.cpu[STEPS[-1]][-1]
+    if seconds > slow and not (contender.compiles and len(times.losses) == 1):
+        raise TooSlow(f"slow: one full step took {seconds:.1f} s of CPU time; not repeated")
+    return loss
+
+
+def check(contender: Contender, truths: dict[str, Truth], slow: float, times: Times) -> Gate:
+    """Two runs (the first compiles), kept in `times`; TooSlow where they are: errors of the first against float64 on a sample of classes, and the bits of the second against the first.
 
     dW is read from the velocity after the step, v = mu v0 + dW + wd W0, so that a contender without a gradient tensor is
     judged by the same numbers.
     """
     arena, problem = contender.arena, contender.arena.problem
-    loss = run_once(contender, first)
+    loss = _quick(contender, slow, times)
     truth = _truth_of(contender, problem, truths)
     assert arena.embeddings.grad is not None
     d_embeddings = arena.embeddings.grad.clone()
@@ -104,7 +117,7 @@ def check(contender: Contender, truths: dict[str, Truth], first: Times, second: 
         step if step > _STEP_LIMIT else 0.0,
     )
     kept = [arena.velocity.clone(), arena.weight.detach().clone()]
-    again = run_once(contender, second)
+    again = _quick(contender, slow, times)
     assert arena.embeddings.grad is not None
     pairs = [
         (loss, again),
@@ -116,8 +129,13 @@ def check(contender: Contender, truths: dict[str, Truth], first: Times, second: 
     return Gate(*errors, same_bits=same, limit=contender.limit, needs_same_bits=contender.same_bits)
 
 
+def margin_key(margin: float) -> str:
+    """The key of the truth over all classes with this margin."""
+    return f"margin {margin}"
+
+
 def _truth_of(contender: Contender, problem: Problem, truths: dict[str, Truth]) -> Truth:
-    key = f"margin {contender.margin}" if contender.classes is None else contender.name
+    key = margin_key(contender.margin) if contender.classes is None else contender.name
     if key not in truths:
         truths[key] = compute_truth(problem, contender.margin, contender.classes)
     return truths[key]

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from . import report, suite
-from .contenders import Contender, Eager, eager_loss
+from .contenders import Arena, Contender, Eager, eager_loss
+from .problems import make_problem
 from .protocol import STEPS, interleave, paired_ratio, spread
 
 
@@ -99,8 +100,8 @@ def test_ratios_are_paired_within_rounds() -> None:
 
 
 def test_every_round_starts_from_the_same_inputs() -> None:
-    problem = suite.make_problem("R0", 4, 60, 32)
-    arena = suite.Arena(problem)
+    problem = make_problem("R0", 4, 60, 32)
+    arena = Arena(problem)
     times, _ = interleave([Eager(arena), Eager(arena)], arena, 5)
     assert len({loss for t in times for loss in t.losses}) == 1
     assert all(len(t.cpu[s]) == 5 for t in times for s in STEPS)
