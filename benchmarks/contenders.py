@@ -12,12 +12,20 @@ from torch import Tensor, nn
 
 import recog_fast as rf
 
+from . import machine
 from .problems import MARGIN, SCALE, Problem, arcface
 
 LR, MOMENTUM, DECAY = 0.1, 0.9, 5e-4
 FLOAT32_LIMIT = 1e-4
 BF16_LIMIT = 1e-2  # ours (performance.md, accuracy "must")
 AUTOCAST_LIMIT = 5e-2  # eager under autocast: what it can hold, not what we promise
+
+
+_EMULATED_BF16 = 1 << 24  # elements of W beyond which bf16 without instructions for it is not worth waiting for
+
+
+class Unsuitable(RuntimeError):
+    """A contender that must not run here, and why."""
 
 
 class Arena:
@@ -97,6 +105,11 @@ class EagerAutocast(Contender):
 
     name = "eager bf16 autocast"
     limit = AUTOCAST_LIMIT
+
+    def __init__(self, arena: Arena) -> None:
+        if arena.weight.numel() > _EMULATED_BF16 and not machine.has_bf16():
+            raise Unsuitable("this CPU has no bf16 instructions: emulated, 48 s a step at 64 x 100k")
+        super().__init__(arena)
 
     def forward(self) -> Tensor:
         with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -42,6 +42,13 @@ def cpu_name() -> str:
     return re.sub(r"\((R|TM)\)|@.*|CPU|Processor", "", name).strip()
 
 
+def has_bf16() -> bool:
+    """Whether the CPU multiplies bfloat16 in hardware (AVX512_BF16, AMX, or the BF16 extension of Arm)."""
+    fields = _cpu_fields()
+    flags = f"{fields.get('flags', '')} {fields.get('Features', '')}".split()
+    return any(f in flags for f in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
 def slug() -> str:
     """Folder name of this device's results."""
     return re.sub(r"[^a-z0-9]+", "-", f"{cpu_name()} {os.cpu_count()}core".lower()).strip("-")
