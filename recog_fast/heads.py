@@ -152,6 +152,7 @@ class MarginHead(nn.Module):
             _checks.expect(self.memory is not None, where, "a head with a memory when keys are given", "memory=None")
             _checks.check_embeddings(keys, where, "keys")
             _checks.expect(keys.shape == embeddings.shape, where, f"keys of shape {tuple(embeddings.shape)}", tuple(keys.shape))
+            _checks.check_finite_rows(keys, where, "keys")
 
     def _after_forward(self, labels: Tensor, keys: Tensor | None, now: int) -> None:
         if keys is not None and self.memory is not None:

@@ -110,7 +110,7 @@ def _apply_rules(cosine: Tensor, rules: Tensor | None) -> tuple[Tensor, Tensor]:
 def _class_cosines(unit_embeddings: Tensor, prototypes: Tensor) -> tuple[Tensor, Tensor]:
     """c_ij = max_k <x^_i, P_jk> (N, C) and the winning k (ties: the lowest)."""
     c, k, d = prototypes.shape
-    cosine = (unit_embeddings @ prototypes.reshape(c * k, d).t()).reshape(-1, c, k)
+    cosine = (unit_embeddings @ prototypes.reshape(c * k, d).t()).unflatten(1, (c, k))
     best = cosine.max(dim=2)
     first = (cosine == best.values.unsqueeze(2)).to(torch.int8).argmax(dim=2)
     return best.values, first
@@ -139,15 +139,15 @@ def negative_logsumexp(
     cosine, sub = _class_cosines(unit_embeddings, prototypes)
     negative = _negatives(labels, classes)
     f, g = _apply_rules(cosine, rules)
-    z = (scale * f).masked_fill(~negative, float("-inf"))
+    z = (scale * f.double()).masked_fill(~negative, float("-inf"))
     lse = torch.logsumexp(z, dim=1)
     raw = cosine.masked_fill(~negative, -2.0)
     nearest = raw.max(dim=1).values if classes else raw.new_full((n,), -2.0)
     index = (raw == nearest.unsqueeze(1)).to(torch.int8).argmax(dim=1)
     index = torch.where(negative.any(dim=1), index, torch.full_like(index, -1))
-    share = torch.where(negative, torch.exp(z - lse.unsqueeze(1)) * g, torch.zeros_like(z))
+    share = torch.where(negative, torch.exp(z - lse.unsqueeze(1)), torch.zeros_like(z)).to(cosine.dtype) * g
     pull = _spread(share, sub, prototypes.shape[1]) @ prototypes.reshape(-1, weight.shape[-1])
-    return lse.double(), nearest, index, pull
+    return lse, nearest, index, pull
 
 
 def _spread(values: Tensor, sub: Tensor, subcenters: int) -> Tensor:
@@ -155,29 +155,35 @@ def _spread(values: Tensor, sub: Tensor, subcenters: int) -> Tensor:
     if subcenters == 1:
         return values
     spread = values.new_zeros(*values.shape, subcenters)
-    return spread.scatter_(2, sub.unsqueeze(2), values.unsqueeze(2)).reshape(values.shape[0], -1)
+    return spread.scatter_(2, sub.unsqueeze(2), values.unsqueeze(2)).flatten(1)
 
 
 def unknown_rejection(
     unit_embeddings: Tensor,  # (N, D)
     weight: Tensor,
+    nearest: Tensor,  # (N,) class left out of the sums: the one whose p may be close to 1
     lse: Tensor,  # (N,) over all classes
+    first_mean: Tensor,  # (N,)
     scale: float,
     memory_rows: Tensor | None = None,
     strength: Tensor | None = None,
     slot: Tensor | None = None,
     unit: bool = False,
     renormalize: bool = True,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """T = sum(expm1(p) - p), E = sum p expm1(p), sum p expm1(p) P, with p = exp(s c - lse) (math.md 3)."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Over all classes but the nearest: sum p, sum(expm1(p) - p), sum p expm1(p), sum p (expm1(p) - first_mean) P (math.md 3).
+
+    p = exp(s c - lse). Leaving the nearest out keeps what cancels when its p is close to 1: E - expm1(p) and 1 - p.
+    """
     prototypes = _prototypes(weight, memory_rows, strength, slot, unit, renormalize)
     cosine, sub = _class_cosines(unit_embeddings, prototypes)
     p = torch.exp(scale * cosine.double() - lse.double().unsqueeze(1)).clamp_max(1.0)
+    p = torch.where(_negatives(nearest, p.shape[1]), p, torch.zeros_like(p))
     series = p * p * (0.5 + p * (1 / 6 + p * (1 / 24 + p * (1 / 120 + p * (1 / 720 + p * (1 / 5040 + p / 40320))))))
     remainder = torch.where(p < 0.1, series, torch.expm1(p) - p)
-    share = p * torch.expm1(p)
+    share = p * (torch.expm1(p) - first_mean.double().unsqueeze(1))
     spread = _spread(share.to(unit_embeddings.dtype), sub, prototypes.shape[1])
-    return remainder.sum(1), share.sum(1), spread @ prototypes.reshape(-1, weight.shape[-1])
+    return p.sum(1), remainder.sum(1), (p * torch.expm1(p)).sum(1), spread @ prototypes.reshape(-1, weight.shape[-1])
 
 
 def class_gradient(
@@ -229,12 +235,26 @@ def class_step(
     weight_decay: float,
     nesterov: bool,
 ) -> None:
-    """SGD with momentum on the class centres: v <- mu v + (dW + wd W); W <- W - lr v (Nesterov: lr (g + mu v))."""
+    """`class_gradient` and `sgd_update` in place, for all rows of a step."""
     gradient = class_gradient(
         unit_embeddings, targets, terms, weight, scale, rules, memory_rows, strength, slot, False, renormalize
-    ).add_(weight, alpha=weight_decay)
-    velocity.mul_(momentum).add_(gradient)
-    weight.sub_(gradient.add_(velocity, alpha=momentum) if nesterov else velocity, alpha=lr)
+    )
+    sgd_update(weight, velocity, gradient, lr, momentum, weight_decay, nesterov)
+
+
+def sgd_update(
+    weight: Tensor,  # (C, D), updated in place
+    velocity: Tensor,  # (C, D), updated in place
+    gradient: Tensor,  # (C, D)
+    lr: float,
+    momentum: float,
+    weight_decay: float,
+    nesterov: bool = False,
+) -> None:
+    """v <- mu v + g, g = dW + wd W;  W <- W - lr v (Nesterov: W <- W - lr (g + mu v)): torch.optim.SGD without dampening."""
+    g = gradient.add(weight, alpha=weight_decay)
+    velocity.mul_(momentum).add_(g)
+    weight.sub_(g.add_(velocity, alpha=momentum) if nesterov else velocity, alpha=lr)
 
 
 def center_sparsity(weight: Tensor) -> Tensor:

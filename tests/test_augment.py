@@ -81,6 +81,7 @@ def test_seed_epoch_and_index_decide() -> None:
     pictures = Pictures()
     dataset = Augmented(pictures, ALL, seed=3, size=24)
     assert (len(dataset), dataset.num_classes) == (12, 4)
+    assert dataset.labels is pictures.labels and dataset.paths is pictures.paths
     image, label = dataset[2, 5]
     assert image.shape == (3, 24, 24) and image.dtype == torch.float32 and label == 1
     assert -1 <= float(image.min()) < float(image.max()) <= 1

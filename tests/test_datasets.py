@@ -303,6 +303,12 @@ def test_a_file_that_vanishes_is_corrupt(root: Path) -> None:
         dataset[0]
 
 
+def test_corrupt_image_keeps_its_type_through_a_worker(root: Path) -> None:
+    loader = DataLoader(broken_folder(root), batch_size=None, num_workers=1)
+    with pytest.raises(CorruptImage, match=r"b\.png \(index 1\)"):
+        list(loader)
+
+
 def test_zip_with_a_bad_checksum(root: Path) -> None:
     path = make_zip(root)
     data = bytearray(path.read_bytes())

@@ -131,6 +131,15 @@ def test_rotate_is_counter_clockwise() -> None:
         assert np.array_equal(d.rotate(square, 90.0 * quarter), np.rot90(square, quarter))
 
 
+@pytest.mark.parametrize("shape", [(1, 1, 3), (1, 9, 3), (9, 1, 3), (2, 2, 3)])
+def test_slivers(shape: tuple[int, int, int]) -> None:
+    """One row, one column, one pixel: no index falls outside."""
+    sliver = RNG.integers(0, 256, shape, np.uint8)
+    out = [d.down_up(sliver, 1), d.gaussian_blur(sliver, 2.0), d.motion_blur(sliver, 4, 20), d.rotate(sliver, 33)]
+    out += [function(sliver, np.random.default_rng(0)) for function in RANDOM.values()]
+    assert all(image.shape == shape for image in out)
+
+
 def test_affine_shift_and_scale() -> None:
     """With all ranges closed but one, the transform is that one."""
     smooth = np.repeat(np.arange(0, 200, 5, dtype=np.uint8)[None, :, None], 40, 0).repeat(3, 2)

@@ -105,7 +105,7 @@ void make_plan(const Classes& classes, const Rows& rows, int64_t width, Workspac
 
 struct ThreadMemory {
   Array<float> logits, rows, gradient, lane, offset, nearest, pull;
-  Array<double> sum, second;
+  Array<double> sum, mean, mass;
   Array<int32_t> index;
   Scratch scratch{};
   Partial partial{};
@@ -122,9 +122,10 @@ struct ThreadMemory {
     nearest = Array<float>(plan.lanes);
     index = Array<int32_t>(plan.lanes);
     sum = Array<double>(plan.lanes);
-    second = Array<double>(plan.lanes);
+    mean = Array<double>(plan.lanes);
+    mass = Array<double>(plan.lanes);
     pull = Array<float>(plan.want_pull ? plan.lanes * plan.depth : 1);
-    partial = {offset.get(), sum.get(), second.get(), nearest.get(), index.get(), pull.get()};
+    partial = {offset.get(), sum.get(), mean.get(), mass.get(), nearest.get(), index.get(), pull.get()};
   }
 
   void reset(const Plan& plan) const {
@@ -132,19 +133,21 @@ struct ThreadMemory {
     std::fill_n(partial.nearest, plan.lanes, -2.0f);
     std::fill_n(partial.index, plan.lanes, -1);
     std::fill_n(partial.sum, plan.lanes, 0.0);
-    std::fill_n(partial.second, plan.lanes, 0.0);
+    std::fill_n(partial.mean, plan.lanes, 0.0);
+    std::fill_n(partial.mass, plan.lanes, 0.0);
     if (plan.want_pull) std::memset(partial.pull, 0, sizeof(float) * size_t(plan.lanes * plan.depth));
   }
 };
 
 // The whole sweep's sums, in double, and how a block's join them.
 struct Total {
-  std::vector<double> offset, sum, second, pull;
+  std::vector<double> offset, sum, mean, mass, pull;
   std::vector<float> nearest;
   std::vector<int64_t> index;
 
   explicit Total(const Plan& plan)
-      : offset(plan.N, -1e30), sum(plan.N, 0.0), second(plan.N, 0.0), pull(plan.want_pull ? plan.N * plan.classes.D : 0, 0.0),
+      : offset(plan.N, -1e30), sum(plan.N, 0.0), mean(plan.N, 0.0), mass(plan.N, 0.0),
+        pull(plan.want_pull ? plan.N * plan.classes.D : 0, 0.0),
         nearest(plan.N, -2.0f), index(plan.N, -1) {}
 
   void merge(const Plan& plan, const Partial& part, int64_t first_class) {
@@ -152,7 +155,8 @@ struct Total {
       double keep = 1.0, take = 1.0;
       if (!plan.unknown) rescale(n, double(part.offset[n]), keep, take);
       sum[n] = sum[n] * keep + part.sum[n] * take;
-      second[n] += part.second[n];
+      mean[n] += part.mean[n];
+      mass[n] += part.mass[n];
       if (part.nearest[n] > nearest[n]) {
         nearest[n] = part.nearest[n];
         index[n] = first_class + part.index[n] / plan.classes.K;
@@ -245,11 +249,12 @@ void unknown_sweep(const Classes& classes, const Rows& rows, const UnknownSums& 
     lse[n] = float(out.lse[n]);
     correction[n] = float(std::exp(double(lse[n]) - out.lse[n]));
   }
-  pack_terms({lse.data(), correction.data(), zero.data(), zero.data(), zero.data()}, rows.N, space);
+  pack_terms({lse.data(), correction.data(), zero.data(), out.first_mean, zero.data()}, rows.N, space);
   space.plan.unknown = true;
   const Total total = run_rows(classes, rows, space, threads);
   std::copy(total.sum.begin(), total.sum.end(), out.remainder);
-  std::copy(total.second.begin(), total.second.end(), out.mean);
+  std::copy(total.mean.begin(), total.mean.end(), out.mean);
+  std::copy(total.mass.begin(), total.mass.end(), out.mass);
   write_pull(total, space.plan, false, out.pull);
 }
 

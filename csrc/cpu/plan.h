@@ -40,7 +40,8 @@ struct Plan {
 struct Partial {
   float* offset;    // (lanes,) exponent offset: sum = sum exp(z - offset)
   double* sum;      // (lanes,) or T
-  double* second;   // (lanes,) E of UIR
+  double* mean;     // (lanes,) E of UIR
+  double* mass;     // (lanes,) sum p of UIR
   float* nearest;   // (lanes,)
   int32_t* index;   // (lanes,) row of W relative to the block
   float* pull;      // (lanes, depth)

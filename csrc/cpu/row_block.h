@@ -64,24 +64,26 @@ static void exponentiate(const Plan& plan, const Tile& tile, float* logits, Part
   }
 }
 
-// logits -> p expm1(p) / |W_j| in place; adds T and E of math.md 3.
+// logits -> p (expm1(p) - first mean) / |W_j| in place; adds mass, T and E of math.md 3.
 static void unknown_terms(const Plan& plan, const Tile& tile, float* logits, Partial& out) {
   for (int64_t n = 0; n < plan.lanes; n += kWidth) {
     const vf lse = load(plan.terms + n), correction = load(plan.terms + plan.lanes + n);  // e^{float(lse) - lse}
-    vf remainder = splat(0.0f), mean = splat(0.0f);
+    const vf first_mean = load(plan.terms + 3 * plan.lanes + n);
+    vf remainder = splat(0.0f), mean = splat(0.0f), mass = splat(0.0f);
     for (int64_t j = 0; j < tile.count; ++j) {
       float* at = logits + j * plan.lanes + n;
       const vf c = load(at);
       const vf p = c > kMaskedBelow ? minimum(exponential(plan.scale * c - lse) * correction, splat(1.0f)) : splat(0.0f);
       const vf rest = exponential_remainder(p);
-      const vf h = p * (p + rest);
+      mass += p;
       remainder += rest;
-      mean += h;
-      store(at, h * tile.inverse[j]);
+      mean += p * (p + rest);
+      store(at, p * (p + rest - first_mean) * tile.inverse[j]);
     }
     for (int64_t i = 0; i < kWidth; ++i) {
       out.sum[n + i] += double(remainder[i]);
-      out.second[n + i] += double(mean[i]);
+      out.mean[n + i] += double(mean[i]);
+      out.mass[n + i] += double(mass[i]);
     }
   }
 }
@@ -100,10 +102,10 @@ static void row_block(const Plan& plan, int64_t first, int64_t last, Partial& ou
     prepare(plan, c * K, (end - c) * K, scratch.rows, tile);
     cosines(plan, tile, scratch.logits);
     if (K > 1) keep_best_subcenter(plan, tile, scratch.logits);
+    mask_targets(plan, tile, scratch.logits);
     if (plan.unknown) {
       unknown_terms(plan, tile, scratch.logits, out);
     } else {
-      mask_targets(plan, tile, scratch.logits);
       update_nearest(plan, tile, (c - first) * K, scratch.logits, out);
       largest_logit(plan, tile, scratch.logits, out, scratch.lane);
       for (int64_t n = 0; n < plan.lanes; ++n) move_offset(plan, n, scratch.lane[n], out);

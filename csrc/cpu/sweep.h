@@ -37,12 +37,16 @@ struct RowSums {
   float* pull = nullptr;            // (N, D) or null: not wanted
 };
 
-// UIR sweep (math.md 3): T = sum(expm1(p) - p), E = sum p expm1(p), pull = sum p expm1(p) P.
+// UIR sweep (math.md 3) over all classes but each row's target, which the caller sets to its nearest class: what is left
+// keeps its precision when p of the nearest class is close to 1. p = exp(z - lse):
+// mass = sum p, remainder = sum(expm1(p) - p), mean = sum p expm1(p), pull = sum p (expm1(p) - first_mean) P.
 struct UnknownSums {
-  const double* lse = nullptr;   // (N,)
-  double* remainder = nullptr;   // (N,) T
-  double* mean = nullptr;        // (N,) E
-  float* pull = nullptr;         // (N, D)
+  const double* lse = nullptr;        // (N,)
+  const float* first_mean = nullptr;  // (N,)
+  double* mass = nullptr;             // (N,)
+  double* remainder = nullptr;        // (N,)
+  double* mean = nullptr;             // (N,)
+  float* pull = nullptr;              // (N, D)
 };
 
 enum Kind : int { kMargin = 0, kUnknownDouble = 1, kUnknownSingle = 2 };

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from .records import write_records as write_records
     from .sampler import ResumableBatches as ResumableBatches
     from .synthetic import SyntheticIdentities as SyntheticIdentities
+    from .tinyface import read_tinyface as read_tinyface
     from .wrappers import Resized as Resized
     from .wrappers import SkipCorrupt as SkipCorrupt
     from .wrappers import class_subset as class_subset
@@ -54,6 +55,7 @@ _HOME = {
     "pack_record": "records",
     "read_bin": "bins",
     "read_records": "records",
+    "read_tinyface": "tinyface",
     "resize_image": "images",
     "unpack_record": "records",
     "write_identities": "records",

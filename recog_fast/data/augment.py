@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from . import degradations
 from .images import Image, LabelledImages, images_to_tensor, resize_image
+from .wrappers import Wrapper
 
 Key = int | tuple[int, int]  # index, or (epoch, index) as ResumableBatches yields it
 
@@ -70,7 +70,7 @@ class Augmentation:
         return image
 
 
-class Augmented(Dataset[tuple[Tensor, int]]):
+class Augmented(Wrapper):
     """Images resized to `size`, augmented, as the network's input: ((3, H, W) float32 in [-1, 1], label).
 
     A key is (epoch, index), as `ResumableBatches` yields them, or an index, which takes the epoch of `set_epoch` (that
@@ -87,24 +87,17 @@ class Augmented(Dataset[tuple[Tensor, int]]):
     ) -> None:
         if seed < 0:
             raise ValueError(f"Augmented: expected seed >= 0, got {seed}")
-        self.dataset = dataset
+        super().__init__(dataset)
         self.augmentation = augmentation
         self.seed = seed
         self.size = size
         self.epoch = 0
-
-    @property
-    def num_classes(self) -> int:
-        return self.dataset.num_classes
 
     def set_epoch(self, epoch: int) -> None:
         """The epoch of keys that are bare indices."""
         if epoch < 0:
             raise ValueError(f"Augmented: expected epoch >= 0, got {epoch}")
         self.epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self.dataset)
 
     def __getitem__(self, key: Key) -> tuple[Tensor, int]:
         epoch, index = key if isinstance(key, tuple) else (self.epoch, key)

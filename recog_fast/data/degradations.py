@@ -148,15 +148,20 @@ def _warp(image: Floats, matrix: NDArray[np.float64]) -> Floats:
     repeat."""
     height, width = image.shape[1:]
     centre_x, centre_y = (width - 1) / 2, (height - 1) / 2
-    x, y = np.meshgrid(np.arange(width) - centre_x, np.arange(height) - centre_y)
-    from_x = np.clip(matrix[0, 0] * x + matrix[0, 1] * y + matrix[0, 2] + centre_x, 0, width - 1)
-    from_y = np.clip(matrix[1, 0] * x + matrix[1, 1] * y + matrix[1, 2] + centre_y, 0, height - 1)
-    left, top = np.floor(from_x).astype(int), np.floor(from_y).astype(int)
-    right, bottom = np.minimum(left + 1, width - 1), np.minimum(top + 1, height - 1)
+    x, y = np.arange(width) - centre_x, np.arange(height)[:, None] - centre_y
+    from_x = np.clip(matrix[0, 0] * x + matrix[0, 1] * y + (matrix[0, 2] + centre_x), 0, width - 1)
+    from_y = np.clip(matrix[1, 0] * x + matrix[1, 1] * y + (matrix[1, 2] + centre_y), 0, height - 1)
+    # The last pixel is reached with weight 1 from the one before it, so that its neighbour always exists.
+    left = np.minimum(from_x.astype(np.int64), max(width - 2, 0))
+    top = np.minimum(from_y.astype(np.int64), max(height - 2, 0))
     wx, wy = (from_x - left).astype(np.float32), (from_y - top).astype(np.float32)
-    upper = image[:, top, left] * (1 - wx) + image[:, top, right] * wx
-    lower = image[:, bottom, left] * (1 - wx) + image[:, bottom, right] * wx
-    warped: Floats = upper * (1 - wy) + lower * wy
+    flat, corner = image.reshape(3, -1), top * width + left
+    right, down = min(width - 1, 1), width * min(height - 1, 1)
+    upper_left, upper_right = flat.take(corner, axis=1), flat.take(corner + right, axis=1)
+    lower_left, lower_right = flat.take(corner + down, axis=1), flat.take(corner + down + right, axis=1)
+    upper = upper_left + (upper_right - upper_left) * wx
+    lower = lower_left + (lower_right - lower_left) * wx
+    warped: Floats = upper + (lower - upper) * wy
     return warped
 
 

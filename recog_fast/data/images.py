@@ -23,8 +23,10 @@ class CorruptImage(ValueError):
     """An image that cannot be read or decoded; `.source` names the file or record, `.index` its place in the dataset
     (-1: none)."""
 
-    def __init__(self, source: str, index: int, reason: str) -> None:
-        super().__init__(f"decode_image: expected a readable image, got {reason} in {source} (index {index})")
+    def __init__(self, source: str, index: int = -1, reason: str = "") -> None:
+        # torch rebuilds a worker's exception from its message alone: that then comes as `source`.
+        text = f"decode_image: expected a readable image, got {reason} in {source} (index {index})"
+        super().__init__(text if reason else source)
         self.source, self.index, self.reason = source, index, reason
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -69,6 +69,7 @@ class _Face:
         self.normal = (nx, ny, nz)
 
     def background(self) -> None:
+        """A gradient of two muted colours, often with stripes, and a blob."""
         p = self.p
         slope = np.clip(
             0.5 + 0.4 * (self.image_x * p["back_angle"] + self.image_y * (1.0 - np.abs(p["back_angle"]))), 0.0, 1.0
@@ -85,6 +86,7 @@ class _Face:
         paint(self.planes, spot * 0.6, (p["back_g2"], p["back_b"], p["back_r"]))
 
     def colours(self) -> None:
+        """Skin and hair colour of this picture."""
         p = self.p
         r, g, b = ramp(p["skin_tone"] + p["tan"], SKIN)
         self.skin: Colour = (r + p["skin_red"], g, b - p["skin_yellow"])
@@ -152,6 +154,7 @@ class _Face:
             darken(f, 0.75 * inside(distance(u - p[f"mole{k}_u"], v - p[f"mole{k}_v"]) - size, self.pixel) * (size > 0))
 
     def beard(self) -> None:
+        """Beard below a line that rises to the ears, and a moustache."""
         p, v, f = self.p, self.v, self.face
         line = p["beard_line"] - 0.5 * self.side
         soft = np.clip((v - line) * 8.0, 0.0, 1.0) * (
@@ -163,6 +166,7 @@ class _Face:
         paint(f, np.clip(p["moustache"] * 1.8, 0.0, 0.9) * np.clip(lip * 2.5 - 0.5, 0.0, 1.0), self.hair)
 
     def eyes(self) -> None:
+        """White, iris, pupil and gleam inside the lids, lid lines and crease, then the brows."""
         p, f, px = self.p, self.face, self.pixel
         du, v = self.side - p["eye_x"], self.v - p["eye_y"]
         dv = v + p["eye_slant"] * du
@@ -187,6 +191,7 @@ class _Face:
         self.brows(du, v)
 
     def brows(self, du: Grid, v: Grid) -> None:
+        """Arched, tilted, thinner outwards; du, v from the eye's centre."""
         p = self.p
         t = (du - p["brow_inner"]) / p["brow_length"]
         line = v + p["brow_gap"] + p["brow_raise"] + p["brow_arch"] * (1.0 - t * t) + p["brow_tilt"] * du * 0.8
@@ -229,6 +234,7 @@ class _Face:
         darken(f, 0.68 * nostril, 0.9, 1.0, 1.0)
 
     def mouth(self) -> None:
+        """Two lips on a line that bends with the smile; open, it shows teeth."""
         p, f, px = self.p, self.face, self.pixel
         smile = p["smile"]
         t = self.u / (p["mouth_width"] * (1.0 + 0.12 * smile))
@@ -285,6 +291,7 @@ class _Face:
         self.hat(is_kind[5], tint)
 
     def glasses(self, clear: Mask, dark: Mask, tint: Colour) -> None:
+        """Square-round lenses; dark ones hide the eyes."""
         p, px = self.p, self.pixel
         du, dv = self.side - p["eye_x"] * 1.03, self.v - p["eye_y"] - 0.01
         x, y = du / 0.205, dv / (0.13 + 0.06 * p["occlusion_hue"])
@@ -300,12 +307,14 @@ class _Face:
         paint(self.planes, 0.94 * glass * dark, scaled(colour, 0.6))
 
     def mask(self, worn: Mask, tint: Colour) -> None:
+        """From the bridge of the nose to the chin."""
         edge = np.maximum(self.p["nose_y"] - 0.14 + 0.25 * np.square(self.u) - self.v, self.v - 0.93)
         folds = 0.9 + 0.1 * triangle(self.v * 5.0)
         colour = (0.4 + 0.6 * tint[0], 0.4 + 0.6 * tint[1], 0.6 + 0.4 * tint[2])
         paint(self.planes, inside(edge, self.pixel) * self.head_mask * worn, scaled(colour, folds))
 
     def bar(self, held: Mask) -> None:
+        """A hand-like bar from somewhere on the picture to its edge."""
         p = self.p
         slope = p["bar_angle"]
         norm = 1.0 / np.sqrt(1.0 + slope * slope)
@@ -316,6 +325,7 @@ class _Face:
         paint(self.planes, inside(bar, self.pixel) * held, scaled(ramp(p["occlusion_tone"], SKIN), fingers))
 
     def hat(self, worn: Mask, tint: Colour) -> None:
+        """Over hair and forehead, with a shadow under the rim."""
         rim = self.y + 0.42 - 0.12 * np.square(self.x)
         felt = np.maximum(rim, np.abs(self.x) - self.p["skull_width"] * 1.18)
         paint(self.planes, inside(felt, self.pixel) * worn, tint)

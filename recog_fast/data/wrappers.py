@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from .images import CorruptImage, LabelledImages, checked_index, resize_image
 
 
-class _Wrapper(Dataset[tuple[Any, int]]):
+class Wrapper(Dataset[tuple[Any, int]]):
     """Same length, labels and names as the dataset inside."""
 
     def __init__(self, dataset: LabelledImages) -> None:
@@ -42,7 +42,7 @@ class _Wrapper(Dataset[tuple[Any, int]]):
         return self.dataset[checked_index(index, len(self))]
 
 
-class SkipCorrupt(_Wrapper):
+class SkipCorrupt(Wrapper):
     """A corrupt image is replaced by the next readable one (its image and label), written down once and counted; too
     many raise.
 
@@ -116,7 +116,7 @@ def _remove(name: str, process: int) -> None:
         Path(name).unlink(missing_ok=True)
 
 
-class Resized(_Wrapper):
+class Resized(Wrapper):
     """Images brought to (size, size) or size = (height, width) by `resize_image`."""
 
     def __init__(self, dataset: LabelledImages, size: int | tuple[int, int]) -> None:

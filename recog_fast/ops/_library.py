@@ -24,8 +24,8 @@ SCHEMAS = {
     "effective_prototypes": f"(Tensor weight, {_MEMORY}, bool renormalize) -> Tensor",
     "negative_logsumexp": f"(Tensor unit_embeddings, Tensor weight, Tensor labels, float scale, Tensor? rules, {_MEMORY}, "
     "bool unit, bool renormalize) -> (Tensor, Tensor, Tensor, Tensor)",
-    "unknown_rejection": f"(Tensor unit_embeddings, Tensor weight, Tensor lse, float scale, {_MEMORY}, bool unit, "
-    "bool renormalize) -> (Tensor, Tensor, Tensor)",
+    "unknown_rejection": "(Tensor unit_embeddings, Tensor weight, Tensor nearest, Tensor lse, Tensor first_mean, float scale, "
+    f"{_MEMORY}, bool unit, bool renormalize) -> (Tensor, Tensor, Tensor, Tensor)",
     "class_gradient": f"({_ROWS}, Tensor weight, float scale, Tensor? rules, {_MEMORY}, bool unit, bool renormalize) -> Tensor",
     "class_step": f"({_ROWS}, Tensor(a!) weight, Tensor(b!) velocity, float scale, Tensor? rules, {_MEMORY}, "
     "bool renormalize, float lr, float momentum, float weight_decay, bool nesterov) -> ()",

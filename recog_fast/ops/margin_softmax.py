@@ -70,6 +70,8 @@ class _Unknown:
     """UIR of the unlabelled rows: their indices and what the second sweep found."""
 
     at: Tensor  # (U,)
+    nearest: Tensor  # (U,) row of W that enters the class gradient by itself
+    top: Tensor  # (U,) its slope, per s
     excess: Tensor  # (U,) float64
     d_unit: Tensor  # (U, D) d excess / d x^
     slope: Tensor  # (U,) weight of the class gradient, per s
@@ -145,7 +147,7 @@ def _prototype_sum(weight: Tensor, injection: Injection, chunk: int = 8192) -> T
     return total
 
 
-def _reject_unknown(batch: _Batch, weight: Tensor, options: LossOptions) -> _Unknown | None:
+def _reject_unknown(batch: _Batch, nearest: Tensor, weight: Tensor, options: LossOptions) -> _Unknown | None:
     """Excess of the unlabelled rows and its slopes; None where it does not count."""
     at = (batch.labels == -1).nonzero().squeeze(1)
     if options.unknown_weight == 0 or at.numel() == 0:
@@ -158,13 +160,33 @@ def _reject_unknown(batch: _Batch, weight: Tensor, options: LossOptions) -> _Unk
         excess = classes * (lse - torch.log(torch.tensor(float(classes), dtype=torch.float64))) - options.scale * (unit.double() @ total)
         d_unit = options.scale * (classes * pull.double() - total)
         one = torch.ones_like(lse)
-        return _Unknown(at, excess.clamp_min(0.0), d_unit.to(unit.dtype), one, one, reference.UNKNOWN_SINGLE)
-    remainder, mean, push = torch.ops.recog_fast.unknown_rejection(
-        unit, weight, lse, options.scale, *options.injection.arguments(), False, True
+        nobody = torch.full_like(at, -1)
+        return _Unknown(at, nobody, one, excess.clamp_min(0.0), d_unit.to(unit.dtype), one, one, reference.UNKNOWN_SINGLE)
+    return _reject_double(batch, weight, options, at, nearest[at])
+
+
+def _reject_double(batch: _Batch, weight: Tensor, options: LossOptions, at: Tensor, nearest: Tensor) -> _Unknown:
+    """The double softmax: sums over all classes but the nearest, whose p_0 = 1 - (their mass) enters by itself."""
+    unit, lse, pull, classes = batch.unit[at], batch.lse[at], batch.pull[at].double(), weight.shape[0]
+    cosine, sub, top_prototype = _target_prototypes(unit, weight, nearest, options.injection)
+    estimate = torch.exp(options.scale * cosine.double() - lse).clamp_max(1.0)
+    first_mean = (estimate * torch.expm1(estimate)).to(unit.dtype)
+    mass, remainder, mean, push = torch.ops.recog_fast.unknown_rejection(
+        unit, weight, nearest, lse, first_mean, options.scale, *options.injection.arguments(), False, True
     )
+    p = torch.where(mass < 0.5, 1 - mass, estimate)
+    h = torch.expm1(p)
+    top = p * (torch.where(mass < 0.5, mass, 1 - p) * h - mean)  # p (h - E), E = mean + p h
+    remainder, mean = remainder + h - p, mean + p * h
+    rest = pull - p.unsqueeze(1) * top_prototype.double()
+    d_logits = top.unsqueeze(1) * top_prototype.double() + push.double() - (mean - first_mean.double()).unsqueeze(1) * rest
     slope = double_slope(remainder, classes)
-    d_unit = (options.scale * slope).unsqueeze(1) * (push.double() - mean.unsqueeze(1) * pull.double())
-    return _Unknown(at, excess_double(remainder, classes), d_unit.to(unit.dtype), slope, mean, reference.UNKNOWN_DOUBLE)
+    d_unit = (options.scale * slope).unsqueeze(1) * d_logits
+    subcenters = weight.shape[1] if weight.dim() == 3 else 1
+    return _Unknown(
+        at, nearest * subcenters + sub, slope * top, excess_double(remainder, classes), d_unit.to(unit.dtype), slope, mean,
+        reference.UNKNOWN_DOUBLE,
+    )  # fmt: skip
 
 
 def _row_losses(batch: _Batch, unknown: _Unknown | None, options: LossOptions) -> Tensor:
@@ -197,7 +219,9 @@ def _terms(batch: _Batch, unknown: _Unknown | None, negative: Tensor, target: Te
     terms[1], terms[2] = negative, target
     if unknown is not None:
         at = unknown.at
-        terms[1, at] = (options.scale * options.unknown_weight * d_rows[at] * unknown.slope).to(terms.dtype)
+        upstream = options.scale * options.unknown_weight * d_rows[at]
+        terms[1, at] = (upstream * unknown.slope).to(terms.dtype)
+        terms[2, at] = (upstream * unknown.top).to(terms.dtype)
         terms[3, at] = unknown.mean.to(terms.dtype)
         terms[4, at] = float(unknown.kind)
     return terms
@@ -225,7 +249,7 @@ class _MarginSoftmax(torch.autograd.Function):
         with torch.autocast(embeddings.device.type, enabled=False):
             unit, norms = reference.unit_rows(embeddings.to(weight.dtype))
             batch, stats = _sweep(unit, norms, weight, labels, options)
-            unknown = _reject_unknown(batch, weight, options)
+            unknown = _reject_unknown(batch, stats.nearest_index, weight, options)
             rows = _row_losses(batch, unknown, options)
             shares = _row_shares(batch, unknown, options)
             loss = rows if options.reduction == "none" else (rows * shares).sum()
@@ -264,7 +288,8 @@ def _backward_rows(ctx: Any, d_loss: Tensor) -> tuple[Tensor, RowRecords, list[T
     if d_norms is not None:
         d_embeddings = d_embeddings + d_norms.to(dtype).unsqueeze(1) * batch.unit
     terms = _terms(batch, unknown, negative, target, d_rows, options)
-    record = RowRecords(batch.unit, batch.targets, terms, batch.rules, options.scale, options.injection, options.key)
+    targets = batch.targets if unknown is None else batch.targets.index_copy(0, unknown.at, unknown.nearest)
+    record = RowRecords(batch.unit, targets, terms, batch.rules, options.scale, options.injection, options.key)
     return d_embeddings, record, d_parameters
 
 

@@ -10,13 +10,15 @@ from torch import Tensor
 from .. import reference
 from . import _cpu, _library
 
-Sums = tuple[Tensor, Tensor, Tensor]
+Sums = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def _cpu_kernel(
     unit_embeddings: Tensor,
     weight: Tensor,
+    nearest: Tensor,
     lse: Tensor,
+    first_mean: Tensor,
     scale: float,
     memory_rows: Tensor | None,
     strength: Tensor | None,
@@ -26,29 +28,33 @@ def _cpu_kernel(
 ) -> Sums:
     module = _library.compiled(unit_embeddings, weight)
     if module is None:
-        return reference.unknown_rejection(unit_embeddings, weight, lse, scale, memory_rows, strength, slot, unit, renormalize)
+        return reference.unknown_rejection(
+            unit_embeddings, weight, nearest, lse, first_mean, scale, memory_rows, strength, slot, unit, renormalize
+        )
     n, dimension = unit_embeddings.shape
     operands = _cpu.Operands(module, weight, memory_rows, strength, slot, unit=unit, renormalize=renormalize)
-    rows = operands.rows(unit_embeddings, torch.full((n,), -1), None, scale)
-    exact = lse.detach().double().contiguous()
-    remainder, mean = torch.empty(n, dtype=torch.float64), torch.empty(n, dtype=torch.float64)
+    rows = operands.rows(unit_embeddings, nearest * operands.subcenters, None, scale)
+    exact, first = lse.detach().double().contiguous(), _cpu.float_rows(first_mean)
+    mass, remainder, mean = torch.empty(3, n, dtype=torch.float64).unbind()
     pull = torch.empty(n, dimension)
     module.unknown_sweep(
         operands.classes,
         rows,
         lse=exact.data_ptr(),
+        first_mean=first.data_ptr(),
+        mass=mass.data_ptr(),
         remainder=remainder.data_ptr(),
         mean=mean.data_ptr(),
         pull=pull.data_ptr(),
         threads=_cpu.threads(),
     )
-    return remainder, mean, pull
+    return mass.clone(), remainder.clone(), mean.clone(), pull
 
 
 def _fake(unit_embeddings: Tensor, *_: Any) -> Sums:
     n = unit_embeddings.shape[0]
     double = unit_embeddings.new_empty(n, dtype=torch.float64)
-    return double, double.clone(), unit_embeddings.new_empty(unit_embeddings.shape)
+    return double, double.clone(), double.clone(), unit_embeddings.new_empty(unit_embeddings.shape)
 
 
 _library.register("unknown_rejection", reference=reference.unknown_rejection, fake=_fake, cpu=_cpu_kernel)

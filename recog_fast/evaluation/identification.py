@@ -1,0 +1,89 @@
+"""1:N search: rank rates, open-set TPIR at FPIR, mean average precision (math.md section 6)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+
+from recog_fast.evaluation._arrays import BoolArray, FloatArray, booleans, floats, integers
+
+
+def identification(
+    similarity: ArrayLike | torch.Tensor,  # (Q, G) higher = more alike
+    mated: ArrayLike | torch.Tensor,  # (Q, G) bool: gallery entry g is of the person of query q
+    ranks: Sequence[int] = (1, 5, 20),
+    fpirs: Sequence[float] = (),
+    tpir_rank: int = 20,
+) -> tuple[FloatArray, FloatArray]:
+    """Closed-set rank rates and open-set TPIR -> (rates (len(ranks),), tpir (len(fpirs),)), in the order asked.
+
+    A query with a mate in the gallery is mated; its rank is 1 + the number of gallery scores above its best mate, and
+    rank-k is the share of mated queries with rank <= k. Open set: the alarm threshold is the k-th highest of the
+    non-mated queries' best scores, k = round(fpir * non-mated) (k = 0: above all of them); a mated query is found
+    when its best mate's score is at or above the threshold and its rank <= `tpir_rank`.
+    Raises ValueError for shapes that do not match, NaN similarity, no mated query, ranks < 1, an FPIR outside [0, 1],
+    or fpirs without non-mated queries. Source: SurvFace (Cheng et al., 2018), NIST FRVT 1:N.
+    """
+    where = "identification"
+    scores = floats(where, "similarity", similarity, 2)
+    mates = booleans(where, "mated", mated, scores.shape)
+    if any(k < 1 for k in (*ranks, tpir_rank)):
+        raise ValueError(f"{where}: expected ranks and tpir_rank >= 1, got {list(ranks)} and {tpir_rank}")
+    if any(not 0 <= f <= 1 for f in fpirs):
+        raise ValueError(f"{where}: expected fpirs in [0, 1], got {list(fpirs)}")
+    has_mate: BoolArray = np.asarray(mates.any(axis=1))
+    if not has_mate.any():
+        raise ValueError(f"{where}: expected at least one query with a mate, got none among {len(has_mate)}")
+    best = np.where(mates, scores, -np.inf)[has_mate].max(axis=1)
+    rank = 1 + (scores[has_mate] > best[:, None]).sum(axis=1)
+    rates = np.array([(rank <= k).mean() for k in ranks], dtype=np.float64)
+    if len(fpirs) == 0:
+        return rates, np.empty(0)
+    if has_mate.all():
+        raise ValueError(f"{where}: expected queries without a mate for fpirs, got a mate for every query")
+    alarms = np.sort(scores[~has_mate].max(axis=1))[::-1]
+    tpir = [_tpir(best, rank <= tpir_rank, alarms, round(f * len(alarms))) for f in fpirs]
+    return rates, np.array(tpir, dtype=np.float64)
+
+
+def _tpir(best: FloatArray, within: BoolArray, alarms: FloatArray, k: int) -> float:
+    """Share of mated queries found with k of the falling non-mated maxima `alarms` let through."""
+    passed = best > alarms[0] if k == 0 else best >= alarms[k - 1]
+    return float((passed & within).mean())
+
+
+def mean_average_precision(
+    similarity: ArrayLike | torch.Tensor,  # (Q, G) higher = more alike
+    query_ids: ArrayLike | torch.Tensor,  # (Q,) int
+    gallery_ids: ArrayLike | torch.Tensor,  # (G,) int
+    junk: ArrayLike
+    | torch.Tensor
+    | None = None,  # (Q, G) bool: entries to leave out of that query's list (same camera, bad box)
+) -> float:
+    """Mean over queries of the average precision of their ranked gallery, in [0, 1] (the re-identification mAP).
+
+    AP = mean over the relevant entries of (relevant entries up to and including it / its position), junk entries
+    removed from the list beforehand. Ties keep gallery order (stable). Queries without a relevant entry do not count.
+    Raises ValueError for shapes that do not match, NaN similarity, or when no query has a relevant entry.
+    Source: Zheng et al., Scalable Person Re-identification (Market-1501), 2015, without its trapezoid interpolation.
+    """
+    where = "mean_average_precision"
+    scores = floats(where, "similarity", similarity, 2)
+    queries = integers(where, "query_ids", query_ids, scores.shape[0])
+    gallery = integers(where, "gallery_ids", gallery_ids, scores.shape[1])
+    ignored = np.zeros(scores.shape, dtype=np.bool_) if junk is None else booleans(where, "junk", junk, scores.shape)
+    precisions = []
+    for row, query, left_out in zip(scores, queries, ignored, strict=True):
+        order = np.argsort(-row, kind="stable")
+        relevant = (gallery == query)[order][~left_out[order]]
+        positions = np.flatnonzero(relevant) + 1
+        if positions.size:
+            precisions.append(float((np.arange(1, positions.size + 1) / positions).mean()))
+    if not precisions:
+        raise ValueError(
+            f"{where}: expected at least one query with a relevant gallery entry, got none among {len(queries)}"
+        )
+    return float(np.mean(precisions))

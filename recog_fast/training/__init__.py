@@ -1,0 +1,1 @@
+"""The training script and what it is made of: settings, schedules, data, verification, logs, loop."""

@@ -1,0 +1,217 @@
+"""Settings of a training run: plain frozen dataclasses, read from YAML and the command line by jsonargparse.
+
+Names are InsightFace's (arcface_torch) where the meaning is the same.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where images come from. The number of classes is counted, never typed."""
+
+    kind: Literal["rec", "folder", "list", "zip", "tar", "synthetic"] = "synthetic"
+    path: str = ""
+    size: int = 112  # images are resized to size x size
+    min_images: int = 1  # identities with fewer images are left out
+    holdout_classes: float = (
+        0.0  # share (< 1) or number of identities kept out of training, for the val target "holdout"
+    )
+    cache: bool = False  # decode and resize all images once, into memory
+    max_corrupt: int = 100  # so many unreadable images are replaced and listed; one more ends the run
+    options: dict[str, Any] = field(default_factory=dict)  # further arguments of the dataset
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """Random changes of a training image, as `recog_fast.data.Augmentation` applies them: probabilities, then ranges."""
+
+    flip: float = 0.5
+    affine: float = 0.0
+    crop: float = 0.0
+    light: float = 0.0
+    occlusion: float = 0.0
+    motion: float = 0.0
+    blur: float = 0.0
+    low_resolution: float = 0.0
+    crop_scale: tuple[float, float] = (0.7, 1.0)  # area kept
+    occlusion_area: tuple[float, float] = (0.05, 0.3)
+    motion_length: tuple[float, float] = (3.0, 12.0)  # pixels
+    blur_sigma: tuple[float, float] = (0.5, 2.5)  # pixels
+    smallest: int = 12  # shortest side low_resolution goes to, pixels
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run; `recog-fast train --help` lists the fields."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    unlabelled: DataConfig | None = None  # images of unknown people, mixed in with label -1 (set unknown_weight)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+
+    network: str = "tiny"
+    network_options: dict[str, Any] = field(default_factory=dict)
+    embedding_size: int = 512
+    margin: dict[str, Any] = field(
+        default_factory=lambda: {"name": "ArcFace"}
+    )  # name and parameters: {name: ArcFace, m: 0.5}
+    margin_ramp: float = 0.0  # epochs over which the margin grows from 0 to full
+    scale: float = 64.0
+    subcenters: int = 1
+    unknown_weight: float = 0.0
+    memory: dict[str, Any] | None = None  # prototype memory: {name: VPL | QAFace, capacity: 4096, ...}
+    memory_momentum: float = 0.0  # > 0: memory keys come from a momentum encoder with this gamma
+
+    batch_size: int = 128
+    gradient_acc: int = 1  # one step sees batch_size * gradient_acc images
+    num_epoch: int = 20
+    max_steps: int = 0  # end (the schedule too) after this many steps whatever num_epoch says; 0: no limit
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    head_optimizer: Literal["headsgd", "sgd", "adamw"] = "headsgd"
+    lr: float = 0.1
+    head_lr: float | None = None  # null: lr
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    head_weight_decay: float | None = None  # null: weight_decay
+    lr_schedule: Literal["polynomial", "polynomial_smooth", "cosine", "multistep"] = "polynomial"
+    warmup_epoch: float = 0.0
+    lr_epochs: list[float] = field(default_factory=list)  # multistep: after these epochs ...
+    lr_gamma: float = 0.1  # ... the rate is multiplied by this
+    clip_grad_norm: float = 5.0  # of the backbone; 0: no clipping
+    nonfinite: Literal["raise", "skip"] = "raise"
+
+    device: str = "auto"
+    precision: Literal["auto", "float32", "bf16"] = "auto"  # auto: bf16 autocast on CUDA, float32 on the CPU
+    num_workers: int = 2
+    num_threads: int = 0  # of torch on the CPU; 0: torch's own choice
+    seed: int = 2048
+
+    val_targets: list[str] = field(default_factory=list)  # .bin files, or "holdout", or "synthetic"
+    val_sizes: list[int] = field(default_factory=list)  # also verify with images taken down to these sizes and up again
+    val_pairs: int = 3000  # pairs drawn for "holdout" and "synthetic"
+    verbose: int = 0  # steps between verifications; 0: once per epoch
+    frequent: int = 10  # steps between log lines
+    output: str = "runs/train"
+    save_interval: int = 0  # steps between checkpoints; 0: once per epoch
+    keep_last: int = 2
+    resume: bool = False
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+
+def read_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
+    """The settings in a YAML file with `--key value` overrides (nested: `--data.size 56`) applied on top.
+
+    Raises FileNotFoundError, and ValueError naming an unknown key (and its nearest match) or a value of the wrong type.
+    """
+    import yaml
+
+    file = Path(path)
+    if not file.is_file():
+        raise FileNotFoundError(f"train: no settings file {file}")
+    try:
+        values = yaml.safe_load(file.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"train: {file} is no valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"train: expected {file} to hold keys and values, got {type(values).__name__}")
+    _refuse_unknown(values, TrainConfig, str(file))
+    for argument in overrides:
+        if argument.startswith("--"):
+            _refuse_unknown(_nested(argument[2:].split("=", 1)[0].rstrip("+")), TrainConfig, "the command line")
+    return _parse(values, overrides, str(file))
+
+
+def to_yaml(config: TrainConfig) -> str:
+    """The resolved settings as YAML that `read_config` reads back to an equal object."""
+    import yaml
+
+    plain = dataclasses.asdict(config)
+    plain["augment"] = {k: list(v) if isinstance(v, tuple) else v for k, v in plain["augment"].items()}
+    text: str = yaml.safe_dump(plain, sort_keys=False, default_flow_style=None, width=120)
+    return text
+
+
+def help_text() -> str:
+    """All settings with type and default, as jsonargparse prints them."""
+    text: str = _parser().format_help()
+    return text
+
+
+def _parser() -> Any:
+    import jsonargparse
+
+    parser = jsonargparse.ArgumentParser(
+        prog="recog-fast train CONFIG.yaml", exit_on_error=False, usage="%(prog)s [--key value ...]"
+    )
+    parser.add_class_arguments(TrainConfig, as_group=False)
+    return parser
+
+
+def _parse(values: Mapping[str, Any], overrides: Sequence[str], source: str) -> TrainConfig:
+    parser = _parser()
+    errors = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(errors):
+            base = parser.parse_object(dict(values))
+            merged = parser.parse_args(list(overrides), namespace=base) if overrides else base
+            # The older name of the same method, before jsonargparse 4.49.
+            instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes
+            fields = instantiate(merged)
+    except (Exception, SystemExit) as error:  # jsonargparse has no one error class; all of them mean "bad settings"
+        if isinstance(error, ValueError) and str(error).startswith("train:"):
+            raise
+        raise ValueError(f"train: {source}: {' '.join(str(error).split())}") from error
+    return TrainConfig(**{f.name: fields[f.name] for f in dataclasses.fields(TrainConfig)})
+
+
+def _nested(dotted: str) -> dict[str, Any]:
+    head, _, rest = dotted.partition(".")
+    return {head: _nested(rest) if rest else None}
+
+
+def _refuse_unknown(values: Mapping[str, Any], kind: type, source: str, prefix: str = "") -> None:
+    """Free dicts (margin, options) are checked by whoever receives them; dataclass levels are checked here."""
+    nested = {"data": DataConfig, "unlabelled": DataConfig, "augment": AugmentConfig} if kind is TrainConfig else {}
+    known = [f.name for f in dataclasses.fields(kind)]
+    for key, value in values.items():
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"; did you mean {prefix + near[0]!r}?" if near else f"; known keys: {', '.join(known)}"
+            raise ValueError(f"train: unknown key {prefix + str(key)!r} in {source}{hint}")
+        if key in nested and isinstance(value, Mapping):
+            _refuse_unknown(value, nested[key], source, f"{prefix}{key}.")
+
+
+def _check(config: TrainConfig) -> None:
+    at_least = {
+        "batch_size": 1, "gradient_acc": 1, "num_epoch": 1, "embedding_size": 1, "subcenters": 1, "keep_last": 1, "frequent": 1, "val_pairs": 20,
+        "max_steps": 0, "num_workers": 0, "num_threads": 0, "verbose": 0, "save_interval": 0, "seed": 0,
+        "lr": 0, "momentum": 0, "weight_decay": 0, "warmup_epoch": 0, "margin_ramp": 0, "clip_grad_norm": 0, "unknown_weight": 0,
+    }  # fmt: skip
+    for name, low in at_least.items():
+        if not getattr(config, name) >= low:
+            raise ValueError(f"train: expected {name} >= {low}, got {getattr(config, name)}")
+    for label, data in (("data", config.data), ("unlabelled", config.unlabelled)):
+        if data is not None and data.kind != "synthetic" and not data.path:
+            raise ValueError(f"train: expected {label}.path with {label}.kind = {data.kind!r}, got none")
+        if data is not None and (data.size < 8 or min(data.min_images - 1, data.holdout_classes, data.max_corrupt) < 0):
+            raise ValueError(
+                f"train: expected {label}.size >= 8, min_images >= 1, holdout_classes >= 0 and max_corrupt >= 0, got {data}"
+            )
+    if not config.scale > 0:
+        raise ValueError(f"train: expected scale > 0, got {config.scale}")
+    if not config.warmup_epoch < config.num_epoch:
+        raise ValueError(f"train: expected warmup_epoch < num_epoch, got {config.warmup_epoch} and {config.num_epoch}")
+    if "holdout" in config.val_targets and not config.data.holdout_classes:
+        raise ValueError("train: expected data.holdout_classes > 0 with the val target 'holdout', got 0")

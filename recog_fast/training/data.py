@@ -1,0 +1,224 @@
+"""From settings to batches: open a source, split off held-out identities, resize, augment, and hand out whole steps."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import inspect
+import signal
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from recog_fast import data as sources
+from recog_fast.training.config import DataConfig, TrainConfig
+
+Image = NDArray[np.uint8]  # (H, W, 3) RGB
+Item = tuple[Image, int, int]  # image, label, sample
+
+_READERS = {
+    "rec": "RecordDataset",
+    "folder": "FolderDataset",
+    "list": "ListDataset",
+    "zip": "ZipDataset",
+    "tar": "TarDataset",
+    "synthetic": "SyntheticIdentities",
+}
+
+
+class Batch(NamedTuple):
+    """Rows as they leave the loader."""
+
+    images: Tensor  # (B, S, S, 3) uint8
+    labels: Tensor  # (B,) int64, -1 = unlabelled
+    samples: list[int]  # (B,) which sample of the training set each row is
+
+    def split(self, size: int) -> list[Batch]:
+        """Micro-batches of `size` rows."""
+        starts = range(0, len(self.samples), size)
+        return [Batch(self.images[i : i + size], self.labels[i : i + size], self.samples[i : i + size]) for i in starts]
+
+
+class Split(Dataset[tuple[Image, int]]):
+    """The images of some identities of a source, labelled 0 .. num_classes - 1, with or without its unlabelled (-1) images."""
+
+    def __init__(self, source: Any, classes: NDArray[np.int64], unlabelled: bool) -> None:
+        labels = np.asarray(source.labels, dtype=np.int64)
+        self.source = source
+        self.num_classes = len(classes)
+        self.indices = np.flatnonzero(np.isin(labels, classes) | (unlabelled & (labels < 0)))
+        kept = labels[self.indices]
+        self.labels: NDArray[np.int64] = np.where(kept < 0, -1, np.searchsorted(classes, kept)).astype(np.int64)
+
+    @property
+    def paths(self) -> list[str]:
+        """Where each image comes from."""
+        names = self.source.paths
+        return [names[i] for i in self.indices]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> tuple[Image, int]:
+        return self.source[int(self.indices[index])][0], int(self.labels[index])
+
+
+def open_source(config: DataConfig) -> Any:
+    """The dataset of `recog_fast.data` that `config.kind` names.
+
+    Raises FileNotFoundError for a missing path and ValueError for options the dataset does not take.
+    """
+    reader = getattr(sources, _READERS[config.kind])
+    if config.path and not Path(config.path).exists():
+        raise FileNotFoundError(f"train: data.path {config.path} does not exist")
+    arguments: dict[str, Any] = dict(config.options)
+    known = list(inspect.signature(reader).parameters)
+    for name in arguments:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"{config.kind} takes: {', '.join(known)}"
+            raise ValueError(f"train: unknown key 'data.options.{name}'; {hint}")
+    if config.kind != "synthetic":
+        return reader(config.path, **arguments)
+    source = reader(**{"size": config.size, **arguments})
+    # Drawing costs more than decoding: whole batches at once, before the workers start.
+    return source.cache() if config.cache else source
+
+
+def split_classes(source: Any, config: DataConfig, seed: int) -> tuple[Split, Split]:
+    """(training, held-out) parts of a source: whole identities, drawn by `seed`; each part numbered from 0 in the source's order.
+
+    Identities with fewer than `min_images` images are in neither. Raises ValueError when nothing is left to train on.
+    """
+    labels = np.asarray(source.labels, dtype=np.int64)
+    classes, counts = np.unique(labels[labels >= 0], return_counts=True)
+    classes = classes[counts >= config.min_images]
+    if not len(classes):
+        raise ValueError(
+            f"train: expected an identity with {config.min_images} or more images in {config.path or config.kind}, got none"
+        )
+    held = round(config.holdout_classes * len(classes)) if config.holdout_classes < 1 else int(config.holdout_classes)
+    if held >= len(classes):
+        raise ValueError(f"train: expected holdout_classes below the number of identities {len(classes)}, got {held}")
+    shuffled = np.random.default_rng((seed, 0x5917)).permutation(classes)
+    return Split(source, np.sort(shuffled[held:]), unlabelled=True), Split(
+        source, np.sort(shuffled[:held]), unlabelled=False
+    )
+
+
+class TrainingImages(Dataset[Item]):
+    """Labelled (and unlabelled) images, resized and augmented; item (epoch, i) is a pure function of (seed, epoch, i).
+
+    A corrupt image is replaced by the next readable one of its source, listed in output/corrupt_*.jsonl and counted; more than
+    `max_corrupt` of them raise.
+    """
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.size, self.seed = config.data.size, config.seed
+        self.augment = sources.Augmentation(**dataclasses.asdict(config.augment))
+        labelled, self.held = split_classes(open_source(config.data), config.data, config.seed)
+        self.num_classes = labelled.num_classes
+        parts = [(labelled, config.data, "data")]
+        if config.unlabelled is not None:
+            # Every image of it counts as unlabelled, whatever its source calls it.
+            nobody = Split(_Unlabelled(open_source(config.unlabelled)), np.empty(0, dtype=np.int64), unlabelled=True)
+            parts.append((nobody, config.unlabelled, "unlabelled"))
+        self.splits = [part for part, _, _ in parts]
+        self.parts = [
+            sources.SkipCorrupt(part, Path(config.output) / f"corrupt_{name}.jsonl", data.max_corrupt)
+            for part, data, name in parts
+        ]
+        self.starts = np.cumsum([0] + [len(part) for part in self.parts])
+        self.cached: list[tuple[Image, int]] | None = None
+        if config.data.cache:
+            self.cached = [self._decode(i) for i in range(len(self))]
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def __getitem__(self, key: tuple[int, int]) -> Item:
+        epoch, i = key
+        image, label = self._decode(i) if self.cached is None else self.cached[i]
+        return self.augment(image, np.random.default_rng((self.seed, epoch, i))), label, i
+
+    def path(self, i: int) -> str:
+        """Where sample i comes from, for messages."""
+        part = self._part(i)
+        split = self.splits[part]
+        return str(split.source.paths[int(split.indices[i - self.starts[part]])])
+
+    def corrupt(self) -> int:
+        """How many corrupt images were met so far, by any worker."""
+        return sum(len(part.corrupt()) for part in self.parts)
+
+    def _part(self, i: int) -> int:
+        return int(np.searchsorted(self.starts, i, side="right")) - 1
+
+    def _decode(self, i: int) -> tuple[Image, int]:
+        part = self._part(i)
+        image, label = self.parts[part][i - int(self.starts[part])]
+        return sources.resize_image(image, self.size), label
+
+
+class _Unlabelled(Dataset[tuple[Image, int]]):
+    """A source with every label -1."""
+
+    def __init__(self, source: Any) -> None:
+        self.source, self.num_classes, self.paths = source, 0, source.paths
+        self.labels = np.full(len(source), -1, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Image, int]:
+        return self.source[index][0], -1
+
+
+def read_image(source: Any, index: int, size: int) -> Image | None:
+    """Image `index` of a source as (size, size, 3) uint8, None when it is corrupt."""
+    try:
+        image: Image = sources.resize_image(source[index][0], size)
+        return image
+    except sources.CorruptImage:
+        return None
+
+
+def step_loader(images: TrainingImages, config: TrainConfig, pin_memory: bool) -> tuple[Any, DataLoader[Any]]:
+    """(position, loader): each batch holds the rows of one optimizer step; iterate with `position.track(loader)`.
+
+    The global random state is left alone.
+    """
+    per_step = config.batch_size * config.gradient_acc
+    if len(images) < per_step:
+        raise ValueError(
+            f"train: expected batch_size * gradient_acc <= the {len(images)} training images, got {per_step}"
+        )
+    position = sources.ResumableBatches(len(images), per_step, seed=config.seed)
+    loader: DataLoader[Any] = DataLoader(
+        images,
+        batch_sampler=position,
+        num_workers=config.num_workers,
+        collate_fn=collate,
+        pin_memory=pin_memory,
+        persistent_workers=config.num_workers > 0,
+        worker_init_fn=_leave_signals_to_the_parent,
+        generator=torch.Generator(),
+    )
+    return position, loader
+
+
+def collate(items: list[Item]) -> Batch:
+    """Items of TrainingImages as one Batch."""
+    images = torch.from_numpy(np.stack([item[0] for item in items]))
+    return Batch(images, torch.tensor([item[1] for item in items], dtype=torch.int64), [item[2] for item in items])
+
+
+def _leave_signals_to_the_parent(_: int) -> None:
+    # A scheduler signals the whole process group; the parent decides when to stop and then ends its workers.
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)

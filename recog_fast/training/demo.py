@@ -1,0 +1,301 @@
+"""`make demo`: drawn people, two minutes of training through the native kernels, and a page that shows how it went.
+
+    python -m recog_fast demo                      # runs/demo/report.html and results.json
+    python -m recog_fast demo --quick              # a run of seconds that only shows that every part works
+    python -m recog_fast demo --identities 1000 --epochs 12 --output runs/larger
+
+Three groups of people that share no one: the network trains on the first, the accuracy curve comes from the second, the
+numbers of the report from the third, at full size and taken down to 16x16 and 8x8 and up again. The same network before
+training stands beside every number.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.util
+import json
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+import recog_fast as rf
+from recog_fast import data as sources
+from recog_fast import evaluation
+from recog_fast.evaluation import Gallery, GalleryItem, pair_galleries, strip, write_report
+from recog_fast.training.config import AugmentConfig, DataConfig, TrainConfig
+from recog_fast.training.loop import train
+from recog_fast.training.model import build_backbone
+
+Images = NDArray[np.uint8]  # (N, S, S, 3)
+Results = dict[str, evaluation.VerificationResult]
+
+# Test people are numbered from here: no training set is that large.
+FIRST_TEST_IDENTITY = 1 << 20
+FOLDS = 10
+# Name -> size the pictures are taken down to and up again; 0: not at all.
+CONDITIONS = {"full size": 0, "16x16": 16, "8x8": 8}
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is drawn and trained; the defaults take about two minutes on two cores."""
+
+    identities: int = 600
+    images: int = 12  # pictures of each
+    holdout: int = 40  # identities behind the accuracy curve
+    test_identities: int = 100
+    test_pairs: int = 2000
+    pixels: int = 40
+    epochs: int = 12
+    batch_size: int = 64
+    embedding_size: int = 128
+
+
+QUICK = Size(
+    identities=24,
+    images=6,
+    holdout=6,
+    test_identities=20,
+    test_pairs=100,
+    pixels=32,
+    epochs=1,
+    batch_size=32,
+    embedding_size=32,
+)
+
+
+@dataclass(frozen=True)
+class TestSet:
+    """Drawn people the network never sees, as pairs: pair k is images first[k], second[k]."""
+
+    images: Images
+    first: NDArray[np.int64]  # (P,)
+    second: NDArray[np.int64]  # (P,)
+    same: NDArray[np.bool_]  # (P,)
+    people: int
+    sharpest: NDArray[np.int64]  # a picture each of six people, of the best true quality
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the demo; returns 0, or 1 when a signal stopped the training. Bad options exit with code 2.
+
+    Raises ImportError at once, not after the training, where matplotlib is missing.
+    """
+    options = _options(argv)
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ImportError("demo: the report needs matplotlib (pip install recog_fast[train])")
+    size, seed = _size(options), options.seed
+    config = demo_config(size, options.output, seed, options.threads)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    # Only what an earlier demo wrote: the training script refuses to start over beside old checkpoints.
+    shutil.rmtree(Path(config.output) / "checkpoints", ignore_errors=True)
+    began = time.monotonic()
+    print(f"demo: drawing {size.test_identities} test people", flush=True)
+    test = draw_test_set(size, seed)
+    torch.manual_seed(seed)
+    untrained = evaluate(build_backbone(config), test)
+    if not train(config).finished:
+        print("demo: stopped by a signal; no report written")
+        return 1
+    backbone = build_backbone(config)
+    backbone.load_state_dict(torch.load(Path(config.output) / "model.pt", map_location="cpu", weights_only=True))
+    trained = evaluate(backbone, test)
+    seconds = time.monotonic() - began
+    report = write_results(config, size, test, trained, untrained, backbone, seconds)
+    print(f"{'':20}{'accuracy':>10}{'EER':>8}{'untrained':>12}")
+    for name, result in trained.items():
+        print(f"{name:20}{result.accuracy:>10.1%}{result.eer:>8.1%}{untrained[name].accuracy:>12.1%}")
+    print(f"demo: {seconds:.0f} s; open {report}")
+    return 0
+
+
+def _options(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="recog-fast demo", description="Train and evaluate on drawn people; write a report."
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="a run of seconds: every part works, the numbers mean nothing"
+    )
+    parser.add_argument("--identities", type=int, help=f"people to train on ({Size.identities})")
+    parser.add_argument("--epochs", type=int, help=f"passes over their pictures ({Size.epochs})")
+    parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder to write to (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of people, weights and order (%(default)s)")
+    parser.add_argument(
+        "--threads", type=int, default=0, help="of torch; 1 is faster on a busy machine (0: torch's choice)"
+    )
+    options = parser.parse_args(argv)
+    for name, low in (("identities", 20), ("epochs", 1), ("seed", 0), ("threads", 0)):
+        value = getattr(options, name)
+        if value is not None and value < low:
+            parser.error(f"argument --{name}: expected at least {low}, got {value}")
+    return options
+
+
+def _size(options: argparse.Namespace) -> Size:
+    changes = {name: getattr(options, name) for name in ("identities", "epochs") if getattr(options, name) is not None}
+    return dataclasses.replace(QUICK if options.quick else Size(), **changes)
+
+
+def demo_config(size: Size, output: Path, seed: int, threads: int = 0) -> TrainConfig:
+    """The settings of the training run; `output/training/config.yaml` holds them for `recog-fast train`."""
+    drawn = {"num_identities": size.identities + size.holdout, "images_per_identity": size.images, "seed": seed}
+    return TrainConfig(
+        data=DataConfig(kind="synthetic", size=size.pixels, cache=True, holdout_classes=size.holdout, options=drawn),
+        augment=AugmentConfig(flip=0.5, crop=0.2, low_resolution=0.2, smallest=8),
+        network="tiny",
+        embedding_size=size.embedding_size,
+        margin={"name": "ArcFace", "m": 0.3},
+        margin_ramp=size.epochs / 2,
+        scale=32.0,
+        batch_size=size.batch_size,
+        num_epoch=size.epochs,
+        lr=0.1,
+        lr_schedule="polynomial_smooth",
+        warmup_epoch=size.epochs / 16,
+        num_workers=0,
+        num_threads=threads,
+        frequent=10,
+        keep_last=1,
+        seed=seed,
+        val_targets=["holdout"],
+        val_sizes=[16, 8],
+        val_pairs=min(size.test_pairs, 600),
+        output=str(output / "training"),
+    )
+
+
+def draw_test_set(size: Size, seed: int) -> TestSet:
+    """Pairs of `size.test_identities` people, ten folds that share no one, half of each the same person."""
+    people = sources.SyntheticIdentities(
+        size.test_identities, size.images, size=size.pixels, seed=seed, first_identity=FIRST_TEST_IDENTITY
+    )
+    first, second, same = people.verification_pairs(size.test_pairs, seed=seed, folds=FOLDS)
+    best = people.quality.reshape(size.test_identities, size.images).argmax(axis=1)
+    sharpest = (np.arange(size.test_identities) * size.images + best)[
+        np.linspace(0, size.test_identities - 1, 6).astype(int)
+    ]
+    images = people.render_all(workers=torch.get_num_threads())
+    return TestSet(images, first, second, same, size.test_identities, sharpest)
+
+
+def evaluate(backbone: nn.Module, test: TestSet) -> Results:
+    """Verification of the test pairs under every condition; each picture is embedded once (flip sum)."""
+    results = {}
+    for name, down in CONDITIONS.items():
+        images = degraded(test.images, down)
+        embeddings = evaluation.embed_images(backbone, images, batch_size=100)
+        results[name] = evaluation.verification_result(
+            embeddings[test.first],
+            embeddings[test.second],
+            test.same,
+            folds=FOLDS,
+            form=evaluation.post_processing(flip=True, normalize=True),
+        )
+    return results
+
+
+def degraded(images: Images, down: int) -> Images:
+    """Every picture taken down to `down` x `down` and up again; unchanged for 0."""
+    return np.stack([sources.degradations.down_up(image, down) for image in images]) if down else images
+
+
+def galleries(config: TrainConfig, test: TestSet, result: evaluation.VerificationResult) -> list[Gallery]:
+    """What the network trains on, what the low resolutions look like, and the pairs to look at."""
+    options = config.data.options
+    each = min(6, options["images_per_identity"])
+    people = sources.SyntheticIdentities(12, each, size=config.data.size, seed=options["seed"])
+    shown = people.render_all()
+    sheet = [GalleryItem(strip(list(shown[each * k : each * (k + 1)])), f"person {k}") for k in range(12)]
+    samples = test.images[test.sharpest]
+    levels = [GalleryItem(strip(list(degraded(samples, down))), name) for name, down in CONDITIONS.items()]
+    pairs = [image for a, b in zip(test.first, test.second, strict=True) for image in (test.images[a], test.images[b])]
+    return [
+        Gallery(
+            "Drawn people",
+            "Pose, light, expression, occlusion, blur and resolution change; the person does not.",
+            sheet,
+            wide=True,
+        ),
+        Gallery(
+            "Three resolutions",
+            "Six sharp test pictures as the network sees them under each condition.",
+            levels,
+            wide=True,
+        ),
+        *pair_galleries(pairs, result),
+    ]
+
+
+def write_results(
+    config: TrainConfig,
+    size: Size,
+    test: TestSet,
+    trained: Results,
+    untrained: Results,
+    backbone: nn.Module,
+    seconds: float,
+) -> Path:
+    """Writes results.json and report.html beside the training folder; returns the report's path."""
+    output = Path(config.output).parent
+    backends = rf.backends()
+    numbers: dict[str, Any] = {
+        "trained": {name: result.summary() for name, result in trained.items()},
+        "untrained": {name: result.summary() for name, result in untrained.items()},
+        "seconds": round(seconds, 1),
+        "config": dataclasses.asdict(config),
+        "backends": backends,
+        "versions": versions(),
+    }
+    partial = output / "results.json.partial"
+    partial.write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
+    partial.replace(output / "results.json")
+    parameters = sum(p.numel() for p in backbone.parameters())
+    summary = (
+        f"A network of {parameters / 1e6:.2f} M parameters learned {size.identities:,} drawn people from {size.images} "
+        f"pictures of each ({size.pixels}x{size.pixels} pixels), from random weights, and is tested on {test.people} "
+        "people it has never seen. "
+        f"Everything, drawing included, took {_duration(seconds)}."
+    )
+    return write_report(
+        output / "report.html",
+        title="recog_fast: demo",
+        summary=summary,
+        config=numbers["config"],
+        metrics_jsonl=Path(config.output) / "metrics.jsonl",
+        results=trained,
+        baseline=untrained,
+        galleries=galleries(config, test, next(iter(trained.values()))),
+        versions=numbers["versions"],
+        backends=backends,
+    )
+
+
+def versions() -> dict[str, Any]:
+    """Versions of what computes."""
+    return {
+        "recog_fast": rf.__version__,
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} seconds" if seconds < 100 else f"{seconds / 60:.1f} minutes"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,134 @@
+"""What a run writes while it runs: metrics.jsonl always, TensorBoard, and the console."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+logger = logging.getLogger("recog_fast.training")
+
+
+class Meter:
+    """Running means between two log lines; its state travels with the checkpoint, so a resumed line equals an uninterrupted one."""
+
+    def __init__(self, state: Mapping[str, tuple[float, float]] | None = None) -> None:
+        self.state: dict[str, tuple[float, float]] = {k: (float(v[0]), float(v[1])) for k, v in (state or {}).items()}
+
+    def add(self, values: Mapping[str, tuple[float, float]]) -> None:
+        """Adds (sum, count) pairs."""
+        for name, (total, count) in values.items():
+            before = self.state.get(name, (0.0, 0.0))
+            self.state[name] = (before[0] + total, before[1] + count)
+
+    def flush(self) -> dict[str, float]:
+        """Means since the last flush; what was never counted is left out."""
+        means = {name: total / count for name, (total, count) in self.state.items() if count}
+        self.state = {}
+        return means
+
+
+class Log:
+    """Scalars by step to `output/metrics.jsonl` and TensorBoard (`output/tensorboard`), lines and a progress bar to the console.
+
+    Starting at `step` > 0 drops what an interrupted run wrote past that step. Without tensorboard installed it says so once.
+    """
+
+    def __init__(self, output: Path, step: int, total: int) -> None:
+        self.total, self.first, self.began = total, step, time.monotonic()
+        self.path = output / "metrics.jsonl"
+        output.mkdir(parents=True, exist_ok=True)
+        _truncate(self.path, step)
+        self.file = self.path.open("a", encoding="utf-8")
+        self.board = _tensorboard(output / "tensorboard", step)
+        self.progress, self.task = _progress(step, total)
+
+    def __enter__(self) -> Log:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.file.close()
+        if self.board is not None:
+            self.board.close()
+        if self.progress is not None:
+            self.progress.stop()
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """One line of metrics.jsonl: {"step": step, name: value, ...}; non-finite values are written as null."""
+        clean = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self.file.write(json.dumps({"step": step, **clean}, allow_nan=False) + "\n")
+        self.file.flush()
+        if self.board is not None:
+            for name, value in values.items():
+                self.board.add_scalar(name if "/" in name else f"train/{name}", value, step)
+
+    def line(self, text: str) -> None:
+        """A line for people."""
+        if self.progress is not None:
+            self.progress.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        else:
+            print(text, flush=True)
+
+    def advance(self, step: int) -> None:
+        """Moves the progress bar, where there is one."""
+        if self.progress is not None:
+            self.progress.update(self.task, completed=step)
+
+    def training_line(self, step: int, epoch: int, speed: float, loss: float, lr: float) -> None:
+        """InsightFace's console line, which people grep."""
+        elapsed = time.monotonic() - self.began
+        required = elapsed / max(1, step - self.first) * (self.total - step) / 3600
+        stamp = time.strftime("%Y-%m-%d %H:%M:%S")
+        self.line(
+            f"Training: {stamp}-Speed {speed:.2f} samples/sec   Loss {loss:.4f}   LearningRate {lr:.6f}   Epoch: {epoch}   "
+            f"Global Step: {step}   Required: {required:.2f} hours"
+        )
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl as dicts."""
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def _truncate(path: Path, step: int) -> None:
+    """Keeps the lines up to `step`; a half-written last line goes too."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            break
+        if record.get("step", 0) <= step and step > 0:
+            kept.append(line + "\n")
+    path.write_text("".join(kept), encoding="utf-8")
+
+
+def _tensorboard(folder: Path, step: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        logger.warning("tensorboard is not installed: only metrics.jsonl is written (pip install recog_fast[train])")
+        return None
+    return SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+
+
+def _progress(step: int, total: int) -> tuple[Any, Any]:
+    if not sys.stdout.isatty():
+        return None, None
+    try:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    except ImportError:
+        return None, None
+    progress = Progress(TextColumn("step"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    progress.start()
+    return progress, progress.add_task("train", total=total, completed=step)

@@ -1,0 +1,122 @@
+"""The demo at toy size, end to end: it draws, trains, evaluates and writes its page."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("jsonargparse")
+
+import numpy as np
+import torch
+
+from recog_fast.training import demo, loop
+from recog_fast.training.config import read_config
+
+CONDITIONS = list(demo.CONDITIONS)
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    threads = torch.get_num_threads()
+    folder = tmp_path_factory.mktemp("demo")
+    assert demo.main(["--quick", "--output", str(folder)]) == 0
+    assert torch.get_num_threads() == threads
+    return folder
+
+
+def test_results_are_complete_numbers(output: Path) -> None:
+    numbers = json.loads((output / "results.json").read_text())
+    for network in ("trained", "untrained"):
+        assert list(numbers[network]) == CONDITIONS
+        for result in numbers[network].values():
+            assert 0 <= result["accuracy"] <= 1
+            assert 0 <= result["eer"] <= 1
+            assert list(result["tar"]) == ["0.1", "0.01", "0.001"]
+            assert len(result["per_fold"]) == 10
+            assert result["pairs"] == {"genuine": 50, "impostor": 50}
+    assert set(numbers["backends"]) == {"cpu", "cuda", "triton"}
+    assert numbers["config"]["data"]["options"]["num_identities"] == demo.QUICK.identities + demo.QUICK.holdout
+
+
+def test_page_shows_everything_and_loads_nothing(output: Path) -> None:
+    page = (output / "report.html").read_text(encoding="utf-8")
+    assert page.count("data:image/svg") == 2 * 6
+    # 12 people, 3 resolutions, 3 galleries of 6 pairs
+    assert page.count("data:image/png") == 12 + 3 + 18
+    assert "<script" not in page
+    assert "http://" not in page
+    assert "https://" not in page
+    for word in (*CONDITIONS, "untrained", "Same person, least alike", "Which path ran", "augment.low_resolution"):
+        assert word in page
+    assert [p.name for p in output.iterdir() if p.name.endswith(".partial")] == []
+
+
+def test_settings_can_be_trained_again(output: Path) -> None:
+    config = read_config(output / "training" / "config.yaml")
+    assert config == demo.demo_config(demo.QUICK, output, 0)
+
+
+def test_second_run_starts_over_and_agrees(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = json.loads((output / "results.json").read_text())
+    # The page is tested above; drawing it again is most of the time.
+    monkeypatch.setattr(demo, "write_report", lambda path, **_: path)
+    assert demo.main(["--quick", "--output", str(output)]) == 0
+    again = json.loads((output / "results.json").read_text())
+    assert again["trained"] == first["trained"]
+    assert again["untrained"] == first["untrained"]
+
+
+def test_test_people_are_not_training_people() -> None:
+    test = demo.draw_test_set(demo.QUICK, seed=0)
+    drawn = demo.sources.SyntheticIdentities(
+        demo.QUICK.identities + demo.QUICK.holdout, demo.QUICK.images, size=demo.QUICK.pixels, seed=0
+    )
+    assert drawn.identities.max() < demo.FIRST_TEST_IDENTITY
+    assert len(test.images) == demo.QUICK.test_identities * demo.QUICK.images
+    assert test.same.mean() == 0.5
+    people_a, people_b = test.first // demo.QUICK.images, test.second // demo.QUICK.images
+    np.testing.assert_array_equal(people_a == people_b, test.same)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--identities", "3"], "--identities: expected at least 20, got 3"),
+        (["--epochs", "0"], "--epochs: expected at least 1, got 0"),
+        (["--threads", "-2"], "--threads: expected at least 0, got -2"),
+        (["--seed", "-1"], "--seed: expected at least 0, got -1"),
+        (["--speed"], "unrecognized arguments: --speed"),
+    ],
+)
+def test_bad_options(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as error:
+        demo.main(options)
+    assert error.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_options_override_the_size() -> None:
+    options = demo._options(["--quick", "--identities", "50", "--epochs", "3", "--output", "x", "--seed", "5"])
+    assert demo._size(options) == dataclasses.replace(demo.QUICK, identities=50, epochs=3)
+    assert (options.output, options.seed) == (Path("x"), 5)
+    assert demo._size(demo._options([])) == demo.Size()
+
+
+def test_a_signal_during_training_leaves_no_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(demo, "train", lambda config: loop.TrainResult(1, False, {}, tmp_path))
+    assert demo.main(["--quick", "--output", str(tmp_path)]) == 1
+    assert "stopped by a signal" in capsys.readouterr().out
+    assert not list(tmp_path.glob("report*"))
+
+
+def test_missing_matplotlib_is_said_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match="needs matplotlib"):
+        demo.main(["--quick", "--output", str(tmp_path)])
