@@ -45,7 +45,8 @@ def _inputs(stem: str, rows: int, classes: int, dimension: int) -> Arguments:
         unit.double(), problem.weight.double(), torch.full((rows,), -1), SCALE, None, *memory
     )
     if stem == "unknown_rejection":
-        return (unit, problem.weight, whole[0], SCALE, *memory, False, True)
+        largest = torch.exp(SCALE * whole[1] - whole[0])
+        return (unit, problem.weight, whole[2], whole[0], largest * torch.expm1(largest), SCALE, *memory, False, True)
     terms = torch.zeros(reference.TERM_ROWS, rows)
     terms[0], terms[1], terms[2] = whole[0], SCALE / rows, -SCALE / rows
     common = (unit, problem.labels, terms, problem.weight)
