@@ -28,18 +28,26 @@ class CMakeBuild(build_ext):
         import pybind11
 
         output = Path(self.get_ext_fullpath(ext.name)).resolve().parent
-        build = Path(self.build_temp).resolve() / ext.name
+        # Not build_temp: an editable installation throws it away, and every change would compile all files again.
+        build = ROOT / "build" / f"cmake.{self.plat_name}-{sys.implementation.cache_tag}" / ext.name
         build.mkdir(parents=True, exist_ok=True)
+        # The cmake and ninja of this environment, also where it is not activated.
+        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+        environment = {**os.environ, "PATH": path}
         configure = [
             "cmake", "-G", "Ninja", "-S", str(ROOT), "-B", str(build),
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={output}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
-            f"-DRECOG_FAST_CUDA={os.environ.get('RECOG_FAST_CUDA', 'auto')}",
+            f"-DRECOG_FAST_CUDA={os.environ.get('RECOG_FAST_CUDA') or 'auto'}",
             *shlex.split(os.environ.get("CMAKE_ARGS", "")),
         ]  # fmt: skip
-        subprocess.run(configure, check=True)
-        subprocess.run(["cmake", "--build", str(build)], check=True)
+        stale = (build / "CMakeCache.txt").exists()
+        done = subprocess.run(configure, check=not stale, env=environment)
+        if done.returncode:
+            # An earlier build's cache can name a folder, compiler or ninja that is gone.
+            subprocess.run([*configure, "--fresh"], check=True, env=environment)
+        subprocess.run(["cmake", "--build", str(build)], check=True, env=environment)
 
 
 setup(ext_modules=[CMakeExtension("recog_fast._native")], cmdclass={"build_ext": CMakeBuild})

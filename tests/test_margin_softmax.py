@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from golden import Case, build_margin, cases, get_state, load, set_state
@@ -123,7 +125,7 @@ def test_golden_shards(name: str, route: Route) -> None:
     prototypes = torch.nn.functional.normalize(case["in_W"].to(route.dtype), dim=1)
     cuts = case.kwargs["cuts"]
     parts = []
-    for shard, (start, stop) in enumerate(zip(cuts[:-1], cuts[1:], strict=True)):
+    for shard, (start, stop) in enumerate(pairwise(cuts)):
         inside = (case["in_y"] >= start) & (case["in_y"] < stop)
         # -2 = not on this shard; the op takes it although the public function does not
         labels = torch.where(inside, case["in_y"] - start, torch.full_like(case["in_y"], -2))

@@ -152,8 +152,8 @@ def test_eviction_is_counted_and_warns_once() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         memory.flush()
+    memory.write(*batch([5]), 2)
     with pytest.warns(UserWarning, match="evicts"):
-        memory.write(*batch([5]), 2)
         memory.flush()
     assert memory.entries().ids.tolist() == [0, 5]
     with warnings.catch_warnings():

@@ -62,7 +62,7 @@ _HOME = {
     "write_records": "records",
 }
 
-__all__ = ["degradations", *_HOME]  # noqa: PLE0604
+__all__ = ["degradations", *_HOME]
 
 
 def __getattr__(name: str) -> Any:

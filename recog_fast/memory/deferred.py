@@ -24,7 +24,7 @@ class DeferredReport:
             return
         host = torch.empty(report.shape, dtype=report.dtype, pin_memory=True)
         host.copy_(report, non_blocking=True)
-        self._host, self._event = host, torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._host, self._event = host, torch.cuda.Event()
         self._event.record()
 
     def poll(self, *, wait: bool) -> list[int] | None:
@@ -36,7 +36,7 @@ class DeferredReport:
                 return None
             if wait:
                 self._event.synchronize()
-            elif not self._event.query():  # type: ignore[no-untyped-call]
+            elif not self._event.query():
                 return None
         values: list[int] = self._host.tolist()
         self._host = self._event = None

@@ -92,7 +92,7 @@ def _tensors(content: object, source: str) -> dict[str, Tensor]:
         nested = next((content[key] for key in _NESTED if isinstance(content.get(key), Mapping)), None)
         content = content if nested is None else nested
     if not isinstance(content, Mapping):  # ValueError, not TypeError: the fault lies in the file, not in the call
-        raise ValueError(f"load_backbone: expected {source} to hold a state dict, got {type(content).__name__}")  # noqa: TRY004
+        raise ValueError(f"load_backbone: expected {source} to hold a state dict, got {type(content).__name__}")
     wrong = [str(key) for key, value in content.items() if not isinstance(key, str) or not isinstance(value, Tensor)]
     if wrong or not content:
         raise ValueError(f"load_backbone: expected {source} to map names to tensors, got others at {wrong[:_SHOWN]}")

@@ -1,0 +1,50 @@
+# `make demo` and `make test` need nothing but Python >= 3.11 (venv, headers), a C++ compiler and make: each makes .venv,
+# installs the pinned packages and builds the kernels first, from whatever state it finds.
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+SOURCES := pyproject.toml constraints.txt setup.py CMakeLists.txt recog_fast/_version.py tools/environment.sh $(shell find csrc -type f)
+export PYTHON
+unexport PYTHONPATH PYTHONHOME
+
+.PHONY: help demo test bench lint build wheel sdist clean
+
+help:
+	@echo "make demo    train and evaluate on synthetic identities (2 minutes), write runs/demo/report.html"
+	@echo "make test    run the tests            make bench   run the benchmarks"
+	@echo "make lint    ruff and mypy --strict   make build   .venv with the built package"
+	@echo "make wheel   dist/*.whl               make sdist   dist/*.tar.gz"
+	@echo "make clean   remove everything built but .venv and runs"
+
+demo: build
+	$(PY) -m recog_fast demo $(ARGS)
+
+test: build
+	$(PY) -m pytest tests $(ARGS)
+
+bench: build
+	$(PY) -m pytest benchmarks $(ARGS)
+
+lint: build
+	$(PY) -m ruff check .
+	$(PY) -m mypy --strict
+
+wheel: build
+	rm -rf build/lib*
+	$(PY) -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
+
+sdist: build
+	$(PY) -c "from setuptools.build_meta import build_sdist; build_sdist('dist')"
+
+# The stamp follows the C++ sources and the pins; a look at .venv finds what a stamp cannot know.
+build:
+	@if [ -e $(VENV)/.installed ]; then $(PY) tools/check_venv.py || rm -f $(VENV)/.installed; fi
+	@$(MAKE) --silent --no-print-directory $(VENV)/.installed
+
+$(VENV)/.installed: $(SOURCES)
+	@sh tools/environment.sh
+
+clean:
+	rm -rf build dist *.egg-info recog_fast/_native*.so $(VENV)/.installed
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .benchmarks .hypothesis
+	find recog_fast triton_kernels tests benchmarks tools -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true

@@ -1,0 +1,48 @@
+"""What csrc/module.cpp exports; addresses are data pointers, checked by the callers in `ops`."""
+
+class Classes:
+    """The rows of W (or of P) of one call, with their memory."""
+
+    def __init__(
+        self,
+        *,
+        weight: int,
+        memory_rows: int,
+        strength: int,
+        slot: int,
+        C: int,
+        K: int,
+        D: int,
+        unit: bool,
+        memory_bf16: bool,
+        renormalize: bool,
+    ) -> None: ...
+
+class Rows:
+    """The embeddings of one call with their targets and rules."""
+
+    def __init__(self, *, unit_embeddings: int, target: int, rules: int, N: int, scale: float) -> None: ...
+
+def select_isa(force: str = "") -> str: ...
+def row_sweep(
+    classes: Classes, rows: Rows, *, lse: int, nearest_cosine: int, nearest_index: int, pull: int, threads: int
+) -> None: ...
+def unknown_sweep(
+    classes: Classes, rows: Rows, *, lse: int, remainder: int, mean: int, pull: int, threads: int
+) -> None: ...
+def class_sweep(
+    classes: Classes,
+    rows: Rows,
+    *,
+    terms: int,
+    mode: int,
+    gradient: int = 0,
+    weight: int = 0,
+    velocity: int = 0,
+    lr: float = 0.0,
+    momentum: float = 0.0,
+    weight_decay: float = 0.0,
+    nesterov: bool = False,
+    threads: int,
+) -> None: ...
+def effective_prototypes(classes: Classes, *, prototypes: int, threads: int) -> None: ...

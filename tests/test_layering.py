@@ -1,0 +1,191 @@
+"""The table "may import" of the design, asserted over the sources: CONTRIBUTING.md shows it."""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from paths import ROOT
+
+PACKAGE = ROOT / "recog_fast"
+
+# Layer -> layers it may import. A layer may always import itself.
+MAY_IMPORT: dict[str, set[str]] = {
+    "_version": set(),
+    "native": {"_native"},
+    "reference": set(),
+    "rules": {"reference"},
+    "margins": {"reference", "rules"},
+    "ops": {"reference", "rules", "native", "_native", "triton_kernels"},
+    "memory": {"reference", "rules", "ops"},
+    "losses": {"reference", "rules", "margins", "ops"},
+    "sharding": {"reference", "rules", "margins", "ops", "memory"},
+    "heads": {"reference", "rules", "margins", "ops", "memory", "losses", "sharding"},
+    "optim": {"reference", "rules", "ops", "memory", "heads", "sharding"},
+    "checkpoint": {"_version", "rules", "margins", "memory", "heads", "optim", "sharding"},
+    "compat": {"rules", "margins", "memory", "losses", "heads", "optim", "sharding", "checkpoint"},
+    "recognizability": {"reference", "rules", "ops"},
+    "_backends": {"_version", "native", "ops", "triton_kernels"},
+    "evaluation": set(),
+    "data": set(),
+    "models": set(),
+    "triton_kernels": set(),
+}
+# These use what any user could: every public module, no name that begins with an underscore.
+USERS = {"training", "cli", "__main__"}
+# Third-party packages of a layer beside torch and numpy.
+LIBRARIES: dict[str, set[str]] = {
+    "triton_kernels": {"triton"},
+    "recognizability": {"scipy", "sklearn"},
+    "evaluation": {"scipy", "matplotlib"},
+    "data": {"scipy", "PIL", "simplejpeg"},
+    "models": {"safetensors"},
+    "training": {"jsonargparse", "yaml", "rich", "PIL", "matplotlib"},
+    "cli": {"jsonargparse", "yaml", "rich"},
+}
+DISTRIBUTED = {"sharding", "checkpoint"}
+
+
+@dataclass(frozen=True)
+class Import:
+    """One imported module or name, dotted from the top: `recog_fast.ops._checks`, `torch.distributed`."""
+
+    layer: str
+    name: str
+    where: str
+
+    @property
+    def target(self) -> str:
+        """The layer of this package it belongs to."""
+        return self.name.split(".")[1]
+
+
+def layer_of(path: Path) -> str:
+    """First part of the path inside the package, without the suffix."""
+    if path.is_relative_to(ROOT / "triton_kernels"):
+        return "triton_kernels"
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def module_parts(path: Path) -> tuple[str, ...]:
+    """The dotted package a file's relative imports start from, in parts."""
+    if path.is_relative_to(ROOT / "triton_kernels"):
+        return ("recog_fast", *path.relative_to(ROOT).parent.parts)
+    return path.relative_to(ROOT).parent.parts
+
+
+def imports(path: Path) -> list[Import]:
+    """Every import of a file, at any depth of its code, and every literal `import_module("...")`."""
+    found: list[str] = []
+    lines: list[int] = []
+    for node in ast.walk(ast.parse(path.read_text(), str(path))):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            package = module_parts(path)
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            stem = ".".join([*base, *([node.module] if node.module else [])])
+            names = [f"{stem}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module") and node.args:
+            argument = node.args[0]
+            if isinstance(argument, ast.Constant) and isinstance(argument.value, str):
+                name = argument.value
+                names = [".".join(module_parts(path)) + name if name.startswith(".") else name]
+        found += names
+        lines += [getattr(node, "lineno", 0)] * len(names)
+    where = path.relative_to(ROOT)
+    return [Import(layer_of(path), n, f"{where}:{line}") for n, line in zip(found, lines, strict=True)]
+
+
+def sources() -> list[Path]:
+    """Python files of the package but its own face, `recog_fast/__init__.py`, which gathers the public names."""
+    folders = [PACKAGE, ROOT / "triton_kernels"]
+    return [p for folder in folders for p in sorted(folder.rglob("*.py")) if p != PACKAGE / "__init__.py"]
+
+
+ALL = [one for path in sources() for one in imports(path)]
+INSIDE = [one for one in ALL if one.name.startswith("recog_fast.")]
+
+
+def test_every_module_has_a_layer() -> None:
+    layers = {layer_of(path) for path in sources()}
+    assert layers <= set(MAY_IMPORT) | USERS, "a new module needs its row in the table here and in CONTRIBUTING.md"
+
+
+def test_table_has_no_cycle() -> None:
+    done: set[str] = {"_native"}
+    while rest := set(MAY_IMPORT) - done:
+        ready = {layer for layer in rest if MAY_IMPORT[layer] <= done}
+        assert ready, f"cycle among {sorted(rest)}"
+        done |= ready
+
+
+@pytest.mark.parametrize("layer", sorted(MAY_IMPORT))
+def test_layer_imports_only_what_the_table_allows(layer: str) -> None:
+    allowed = MAY_IMPORT[layer] | {layer}
+    wrong = [f"{one.where}: {one.name}" for one in INSIDE if one.layer == layer and one.target not in allowed]
+    assert not wrong, f"{layer} may import {sorted(allowed)}: {wrong}"
+
+
+def test_nobody_below_imports_the_whole_package() -> None:
+    wrong = [f"{one.where}: {one.name}" for one in ALL if one.name == "recog_fast" and one.layer not in USERS]
+    assert not wrong
+
+
+def test_training_and_command_line_use_public_names_only() -> None:
+    def private(one: Import) -> bool:
+        return any(part.startswith("_") and part != "__version__" for part in one.name.split(".")[1:])
+
+    wrong = [f"{one.where}: {one.name}" for one in INSIDE if one.layer in USERS and private(one)]
+    assert not wrong
+
+
+def test_third_party_packages_of_each_layer() -> None:
+    wrong = []
+    for one in ALL:
+        top = one.name.split(".")[0]
+        allowed = {"torch", "numpy", "recog_fast"} | LIBRARIES.get(one.layer, set())
+        if top not in sys.stdlib_module_names and top not in allowed:
+            wrong.append(f"{one.where}: {one.name}")
+    assert not wrong
+
+
+def test_torch_distributed_only_where_ranks_are_known() -> None:
+    users = [one for one in ALL if one.name.startswith("torch.distributed")]
+    assert not [f"{one.where}: {one.name}" for one in users if one.layer not in DISTRIBUTED]
+
+
+def test_extension_has_no_torch_header_and_one_binding_file() -> None:
+    files = [p for p in (ROOT / "csrc").rglob("*") if p.is_file()]
+    assert files
+    for path in files:
+        included = re.findall(r'^\s*#\s*include\s*[<"]([^>"]+)', path.read_text(), re.MULTILINE)
+        assert not [name for name in included if name.startswith(("torch/", "ATen/", "c10/"))], path
+        if path != ROOT / "csrc" / "module.cpp":
+            assert not [name for name in included if name.startswith("pybind11") or name == "Python.h"], path
+
+
+def test_cmake_lists_every_source() -> None:
+    listed = (ROOT / "CMakeLists.txt").read_text()
+    missing = [p.name for p in (ROOT / "csrc").rglob("*.cpp") if p.relative_to(ROOT).as_posix() not in listed]
+    assert not missing
+
+
+def test_torch_load_reads_weights_only() -> None:
+    """No pickle of a stranger is executed: every `torch.load` says `weights_only=True`, `pickle` is read restricted."""
+    wrong = []
+    for path in [*sources(), *(ROOT / "tests").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text(), str(path))):
+            if not isinstance(node, ast.Call):
+                continue
+            called = ast.unparse(node.func)
+            safe = any(k.arg == "weights_only" and ast.unparse(k.value) == "True" for k in node.keywords)
+            shipped = not path.is_relative_to(ROOT / "tests")
+            if (called == "torch.load" and not safe) or (shipped and called in ("pickle.load", "pickle.loads")):
+                wrong.append(f"{path.relative_to(ROOT)}:{node.lineno}: {called}")
+    assert not wrong
