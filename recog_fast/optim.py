@@ -45,7 +45,7 @@ class HeadSGD(torch.optim.Optimizer):
         self.head.discard_rows()
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update from all pending rows; returns the closure's loss if one is given.
 
         Raises RuntimeError for stale rows, for a dense weight.grad (it would be lost) and where another HeadSGD took over.

@@ -337,6 +337,20 @@ def test_edges(route: Route) -> None:
         assert bool(torch.isneginf(stats.lse).all())
 
 
+@each(NATIVE)
+@pytest.mark.parametrize("subcenters", [1, 2])
+def test_a_diverged_weight_reaches_the_loss(route: Route, subcenters: int) -> None:
+    """A NaN class centre is nobody's target and nobody's nearest: the loss must not hide it."""
+    torch.manual_seed(8)
+    w = torch.randn(100, 8) if subcenters == 1 else torch.randn(100, subcenters, 8)
+    w[70] = float("nan")
+    with route():
+        loss = rf.margin_softmax_loss(torch.randn(3, 8), w, torch.tensor([0, 1, -1]), reduction="none")
+        excess = rf.unknown_rejection_loss(torch.randn(2, 8), w, reduction="none")
+    assert bool(torch.isnan(loss[:2]).all())
+    assert bool(torch.isnan(excess).all())
+
+
 GOOD = {"embeddings": torch.ones(2, 3), "weight": torch.ones(4, 3), "labels": torch.tensor([0, 3])}
 BAD = [
     ({"labels": torch.tensor([0, 4])}, r"labels in \[-1, C\) = \[-1, 4\), got 4 in row 1"),

@@ -22,7 +22,7 @@ static void logit_gradients(const Plan& plan, const Tile& tile, float* logits) {
       const vf p = exponential(plan.scale * rule.f - lse);
       vf value = plan.rules ? p * rule.g : p;
       if (plan.any_unknown) value = margin ? value : unknown_gradient(plan, n, p);
-      store(at, c > kMaskedBelow ? weight * value : splat(0.0f));
+      store(at, c < kMaskedBelow ? splat(0.0f) : weight * value);
     }
   }
   for (int64_t t = first_target(plan, tile.first); t < plan.target_count && plan.targets[t].row < tile.first + tile.count; ++t)

@@ -203,7 +203,7 @@ void write_pull(const Total& total, const Plan& plan, bool normalise, float* pul
   if (pull == nullptr) return;
   const int64_t D = plan.classes.D;
   for (int64_t n = 0; n < plan.N; ++n) {
-    const double factor = !normalise ? 1.0 : total.sum[n] > 0.0 ? 1.0 / total.sum[n] : 0.0;
+    const double factor = !normalise ? 1.0 : total.sum[n] == 0.0 ? 0.0 : 1.0 / total.sum[n];
     for (int64_t d = 0; d < D; ++d) pull[n * D + d] = float(total.pull[n * D + d] * factor);
   }
 }
@@ -233,7 +233,7 @@ void row_sweep(const Classes& classes, const Rows& rows, const RowSums& out, int
   space.plan.want_pull = out.pull != nullptr;
   const Total total = run_rows(classes, rows, space, threads);
   for (int64_t n = 0; n < rows.N; ++n) {
-    out.lse[n] = total.sum[n] > 0.0 ? total.offset[n] + std::log(total.sum[n]) : -std::numeric_limits<double>::infinity();
+    out.lse[n] = total.sum[n] == 0.0 ? -std::numeric_limits<double>::infinity() : total.offset[n] + std::log(total.sum[n]);
     out.nearest_cosine[n] = total.nearest[n];
     out.nearest_index[n] = total.index[n];
   }

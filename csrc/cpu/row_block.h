@@ -56,7 +56,7 @@ static void exponentiate(const Plan& plan, const Tile& tile, float* logits, Part
       float* at = logits + j * plan.lanes + n;
       const vf c = load(at);
       const Rule rule = plan.rules ? rule_at(plan, n, c) : Rule{c, splat(1.0f)};
-      const vf e = c > kMaskedBelow ? exponential(plan.scale * rule.f - offset) : splat(0.0f);
+      const vf e = c < kMaskedBelow ? splat(0.0f) : exponential(plan.scale * rule.f - offset);
       sum += e;
       store(at, (plan.rules ? e * rule.g : e) * tile.inverse[j]);
     }
@@ -73,7 +73,7 @@ static void unknown_terms(const Plan& plan, const Tile& tile, float* logits, Par
     for (int64_t j = 0; j < tile.count; ++j) {
       float* at = logits + j * plan.lanes + n;
       const vf c = load(at);
-      const vf p = c > kMaskedBelow ? minimum(exponential(plan.scale * c - lse) * correction, splat(1.0f)) : splat(0.0f);
+      const vf p = c < kMaskedBelow ? splat(0.0f) : minimum(exponential(plan.scale * c - lse) * correction, splat(1.0f));
       const vf rest = exponential_remainder(p);
       mass += p;
       remainder += rest;

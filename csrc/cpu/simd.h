@@ -14,8 +14,9 @@ static inline vi load_int(const int32_t* p) { return *reinterpret_cast<const vi_
 static inline void store_int(int32_t* p, vi v) { *reinterpret_cast<vi_unaligned*>(p) = v; }
 static inline vf splat(float x) { return vf{} + x; }
 static inline vi splat_int(int32_t x) { return vi{} + x; }
-static inline vf maximum(vf a, vf b) { return a > b ? a : b; }
-static inline vf minimum(vf a, vf b) { return a < b ? a : b; }
+// A NaN in `a` stays a NaN: a diverged weight must reach the loss.
+static inline vf maximum(vf a, vf b) { return a < b ? b : a; }
+static inline vf minimum(vf a, vf b) { return a > b ? b : a; }
 
 static inline float sum_lanes(vf v) {
   float total = 0.0f;

@@ -122,7 +122,7 @@ static void keep_best_subcenter(const Plan& plan, const Tile& tile, float* logit
       vi taken = splat_int(0);
       for (int64_t k = 0; k < K; ++k) {
         const vf value = load(column + k * lanes);
-        const vi wins = (value == best) & ~taken;
+        const vi wins = ((value == best) & ~taken) | (value != value);
         store(column + k * lanes, wins ? value : splat(kMasked));
         taken |= wins;
       }
