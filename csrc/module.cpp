@@ -17,8 +17,8 @@ T* at(uintptr_t address) {
 }
 
 cpu::Classes classes(uintptr_t weight, uintptr_t memory_rows, uintptr_t strength, uintptr_t slot, int64_t C, int64_t K, int64_t D,
-                     bool unit, bool memory_bf16, bool renormalize) {
-  return {at<const float>(weight), at<const void>(memory_rows), at<const float>(strength), at<const int32_t>(slot), C, K, D, unit,
+                     int64_t S, bool unit, bool memory_bf16, bool renormalize) {
+  return {at<const float>(weight), at<const void>(memory_rows), at<const float>(strength), at<const int32_t>(slot), C, K, D, S, unit,
           memory_bf16, renormalize};
 }
 
@@ -38,10 +38,11 @@ std::string select_isa(const std::string& force) {
 PYBIND11_MODULE(_native, m) {
   m.doc() = "recog_fast's compiled kernels: CPU sweeps over classes.";
   m.def("select_isa", &select_isa, py::arg("force") = "");
+  m.def("active_isa", &cpu::active_isa);
 
   py::class_<cpu::Classes>(m, "Classes")
       .def(py::init(&classes), py::kw_only(), py::arg("weight"), py::arg("memory_rows"), py::arg("strength"), py::arg("slot"),
-           py::arg("C"), py::arg("K"), py::arg("D"), py::arg("unit"), py::arg("memory_bf16"), py::arg("renormalize"));
+           py::arg("C"), py::arg("K"), py::arg("D"), py::arg("S"), py::arg("unit"), py::arg("memory_bf16"), py::arg("renormalize"));
   py::class_<cpu::Rows>(m, "Rows").def(py::init(&rows), py::kw_only(), py::arg("unit_embeddings"), py::arg("target"),
                                        py::arg("rules"), py::arg("N"), py::arg("scale"));
 

@@ -17,7 +17,7 @@ def _cpu() -> str:
         return "reference (use_backend)"
     if module is None:
         return f"reference: compiled kernels {reason}"
-    return f"native {module.select_isa(native.forced_isa())} (float32 arithmetic; bfloat16 requests run in it), {torch.get_num_threads()} threads"
+    return f"native {module.active_isa()} (float32 arithmetic; bfloat16 requests run in it), {torch.get_num_threads()} threads"
 
 
 def _cuda() -> str:

@@ -13,6 +13,7 @@ class Classes:
         C: int,
         K: int,
         D: int,
+        S: int,
         unit: bool,
         memory_bf16: bool,
         renormalize: bool,
@@ -24,11 +25,12 @@ class Rows:
     def __init__(self, *, unit_embeddings: int, target: int, rules: int, N: int, scale: float) -> None: ...
 
 def select_isa(force: str = "") -> str: ...
+def active_isa() -> str: ...
 def row_sweep(
     classes: Classes, rows: Rows, *, lse: int, nearest_cosine: int, nearest_index: int, pull: int, threads: int
 ) -> None: ...
 def unknown_sweep(
-    classes: Classes, rows: Rows, *, lse: int, remainder: int, mean: int, pull: int, threads: int
+    classes: Classes, rows: Rows, *, lse: int, first_mean: int, mass: int, remainder: int, mean: int, pull: int, threads: int
 ) -> None: ...
 def class_sweep(
     classes: Classes,

@@ -25,6 +25,7 @@ FORMAT = 1
 _STATE, _MANIFEST = "state.json", "manifest.json"
 _RESERVED = ("head", "optimizer", "step")
 _NAME = re.compile(r"step_(\d+)")
+_REPLACED = ".old.tmp"  # suffix of the former checkpoint while a new one takes its place
 
 
 class CheckpointError(ValueError):
@@ -93,6 +94,7 @@ def read_checkpoint(path: str | os.PathLike[str], keys: tuple[str, ...] | None =
     Raises CheckpointError when the folder is missing or damaged.
     """
     folder = Path(path)
+    _recover(folder)
     _verify(folder)
     try:
         state = json.loads((folder / _STATE).read_text())
@@ -117,6 +119,8 @@ def checkpoint_path(folder: str | os.PathLike[str], step: int) -> Path:
 
 def latest_checkpoint(folder: str | os.PathLike[str]) -> Path | None:
     """The complete checkpoint of the highest step in a run's checkpoint folder, None when there is none."""
+    for replaced in Path(folder).glob(f".step_*{_REPLACED}"):
+        _recover(replaced.with_name(replaced.name[1 : -len(_REPLACED)]))
     found = _checkpoints(Path(folder))
     return found[-1] if found else None
 
@@ -125,6 +129,7 @@ def prune_checkpoints(folder: str | os.PathLike[str], keep: int) -> None:
     """Deletes all but the last `keep` checkpoints of a run's checkpoint folder, and temporary folders of crashed saves."""
     if keep < 1:
         raise ValueError(f"prune_checkpoints: expected keep >= 1, got {keep}")
+    latest_checkpoint(folder)  # puts back what a crash left half replaced, so that only leftovers are deleted
     for old in [*_checkpoints(Path(folder))[:-keep], *Path(folder).glob(".step_*.tmp")]:
         shutil.rmtree(old, ignore_errors=True)
 
@@ -237,13 +242,21 @@ def _write(path: Path, structure: Any, tensors: dict[str, Tensor]) -> None:
     for name in (_STATE, _MANIFEST):
         _fsync(temporary / name)
     _fsync(temporary)
-    replaced = path.parent / f".{path.name}.old.tmp"
+    _recover(path)
+    replaced = path.with_name(f".{path.name}{_REPLACED}")
     shutil.rmtree(replaced, ignore_errors=True)
     if path.exists():
         os.replace(path, replaced)
     os.replace(temporary, path)
     _fsync(path.parent)
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _recover(path: Path) -> None:
+    """Puts the former checkpoint back where a crash came between the two renames of its replacement."""
+    replaced = path.with_name(f".{path.name}{_REPLACED}")
+    if replaced.is_dir() and not path.exists():
+        os.replace(replaced, path)
 
 
 def _fsync(path: Path) -> None:

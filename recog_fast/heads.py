@@ -1,9 +1,10 @@
-"""MarginHead: class centres, margin, memory and their bookkeeping (architecture.md, "State and time")."""
+"""MarginHead: class centres, margin, memory and their bookkeeping."""
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
-from typing import Any, Literal, overload
+from typing import Any, Literal, SupportsIndex, overload
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from .margins import ArcFace
 from .memory import PrototypeMemory
 from .ops import _checks
 from .ops._rows import Injection, Key, RowRecords
-from .ops.margin_softmax import LossOptions, Margin, margin_softmax
+from .ops.margin_softmax import LossOptions, Margin, margin_softmax, target_prototypes, weight_wanted
 from .rules import RowStats
 
 _CHUNK = 16384  # classes whose cosines `topk` holds at a time
@@ -55,13 +56,13 @@ class MarginHead(nn.Module):
     ) -> None:
         super().__init__()
         for name, value in (("num_classes", num_classes), ("embedding_dim", embedding_dim), ("subcenters", subcenters)):
-            _checks.expect(isinstance(value, int) and value >= 1, "MarginHead", f"{name} >= 1", value)
+            _checks.expect(isinstance(value, SupportsIndex) and operator.index(value) >= 1, "MarginHead", f"{name} >= 1", value)
         _checks.expect(callable(margin), "MarginHead", "margin to be callable: (cosine, norms) -> target logit / s", margin)
         check_options("MarginHead", torch.empty(0, 1), scale, "mean", unknown_weight, None, None, compute_dtype)
         shape = (num_classes, embedding_dim) if subcenters == 1 else (num_classes, subcenters, embedding_dim)
-        self.num_classes, self.embedding_dim, self.subcenters = num_classes, embedding_dim, subcenters
+        self.num_classes, self.embedding_dim, self.subcenters = map(operator.index, (num_classes, embedding_dim, subcenters))
         self.margin, self.scale, self.unknown_weight, self.compute_dtype = margin, float(scale), unknown_weight, compute_dtype
-        self.weight = nn.Parameter(torch.empty(shape).normal_(0.0, 0.01))
+        self.weight = nn.Parameter(torch.empty(shape, dtype=torch.float32).normal_(0.0, 0.01))
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
         self.memory = self._adopt(memory)
         self._fused: object | None = None
@@ -113,14 +114,14 @@ class MarginHead(nn.Module):
 
         keys: raw embeddings of the momentum encoder, queued into the memory with the labels (training mode).
         step: the clock the memory is read at; None: the head's own count of optimizer steps (training forwards
-        without HeadSGD). Raises RuntimeError inside activation checkpointing: its second forward would move all state twice.
+        without HeadSGD); with HeadSGD and a memory only that count. Raises RuntimeError inside activation checkpointing: its second forward would move all state twice.
         """
         self._check(embeddings, labels, keys)
         check_options("MarginHead", embeddings, self.scale, reduction, self.unknown_weight, sample_weight, normalizer, self.compute_dtype)
         recording = self.training and torch.is_grad_enabled()
         if self.training and self._fused is None and self.memory is not None:
             self.memory.flush()
-        now = int(self.steps) if step is None else step
+        now = self._clock(step)
         options = LossOptions(
             margin=self.margin,
             scale=self.scale,
@@ -137,6 +138,16 @@ class MarginHead(nn.Module):
             self._after_forward(labels, keys, now)
         return (loss, stats) if return_stats else loss
 
+    def _clock(self, step: int | None) -> int:
+        """The step the memory is read at."""
+        now = int(self.steps)
+        if step is None or step == now:
+            return now
+        _checks.expect(step >= 0, "MarginHead", "step >= 0 or None", step)
+        held = self._fused is not None and self.memory is not None
+        _checks.expect(not held, "MarginHead", f"step None or the head's own count {now} with HeadSGD and a memory", step)
+        return step
+
     def _check(self, embeddings: Tensor, labels: Tensor, keys: Tensor | None) -> None:
         where = "MarginHead"
         if torch._C._current_graph_task_id() != -1:
@@ -147,7 +158,7 @@ class MarginHead(nn.Module):
         _checks.check_embeddings(embeddings, where)
         _checks.check_weight(self.weight, embeddings.shape[1], where)
         _checks.check_labels(labels, embeddings.shape[0], self.num_classes, where)
-        _checks.check_finite_rows(embeddings, where)
+        _checks.check_finite_rows(embeddings.to(self.weight.dtype), where)
         if keys is not None:
             _checks.expect(self.memory is not None, where, "a head with a memory when keys are given", "memory=None")
             _checks.check_embeddings(keys, where, "keys")
@@ -166,9 +177,9 @@ class MarginHead(nn.Module):
         return Injection() if self.memory is None else Injection(*self.memory.injection(step))
 
     def _key(self, step: int) -> Key:
-        """What a prototype depends on: W's storage and version, memory, clock, `invalidate` calls."""
+        """What a row record depends on: scale, W's storage and version, memory, clock, `invalidate` calls."""
         clock = (self.memory.epoch, step) if self.memory is not None else ()
-        return (self.weight.data_ptr(), self.weight._version, self._epoch, *clock)
+        return (self.scale, self.weight.data_ptr(), self.weight._version, self._epoch, *clock)
 
     def invalidate(self) -> None:
         """Call after edits autograd cannot see (`weight.data[...] = `): cached prototypes and pending rows become stale."""
@@ -221,27 +232,29 @@ class MarginHead(nn.Module):
 
     @torch.no_grad()
     def prototypes(self) -> Tensor:
-        """Effective unit prototypes (C, D) or (C, K, D) at the head's clock, cached until W, memory or clock change."""
+        """Effective unit prototypes (C, D) or (C, K, D) at the head's clock; cached until W, memory or clock change: read only."""
         now = int(self.steps)
         key = self._key(now)
         if self._cache is None or self._cache[0] != key:
-            made = torch.ops.recog_fast.effective_prototypes(self.weight, *self._injection(now).arguments(), True)
+            with torch.inference_mode(False):  # a cache made while evaluating serves training too
+                made = torch.ops.recog_fast.effective_prototypes(self.weight, *self._injection(now).arguments(), True)
             self._cache = (key, made)
         return self._cache[1]
 
     def logits(self, embeddings: Tensor) -> Tensor:
         """s * cosine (N, C), no margin (max over sub-centers): an N x C tensor, differentiable in embeddings only."""
         _checks.check_embeddings(embeddings, "MarginHead.logits")
+        _checks.check_weight(self.weight, embeddings.shape[1], "MarginHead.logits")
         return self.scale * torch.cat([c for _, c in self._cosines(embeddings)], dim=1)
 
     def _cosines(self, embeddings: Tensor) -> Iterator[tuple[int, Tensor]]:
         """(first class, cosines (N, chunk)) a chunk of classes at a time."""
-        unit = nn.functional.normalize(embeddings.to(self.weight.dtype), dim=1, eps=reference.ZERO_NORM)
+        unit, _ = reference.unit_rows(embeddings.to(self.weight.dtype))
         prototypes = self.prototypes()
         for start in range(0, self.num_classes, _CHUNK):
             rows = prototypes[start : start + _CHUNK]
             cosine = unit @ rows.reshape(-1, self.embedding_dim).t()
-            yield start, cosine.reshape(unit.shape[0], rows.shape[0], -1).amax(dim=2)
+            yield start, cosine.reshape(unit.shape[0], rows.shape[0], self.subcenters).amax(dim=2)
 
     @torch.no_grad()
     def topk(self, embeddings: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -251,6 +264,7 @@ class MarginHead(nn.Module):
         """
         where = "MarginHead.topk"
         _checks.check_embeddings(embeddings, where)
+        _checks.check_weight(self.weight, embeddings.shape[1], where)
         _checks.expect(1 <= k <= self.num_classes, where, f"k in [1, C = {self.num_classes}]", k)
         n = embeddings.shape[0]
         best = torch.empty(n, 0, dtype=self.weight.dtype, device=self.weight.device)
@@ -269,7 +283,8 @@ class MarginHead(nn.Module):
         """
         where = "MarginHead.cosine"
         _checks.check_embeddings(embeddings, where)
-        _checks.check_labels(class_ids, embeddings.shape[0], self.num_classes, where)
+        _checks.check_weight(self.weight, embeddings.shape[1], where)
+        _checks.check_labels(class_ids, embeddings.shape[0], self.num_classes, where, low=0, name="class_ids")
         now = int(self.steps)
         cosine: Tensor = _AttachedCosine.apply(embeddings, self.weight, class_ids.long(), self, self._injection(now), self._key(now))
         return cosine
@@ -285,15 +300,11 @@ class _AttachedCosine(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, embeddings: Tensor, weight: Tensor, ids: Tensor, head: MarginHead, injection: Injection, key: Key) -> Tensor:
         unit, norms = reference.unit_rows(embeddings.to(weight.dtype))
-        near = injection.of(ids)
-        rows = reference.effective_prototypes(weight[ids], *near.arguments()).reshape(ids.numel(), head.subcenters, weight.shape[-1])
-        cosines = torch.einsum("nkd,nd->nk", rows, unit)
-        sub = (cosines == cosines.amax(dim=1, keepdim=True)).to(torch.int8).argmax(dim=1)
-        at = torch.arange(ids.numel(), device=ids.device)
-        ctx.save_for_backward(weight, ids, sub, unit, norms, rows[at, sub])
+        cosine, sub, rows = target_prototypes(unit, weight, ids, injection)
+        ctx.save_for_backward(weight, ids, sub, unit, norms, rows)
         ctx.head, ctx.injection, ctx.key, ctx.dtype = head, injection, key, embeddings.dtype
         ctx.fused = head._fused is not None and head.training
-        return cosines[at, sub]
+        return cosine
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -301,12 +312,13 @@ class _AttachedCosine(torch.autograd.Function):
         weight, ids, sub, unit, norms, rows = ctx.saved_tensors
         d_embeddings = reference.through_normalisation(d_cosine.unsqueeze(1) * rows, unit, norms)
         d_weight = None
-        if ctx.needs_input_grad[1] and ctx.fused:
+        wanted = weight_wanted(ctx, 1)
+        if wanted and ctx.fused:
             terms = unit.new_zeros(reference.TERM_ROWS, ids.numel())
             terms[0], terms[2] = _NO_NEGATIVES, d_cosine
             targets = ids * ctx.head.subcenters + sub
             ctx.head._pending.append(RowRecords(unit, targets, terms, None, ctx.head.scale, ctx.injection, ctx.key))
-        elif ctx.needs_input_grad[1]:
+        elif wanted:
             d_weight = _scatter_rows(weight, ids, sub, d_cosine.unsqueeze(1) * unit, ctx.injection)
         return d_embeddings.to(ctx.dtype), d_weight, None, None, None, None
 

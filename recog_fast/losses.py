@@ -32,8 +32,10 @@ def check_options(
     _checks.expect(0 <= unknown_weight < float("inf"), where, "unknown_weight >= 0", unknown_weight)
     _checks.check_vector(sample_weight, embeddings.shape[0], where, "sample_weight")
     _checks.expect(compute_dtype in (None, torch.float32, torch.bfloat16), where, "compute_dtype None, torch.float32 or torch.bfloat16", compute_dtype)
-    if isinstance(normalizer, (int, float)):
-        _checks.expect(0 < normalizer < float("inf"), where, "normalizer > 0", normalizer)
+    if isinstance(normalizer, Tensor):
+        _checks.expect(normalizer.numel() == 1, where, "normalizer of one element", f"shape {tuple(normalizer.shape)}")
+    if normalizer is not None and not (isinstance(normalizer, Tensor) and normalizer.is_cuda):
+        _checks.expect(0 < float(normalizer) < float("inf"), where, "normalizer > 0", float(normalizer))
 
 
 @overload
@@ -79,7 +81,8 @@ def margin_softmax_loss(
     reduction "mean" = sum_i w_i loss_i / #labelled (`normalizer` replaces the count; 0 when none is labelled), plus
     unknown_weight times the mean excess of the unlabelled rows; "sum" adds all rows; "none" gives (N,).
     compute_dtype: None (bf16 for half-precision embeddings or under autocast), float32 or bfloat16. CPU kernels
-    compute bfloat16 requests in float32: nothing is lost. check_labels is for CUDA; on CPU labels are always checked.
+    compute bfloat16 requests in float32: nothing is lost. check_labels: accepted for CUDA graphs to come; labels are
+    checked in every call, whatever it says.
     Returns the loss in weight's dtype, or (loss, RowStats). Once differentiable in embeddings, weight and the margin's
     parameters. There is no label smoothing and no double backward.
 
@@ -90,7 +93,7 @@ def margin_softmax_loss(
     _checks.check_embeddings(embeddings, where)
     _checks.check_weight(weight, embeddings.shape[1], where)
     _checks.check_labels(labels, embeddings.shape[0], weight.shape[0], where)
-    _checks.check_finite_rows(embeddings, where)
+    _checks.check_finite_rows(embeddings.to(weight.dtype), where)
     _checks.check_memory(weight, memory_rows, strength, slot, where)
     _checks.expect(callable(margin), where, "margin to be callable: (cosine, norms) -> target logit / s", repr(margin))
     check_options(where, embeddings, scale, reduction, unknown_weight, sample_weight, normalizer, compute_dtype)
@@ -128,7 +131,7 @@ def unknown_rejection_loss(
     where = "unknown_rejection_loss"
     _checks.check_embeddings(embeddings, where)
     _checks.check_weight(weight, embeddings.shape[1], where)
-    _checks.check_finite_rows(embeddings, where)
+    _checks.check_finite_rows(embeddings.to(weight.dtype), where)
     _checks.expect(softmax in ("double", "single"), where, "softmax 'double' or 'single'", repr(softmax))
     check_options(where, embeddings, scale, reduction, 1.0, None, None, None)
     labels = torch.full((embeddings.shape[0],), -1, dtype=torch.int64, device=embeddings.device)

@@ -14,15 +14,7 @@ def load() -> tuple[ModuleType | None, str]:
         from . import _native
     except ImportError as error:
         return None, f"not built ({error})"
-    return _native, str(_native.select_isa(""))
-
-
-_forced = ""
-
-
-def forced_isa() -> str:
-    """What `select_isa` was last given; "" for the best one."""
-    return _forced
+    return _native, str(_native.active_isa())
 
 
 @functools.cache
@@ -46,7 +38,4 @@ def select_isa(name: str = "") -> str:
     module, reason = load()
     if module is None:
         raise RuntimeError(f"select_isa: compiled CPU kernels {reason}")
-    global _forced
-    selected = str(module.select_isa(name))
-    _forced = name
-    return selected
+    return str(module.select_isa(name))

@@ -25,7 +25,7 @@ class HeadSGD(torch.optim.Optimizer):
     GradScaler see no gradient (train in bf16, clip the backbone). A margin's own parameters want another optimizer.
 
     Args: head; lr >= 0; momentum in [0, 1); weight_decay >= 0; nesterov (needs momentum > 0). Raises ValueError, TypeError.
-    Source: math.md 1, performance.md (fused step).
+    Source: docs/math.md 1.
     """
 
     def __init__(self, head: MarginHead, lr: float, momentum: float = 0.9, weight_decay: float = 5e-4, nesterov: bool = False) -> None:
@@ -38,6 +38,30 @@ class HeadSGD(torch.optim.Optimizer):
         self.head = head
         super().__init__([head.weight], {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov})
         head.attach(self)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """One group, the head's weight: ValueError for any other (it would never be updated)."""
+        own = not getattr(self, "param_groups", None)
+        _checks.expect(own, "HeadSGD", "the head's weight alone: another optimizer for other parameters", "another group")
+        super().add_param_group(param_group)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch.optim; ValueError for the state of another optimizer or of a head of other shape."""
+        groups = state_dict["param_groups"]
+        known = len(groups) == 1 and set(self.defaults) <= set(groups[0])
+        _checks.expect(known, "HeadSGD", f"one group with {sorted(self.defaults)}", [sorted(g) for g in groups])
+        for buffers in state_dict["state"].values():
+            shape = tuple(buffers["momentum_buffer"].shape)
+            _checks.expect(shape == tuple(self.head.weight.shape), "HeadSGD", f"momentum_buffer of shape {tuple(self.head.weight.shape)}", shape)
+        super().load_state_dict(state_dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "head": self.head}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "head" in state:  # a copy or a pickle: its head is a copy too
+            self.head.attach(self)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Discards pending rows (and weight.grad, should another loss have made one)."""

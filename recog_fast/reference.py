@@ -18,18 +18,18 @@ TERM_ROWS = 5
 
 
 def unit_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x (..., D) -> (x/|x|, |x| (...,)); a row with |x| <= 1e-12 becomes 0. Safe for any finite magnitude."""
+    """x (..., D) -> (x/|x|, |x| (...,)); a row with |x| <= 1e-12 becomes 0, NaN stays NaN. Safe for any finite magnitude."""
     largest = x.abs().amax(dim=-1, keepdim=True)
     scaled = x / torch.where(largest > 0, largest, torch.ones_like(largest))
     norm = scaled.norm(dim=-1, keepdim=True) * largest
-    unit = torch.where(norm > ZERO_NORM, scaled / scaled.norm(dim=-1, keepdim=True).clamp_min(ZERO_NORM), torch.zeros_like(x))
+    unit = torch.where(norm <= ZERO_NORM, torch.zeros_like(x), scaled / scaled.norm(dim=-1, keepdim=True).clamp_min(ZERO_NORM))
     return unit, norm.squeeze(-1)
 
 
 def through_normalisation(d_unit: Tensor, unit: Tensor, norm: Tensor) -> Tensor:
     """dx = (dx^ - <dx^, x^> x^)/|x|; 0 for a zero row."""
     tangent = d_unit - (d_unit * unit).sum(-1, keepdim=True) * unit
-    inverse = torch.where(norm > ZERO_NORM, 1 / norm.clamp_min(ZERO_NORM), torch.zeros_like(norm))
+    inverse = torch.where(norm <= ZERO_NORM, torch.zeros_like(norm), 1 / norm.clamp_min(ZERO_NORM))
     return tangent * inverse.unsqueeze(-1)
 
 
@@ -134,17 +134,18 @@ def negative_logsumexp(
     renormalize: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """L_i = log sum_{j != y_i} exp(s f(c_ij)); nearest negative cosine and class; pull = sum_j softmax_j g(c_ij) P_j."""
-    n, classes = unit_embeddings.shape[0], weight.shape[0]
+    classes = weight.shape[0]
     prototypes = _prototypes(weight, memory_rows, strength, slot, unit, renormalize)
     cosine, sub = _class_cosines(unit_embeddings, prototypes)
     negative = _negatives(labels, classes)
     f, g = _apply_rules(cosine, rules)
     z = (scale * f.double()).masked_fill(~negative, float("-inf"))
     lse = torch.logsumexp(z, dim=1)
-    raw = cosine.masked_fill(~negative, -2.0)
-    nearest = raw.max(dim=1).values if classes else raw.new_full((n,), -2.0)
+    raw = cosine.masked_fill(~negative, float("-inf"))
+    nearest = raw.amax(dim=1)
     index = (raw == nearest.unsqueeze(1)).to(torch.int8).argmax(dim=1)
     index = torch.where(negative.any(dim=1), index, torch.full_like(index, -1))
+    nearest = torch.where(negative.any(dim=1), nearest, torch.full_like(nearest, -2.0))
     share = torch.where(negative, torch.exp(z - lse.unsqueeze(1)), torch.zeros_like(z)).to(cosine.dtype) * g
     pull = _spread(share, sub, prototypes.shape[1]) @ prototypes.reshape(-1, weight.shape[-1])
     return lse, nearest, index, pull
@@ -262,9 +263,3 @@ def center_sparsity(weight: Tensor) -> Tensor:
     unit, _ = unit_rows(weight.double())
     count = unit.shape[0]
     return 1 - (unit.sum(0).square().sum() - count) / (count * (count - 1))
-
-
-def margin_logits(cosine: Tensor, target: Tensor, labels: Tensor, scale: float) -> Tensor:
-    """Logits of a labelled batch as cross_entropy wants them: s c, with s t at the target; for reading and tests."""
-    rows = torch.arange(labels.numel(), device=labels.device)
-    return (scale * cosine).index_put((rows, labels), scale * target)

@@ -25,7 +25,7 @@ class NegativeRule:
     A negative logit is z = s f(c) and its derivative dz/dc = s g(c), with
     f(c) = a2 c^2 + a1 c + a0 and g(c) = b1 c + b0; `above` = (a2, a1, a0, b1, b0) holds where c > threshold of the row,
     `below` elsewhere. g is stated apart from f because some papers detach their weights (g != f').
-    `f_max` bounds f over [-1, 1]: the fixed exponent offset needs it.
+    `f_max` bounds f over [-1, 1]: for sweeps with a fixed exponent offset (the CPU kernels' offset moves).
 
     Raises ValueError for coefficients that are not five finite numbers or a non-finite f_max.
     """

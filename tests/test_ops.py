@@ -15,7 +15,7 @@ from test_margin_softmax import relative
 from torch import Tensor
 
 import recog_fast as rf
-from recog_fast import reference
+from recog_fast import native, reference
 from recog_fast.rules import pack_rules
 
 INJECT = {"vpl": True, "add_norm": True, "add": False}
@@ -176,6 +176,8 @@ def test_opcheck_memory_write() -> None:
 
 def compare(s: dict[str, Any]) -> None:
     """Compiled kernels against the float64 reference, within twice the float32 reference's error and an epsilon."""
+    if native.load()[0] is None:
+        pytest.skip(f"compiled kernels {native.load()[1]}")
     for stem, arguments in calls(s).items():
         run = getattr(torch.ops.recog_fast, stem)
         results = {}
@@ -205,14 +207,14 @@ def compare(s: dict[str, Any]) -> None:
     n=st.sampled_from([0, 1, 3, 15, 16, 17, 33, 130]),
     c=st.sampled_from([1, 2, 47, 48, 49, 961, 2000]),
     d=st.sampled_from([1, 2, 7, 15, 16, 17, 64, 257]),
-    k=st.sampled_from([1, 1, 2, 5]),
+    k=st.sampled_from([1, 1, 2, 5, 48, 49, 100]),  # sub-centers: below, at and above a tile
     rules=st.booleans(),
     memory=st.booleans(),
     seed=st.integers(0, 1000),
 )
 def test_fuzzed_shapes_agree_with_the_reference(n: int, c: int, d: int, k: int, rules: bool, memory: bool, seed: int) -> None:
-    if k > 1 and c > 1000:
-        c = 100
+    if k > 1 and c * k > 2000:
+        c = max(1, 2000 // k)
     compare(sample(n, c, d, k, seed=seed, rules=rules, memory=memory))
 
 

@@ -22,7 +22,7 @@ import recog_fast
 pytestmark = pytest.mark.slow
 
 BUILT = shutil.ignore_patterns(
-    ".git", ".venv", "build", "dist", "runs", "*.egg-info", "__pycache__", "*.so", ".*_cache", ".hypothesis", ".carry"
+    ".git", ".venv", "build", "dist", "runs", "*.egg-info", "__pycache__", "*.so", ".*_cache", ".hypothesis"
 )
 HEAVY = "matplotlib PIL simplejpeg scipy sklearn tensorboard rich jsonargparse yaml safetensors triton".split()
 

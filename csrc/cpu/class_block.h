@@ -71,7 +71,7 @@ static void class_block(const Plan& plan, const ClassOutput& out, int64_t first,
   for (int64_t c = first; c < last; c += plan.tile_classes) {
     const int64_t end = c + plan.tile_classes < last ? c + plan.tile_classes : last;
     Tile tile;
-    prepare(plan, c * K, (end - c) * K, scratch.rows, tile);
+    prepare(plan, c * K, (end - c) * K, scratch, tile);
     cosines(plan, tile, scratch.logits);
     if (K > 1) keep_best_subcenter(plan, tile, scratch.logits);
     mask_targets(plan, tile, scratch.logits);

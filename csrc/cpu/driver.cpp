@@ -104,7 +104,7 @@ void make_plan(const Classes& classes, const Rows& rows, int64_t width, Workspac
 }
 
 struct ThreadMemory {
-  Array<float> logits, rows, gradient, lane, offset, nearest, pull;
+  Array<float> logits, rows, gradient, lane, inverse, offset, nearest, pull;
   Array<double> sum, mean, mass;
   Array<int32_t> index;
   Scratch scratch{};
@@ -115,8 +115,9 @@ struct ThreadMemory {
     logits = Array<float>(tile * plan.lanes);
     rows = Array<float>(tile * plan.depth);
     lane = Array<float>(plan.lanes);
+    inverse = Array<float>(tile);
     if (!forward) gradient = Array<float>(tile * plan.depth);
-    scratch = {logits.get(), rows.get(), gradient.get(), lane.get()};
+    scratch = {logits.get(), rows.get(), gradient.get(), lane.get(), inverse.get()};
     if (!forward) return;
     offset = Array<float>(plan.lanes);
     nearest = Array<float>(plan.lanes);
@@ -130,7 +131,7 @@ struct ThreadMemory {
 
   void reset(const Plan& plan) const {
     std::fill_n(partial.offset, plan.lanes, -1e30f);
-    std::fill_n(partial.nearest, plan.lanes, -2.0f);
+    std::fill_n(partial.nearest, plan.lanes, kMasked);
     std::fill_n(partial.index, plan.lanes, -1);
     std::fill_n(partial.sum, plan.lanes, 0.0);
     std::fill_n(partial.mean, plan.lanes, 0.0);
@@ -148,7 +149,7 @@ struct Total {
   explicit Total(const Plan& plan)
       : offset(plan.N, -1e30), sum(plan.N, 0.0), mean(plan.N, 0.0), mass(plan.N, 0.0),
         pull(plan.want_pull ? plan.N * plan.classes.D : 0, 0.0),
-        nearest(plan.N, -2.0f), index(plan.N, -1) {}
+        nearest(plan.N, kMasked), index(plan.N, -1) {}
 
   void merge(const Plan& plan, const Partial& part, int64_t first_class) {
     for (int64_t n = 0; n < plan.N; ++n) {
@@ -222,6 +223,8 @@ const Kernels& active_kernels() {
   return *chosen;
 }
 
+const char* active_isa() { return active_kernels().name; }
+
 int useful_threads(int threads, int64_t N, int64_t rows, int64_t D) {
   const double work = double(N) * double(rows) * double(D);
   return work < 4e6 ? 1 : std::max(1, threads);
@@ -234,7 +237,7 @@ void row_sweep(const Classes& classes, const Rows& rows, const RowSums& out, int
   const Total total = run_rows(classes, rows, space, threads);
   for (int64_t n = 0; n < rows.N; ++n) {
     out.lse[n] = total.sum[n] == 0.0 ? -std::numeric_limits<double>::infinity() : total.offset[n] + std::log(total.sum[n]);
-    out.nearest_cosine[n] = total.nearest[n];
+    out.nearest_cosine[n] = total.index[n] < 0 ? -2.0f : total.nearest[n];
     out.nearest_index[n] = total.index[n];
   }
   write_pull(total, space.plan, true, out.pull);

@@ -8,6 +8,7 @@
 #include <memory>
 #include <mutex>
 #include <new>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -52,7 +53,11 @@ void ordered_blocks(int64_t blocks, int threads, Work work, Merge merge) {
     }
   };
   std::vector<std::thread> team;
-  for (int t = 1; t < threads && t < blocks; ++t) team.emplace_back(run, t);
+  try {
+    for (int t = 1; t < threads && t < blocks; ++t) team.emplace_back(run, t);
+  } catch (const std::system_error&) {
+    // No more threads to be had: those there, and this one, do the work.
+  }
   run(0);
   for (auto& member : team) member.join();
 }

@@ -10,8 +10,8 @@ namespace recog_fast::cpu {
 constexpr int64_t kTileRows = 48;     // rows of W whose logits are on chip together
 constexpr int64_t kBlockRows = 960;   // rows of W of one queue entry: its partial sums do not depend on who computes it
 constexpr int64_t kDepth = 256;       // k-slice of the first GEMM: a packed panel stays in L1
-constexpr float kMasked = -4.0f;      // a cosine that takes no part (targets, losing sub-centers)
-constexpr float kMaskedBelow = -3.0f;
+constexpr float kMasked = -1e30f;       // a cosine that takes no part (targets, losing sub-centers)
+constexpr float kMaskedBelow = -1e29f;  // no real one is: |U| without renormalize stays far above
 
 inline int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 
@@ -51,7 +51,8 @@ struct Scratch {
   float* logits;    // (tile rows, lanes)
   float* rows;      // (tile rows, depth): prepared prototypes, when W itself cannot be the operand
   float* gradient;  // (tile rows, depth)
-  float* lane;      // (4, lanes)
+  float* lane;      // (lanes,)
+  float* inverse;   // (tile rows,)
 };
 
 struct Kernels {

@@ -15,7 +15,7 @@ struct Classes {
   const void* memory_rows = nullptr;   // (S, D) bfloat16 or float32 (`memory_bf16`), or null
   const float* strength = nullptr;     // (S,)
   const int32_t* slot = nullptr;       // (C,) row of the memory, -1 none
-  int64_t C = 0, K = 1, D = 0;
+  int64_t C = 0, K = 1, D = 0, S = 0;
   bool unit = false;
   bool memory_bf16 = false;
   bool renormalize = true;
@@ -74,6 +74,7 @@ struct ClassOutput {
 
 // Which build of the kernels runs: "avx512", "avx2" or "baseline"; `force` as above, or null for the best this CPU has.
 const char* select_isa(const char* force);
+const char* active_isa();
 
 void row_sweep(const Classes& classes, const Rows& rows, const RowSums& out, int threads);
 void unknown_sweep(const Classes& classes, const Rows& rows, const UnknownSums& out, int threads);

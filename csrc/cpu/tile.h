@@ -6,7 +6,7 @@ struct Tile {
   int64_t stride;
   int64_t first;  // row of W
   int64_t count;  // rows
-  float inverse[kTileRows];
+  float* inverse;  // (count,)
 };
 
 static inline float dot(const float* a, const float* b, int64_t D) {
@@ -45,7 +45,7 @@ static inline float memory_value(const Classes& c, int64_t at) {
 static inline int64_t memory_slot(const Classes& c, int64_t r) {
   if (c.slot == nullptr) return -1;
   const int64_t slot = c.slot[r / c.K];
-  return slot >= 0 && c.strength[slot] != 0.0f ? slot : -1;
+  return slot >= 0 && slot < c.S && c.strength[slot] != 0.0f ? slot : -1;
 }
 
 constexpr float kCancelled = 1e-4f;  // |U| below this: the prototype falls back to W^ (math.md 2)
@@ -70,10 +70,11 @@ static inline void zero_tail(float* row, int64_t D, int64_t depth) {
   for (int64_t d = D; d < depth; ++d) row[d] = 0.0f;
 }
 
-static void prepare(const Plan& plan, int64_t first, int64_t count, float* buffer, Tile& tile) {
+static void prepare(const Plan& plan, int64_t first, int64_t count, Scratch& scratch, Tile& tile) {
   const Classes& c = plan.classes;
   const int64_t D = c.D;
-  tile = {c.weight + first * D, D, first, count, {}};
+  float* buffer = scratch.rows;
+  tile = {c.weight + first * D, D, first, count, scratch.inverse};
   bool injected = false;
   for (int64_t j = 0; j < count; ++j) {
     tile.inverse[j] = c.unit ? 1.0f : inverse_norm(tile.rows + j * D, D);

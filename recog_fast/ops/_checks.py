@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import SupportsFloat
+
 import torch
 from torch import Tensor
 
@@ -30,7 +32,7 @@ def check_embeddings(x: Tensor, where: str, name: str = "embeddings") -> None:
 
 
 def check_weight(weight: Tensor, dimension: int, where: str, name: str = "weight") -> None:
-    """(C, D) or (C, K, D), float32 or float64, contiguous, C >= 1."""
+    """(C, D) or (C, K, D), float32 or float64, C, K, D >= 1."""
     expect_tensor(weight, where, name)
     expect(weight.dim() in (2, 3), where, f"{name} of shape (C, D) or (C, K, D)", f"shape {tuple(weight.shape)}")
     expect(weight.dtype in (torch.float32, torch.float64), where, f"{name} of dtype float32 or float64", str(weight.dtype))
@@ -38,16 +40,17 @@ def check_weight(weight: Tensor, dimension: int, where: str, name: str = "weight
     expect(min(weight.shape) >= 1, where, f"{name} with C, K, D >= 1", f"shape {tuple(weight.shape)}")
 
 
-def check_labels(labels: Tensor, rows: int, classes: int, where: str) -> None:
-    """(N,) integer with values in [-1, C); names the first bad row."""
-    expect_tensor(labels, where, "labels")
-    expect(tuple(labels.shape) == (rows,), where, f"labels of shape (N,) = ({rows},)", f"shape {tuple(labels.shape)}")
+def check_labels(labels: Tensor, rows: int, classes: int, where: str, *, low: int = -1, name: str = "labels") -> None:
+    """(N,) integer with values in [low, C); names the first bad row."""
+    expect_tensor(labels, where, name)
+    expect(tuple(labels.shape) == (rows,), where, f"{name} of shape (N,) = ({rows},)", f"shape {tuple(labels.shape)}")
     integer = not labels.dtype.is_floating_point and not labels.dtype.is_complex and labels.dtype != torch.bool
-    expect(integer, where, "labels of an integer dtype", str(labels.dtype))
-    bad = ((labels < -1) | (labels >= classes)).nonzero()
+    expect(integer, where, f"{name} of an integer dtype", str(labels.dtype))
+    labels = labels.long()  # a narrow or unsigned dtype cannot hold -1 or C
+    bad = ((labels < low) | (labels >= classes)).nonzero()
     if bad.numel():
         row = int(bad[0])
-        expect(False, where, f"labels in [-1, C) = [-1, {classes})", f"{int(labels[row])} in row {row} ({bad.shape[0]} bad rows)")
+        expect(False, where, f"{name} in [{low}, C) = [{low}, {classes})", f"{int(labels[row])} in row {row} ({bad.shape[0]} bad rows)")
 
 
 def check_finite_rows(x: Tensor, where: str, name: str = "embeddings") -> None:
@@ -67,7 +70,7 @@ def check_vector(value: Tensor | None, rows: int, where: str, name: str) -> None
 
 def check_scale(scale: float, where: str) -> None:
     """A finite positive number."""
-    expect(isinstance(scale, (int, float)) and 0 < float(scale) < float("inf"), where, "scale > 0 and finite", repr(scale))
+    expect(isinstance(scale, SupportsFloat) and 0 < float(scale) < float("inf"), where, "scale > 0 and finite", repr(scale))
 
 
 def check_memory(
@@ -85,6 +88,8 @@ def check_memory(
         expect(rows.shape[0] == weight.shape[0], where, f"memory_rows with S = C = {weight.shape[0]} rows when slot is None", f"{rows.shape[0]} rows")
         return
     check_vector(expect_tensor(slot, where, "slot"), weight.shape[0], where, "slot")
+    expect(not slot.dtype.is_floating_point, where, "slot of an integer dtype", str(slot.dtype))
+    slot = slot.long()
     outside = ((slot < -1) | (slot >= rows.shape[0])).nonzero()
     if outside.numel():
         at = int(outside[0])

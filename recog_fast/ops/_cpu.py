@@ -8,6 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..reference import TERM_ROWS
+from ..rules import RULE_ROWS
+from . import _checks
+
 
 def float_rows(t: Tensor) -> Tensor:
     """Contiguous float32 (no copy where it already is)."""
@@ -17,6 +21,17 @@ def float_rows(t: Tensor) -> Tensor:
 def address(t: Tensor | None) -> int:
     """Where the data lies; 0 for None."""
     return 0 if t is None else t.data_ptr()
+
+
+def float_terms(terms: Tensor, rows: int) -> Tensor:
+    """`terms` (5, N) as the kernels read them."""
+    _expect_shape(terms, (TERM_ROWS, rows), "terms (5, N)")
+    return float_rows(terms)
+
+
+def _expect_shape(t: Tensor, shape: tuple[int, ...], name: str) -> None:
+    """The kernels read by pointer: what torch.ops.recog_fast.* is given must fit, whoever calls it."""
+    _checks.expect(tuple(t.shape) == shape, "recog_fast", f"{name} = {shape}", f"shape {tuple(t.shape)}")
 
 
 class Operands:
@@ -34,6 +49,7 @@ class Operands:
         renormalize: bool = True,
     ) -> None:
         self.module = module
+        _checks.expect(weight.dim() in (2, 3), "recog_fast", "weight of shape (C, D) or (C, K, D)", tuple(weight.shape))
         self.weight = float_rows(weight)
         self.memory = self._memory(memory_rows, strength, slot)
         self.subcenters = weight.shape[1] if weight.dim() == 3 else 1
@@ -46,6 +62,7 @@ class Operands:
             C=weight.shape[0],
             K=self.subcenters,
             D=weight.shape[-1],
+            S=0 if rows is None else rows.shape[0],
             unit=unit,
             memory_bf16=rows is not None and rows.dtype == torch.bfloat16,
             renormalize=renormalize,
@@ -56,6 +73,10 @@ class Operands:
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         if memory_rows is None or strength is None:
             return None, None, None
+        s, c = memory_rows.shape[0], self.weight.shape[0]
+        _expect_shape(memory_rows, (s, self.weight.shape[-1]), "memory_rows (S, D)")
+        _expect_shape(strength, (s,), "strength (S,)")
+        _expect_shape(slot, (c,), "slot (C,)") if slot is not None else _checks.expect(s == c, "recog_fast", "S = C without slot", s)
         if slot is None:
             slot = torch.arange(self.weight.shape[0], dtype=torch.int32)
         rows = memory_rows.detach().contiguous()
@@ -65,6 +86,11 @@ class Operands:
 
     def rows(self, unit_embeddings: Tensor, targets: Tensor, rules: Tensor | None, scale: float) -> Any:
         """The extension's Rows; `targets` are rows of W (class * K + sub-center)."""
+        n = unit_embeddings.shape[0]
+        _expect_shape(unit_embeddings, (n, self.weight.shape[-1]), "unit_embeddings (N, D)")
+        _expect_shape(targets, (n,), "targets (N,)")
+        if rules is not None:
+            _expect_shape(rules, (RULE_ROWS, n), "rules (12, N)")
         self.unit_embeddings = float_rows(unit_embeddings)
         self.targets = targets.to(torch.int64).contiguous()
         self.rules = None if rules is None else float_rows(rules)

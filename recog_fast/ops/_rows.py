@@ -1,4 +1,4 @@
-"""Row records: all a class sweep needs of a batch once the forward sweep is done (architecture.md)."""
+"""Row records: all a class sweep needs of a batch once the forward sweep is done (CONTRIBUTING.md)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..rules import NO_CLAMP, NO_THRESHOLD, PLAIN
 
-Key = tuple[int, ...]
+Key = tuple[int | float, ...]
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ class Injection:
 
 @dataclass(frozen=True)
 class RowRecords:
-    """unit_embeddings (N, D), targets (N,) rows of W, terms (5, N), rules (12, N) or None; `key` is the state of W,
-    memory and clock they were made under."""
+    """unit_embeddings (N, D), targets (N,) rows of W, terms (5, N), rules (12, N) or None; `key` is the state of scale,
+    W, memory and clock they were made under."""
 
     unit_embeddings: Tensor
     targets: Tensor

@@ -33,7 +33,7 @@ def _cpu_kernel(
         )
     operands = _cpu.Operands(module, weight, memory_rows, strength, slot, unit=unit, renormalize=renormalize)
     rows = operands.rows(unit_embeddings, targets, rules, scale)
-    packed = _cpu.float_rows(terms)
+    packed = _cpu.float_terms(terms, unit_embeddings.shape[0])
     gradient = torch.empty_like(operands.weight)
     module.class_sweep(
         operands.classes,

@@ -12,7 +12,9 @@ from . import _checks, _cpu, _library
 from .class_gradient import STEP
 
 
-def _check_in_place(t: Tensor, name: str) -> None:
+def _check_in_place(t: Tensor, weight: Tensor, name: str) -> None:
+    _checks.expect(t.shape == weight.shape, "class_step", f"{name} of shape {tuple(weight.shape)}", tuple(t.shape))
+    _checks.expect(t.dtype == torch.float32 and t.device == weight.device, "class_step", f"a float32 {name} beside weight", (t.dtype, t.device))
     _checks.expect(t.is_contiguous(), "class_step", f"a contiguous {name} (it is updated in place)", f"strides {t.stride()}")
 
 
@@ -44,11 +46,11 @@ def _cpu_kernel(
             unit_embeddings, targets, terms, weight, velocity, scale, rules, memory_rows, strength, slot,
             renormalize, lr, momentum, weight_decay, nesterov,
         )  # fmt: skip
-    _check_in_place(weight, "weight")
-    _check_in_place(velocity, "velocity")
+    _check_in_place(weight, weight, "weight")
+    _check_in_place(velocity, weight, "velocity")
     operands = _cpu.Operands(module, weight, memory_rows, strength, slot, renormalize=renormalize)
     rows = operands.rows(unit_embeddings, targets, rules, scale)
-    packed = _cpu.float_rows(terms)
+    packed = _cpu.float_terms(terms, unit_embeddings.shape[0])
     module.class_sweep(
         operands.classes,
         rows,

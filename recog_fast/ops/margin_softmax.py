@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -36,6 +37,7 @@ class LossOptions:
     normalizer: float | Tensor | None = None
     on_rows: Callable[[RowRecords], None] | None = None
     key: Key = ()
+    record: bool = True  # a backward pass may follow
 
     def parameters(self) -> tuple[nn.Parameter, ...]:
         """Learnable parameters of the margin: they get their gradient too."""
@@ -79,7 +81,7 @@ class _Unknown:
     kind: int
 
 
-def _target_prototypes(unit: Tensor, weight: Tensor, labels: Tensor, injection: Injection) -> tuple[Tensor, Tensor, Tensor]:
+def target_prototypes(unit: Tensor, weight: Tensor, labels: Tensor, injection: Injection) -> tuple[Tensor, Tensor, Tensor]:
     """Target cosine (N,), winning sub-center (N,), its prototype (N, D); label -1 uses class 0 as filler."""
     ids = labels.clamp_min(0)
     rows = reference.effective_prototypes(weight[ids], *injection.of(ids).arguments())
@@ -92,8 +94,10 @@ def _target_prototypes(unit: Tensor, weight: Tensor, labels: Tensor, injection: 
 
 def _run_margin(options: LossOptions, cosine: Tensor, norms: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """The margin's little graph over N numbers: leaves (cosine, norms) and outputs (target, penalty)."""
-    with torch.enable_grad():
-        c, n = cosine.detach().requires_grad_(), norms.detach().requires_grad_()
+    with torch.set_grad_enabled(options.record):
+        c, n = cosine.detach(), norms.detach()
+        if options.record:
+            c, n = c.requires_grad_(), n.requires_grad_()
         if options.margin is None:
             return c, n, c * 1.0, None
         target = options.margin(c, n)
@@ -107,7 +111,7 @@ def _run_margin(options: LossOptions, cosine: Tensor, norms: Tensor) -> tuple[Te
 def _sweep(unit: Tensor, norms: Tensor, weight: Tensor, labels: Tensor, options: LossOptions) -> tuple[_Batch, RowStats]:
     """Target cosines, margin, forward sweep; rows' statistics."""
     margin = options.margin
-    cosine, sub, target_prototypes = _target_prototypes(unit, weight, labels, options.injection)
+    cosine, sub, rows = target_prototypes(unit, weight, labels, options.injection)
     labelled = labels >= 0
     cosine = torch.where(labelled, cosine, torch.zeros_like(cosine))
     if margin is not None and hasattr(margin, "update") and getattr(margin, "training", True):
@@ -133,7 +137,7 @@ def _sweep(unit: Tensor, norms: Tensor, weight: Tensor, labels: Tensor, options:
         torch.where(labelled, zero, probability).float(),
         zero.float(),
     )
-    batch = _Batch(unit, norms, labels, targets, target_prototypes, leaf, norm_leaf, target, penalty, rules, lse, pull, q)
+    batch = _Batch(unit, norms, labels, targets, rows, leaf, norm_leaf, target, penalty, rules, lse, pull, q)
     return batch, stats
 
 
@@ -168,7 +172,7 @@ def _reject_unknown(batch: _Batch, nearest: Tensor, weight: Tensor, options: Los
 def _reject_double(batch: _Batch, weight: Tensor, options: LossOptions, at: Tensor, nearest: Tensor) -> _Unknown:
     """The double softmax: sums over all classes but the nearest, whose p_0 = 1 - (their mass) enters by itself."""
     unit, lse, pull, classes = batch.unit[at], batch.lse[at], batch.pull[at].double(), weight.shape[0]
-    cosine, sub, top_prototype = _target_prototypes(unit, weight, nearest, options.injection)
+    cosine, sub, top_prototype = target_prototypes(unit, weight, nearest, options.injection)
     estimate = torch.exp(options.scale * cosine.double() - lse).clamp_max(1.0)
     first_mean = (estimate * torch.expm1(estimate)).to(unit.dtype)
     mass, remainder, mean, push = torch.ops.recog_fast.unknown_rejection(
@@ -207,7 +211,7 @@ def _row_shares(batch: _Batch, unknown: _Unknown | None, options: LossOptions) -
     if options.reduction != "mean":
         return torch.ones_like(batch.lse)
     labelled = batch.labelled
-    count = labelled.sum().clamp_min(1).double() if options.normalizer is None else torch.as_tensor(options.normalizer, device=labelled.device).double()
+    count = labelled.sum().clamp_min(1).double() if options.normalizer is None else torch.as_tensor(options.normalizer, device=labelled.device).double().reshape(())
     unlabelled = (~labelled).sum().clamp_min(1).double()
     return torch.where(labelled, 1 / count, 1 / unlabelled)
 
@@ -265,7 +269,7 @@ class _MarginSoftmax(torch.autograd.Function):
         (weight,) = ctx.saved_tensors
         with torch.autocast(d_loss.device.type, enabled=False), _library.use_backend(ctx.backend):
             d_embeddings, record, d_parameters = _backward_rows(ctx, d_loss)
-            d_weight = _class_gradient(weight, record, ctx.options) if ctx.needs_input_grad[1] else None
+            d_weight = _class_gradient(weight, record, ctx.options) if weight_wanted(ctx, 1) else None
         return d_embeddings.to(ctx.dtype), d_weight, None, None, *d_parameters
 
 
@@ -274,9 +278,8 @@ def _backward_rows(ctx: Any, d_loss: Tensor) -> tuple[Tensor, RowRecords, list[T
     batch, unknown, options = ctx.batch, ctx.unknown, ctx.options
     dtype = batch.unit.dtype
     d_rows = d_loss.double() * ctx.shares
-    d_margin = torch.where(batch.labelled, d_rows, torch.zeros_like(d_rows))
-    if options.sample_weight is not None:
-        d_margin = d_margin * options.sample_weight.double()
+    weighted = d_rows if options.sample_weight is None else d_rows * options.sample_weight.double()
+    d_margin = torch.where(batch.labelled, weighted, torch.zeros_like(d_rows))
     d_logit = options.scale * d_margin * batch.q
     d_cosine, d_norms, *d_parameters = _margin_gradients(batch, ctx.parameters, -d_logit, d_margin)
     negative = d_logit.to(dtype)
@@ -293,6 +296,18 @@ def _backward_rows(ctx: Any, d_loss: Tensor) -> tuple[Tensor, RowRecords, list[T
     return d_embeddings, record, d_parameters
 
 
+def weight_wanted(ctx: Any, position: int) -> bool:
+    """Whether this backward pass is to reach the weight, input number `position` of the node: torch.autograd.grad(loss,
+    embeddings) is not, and must leave no rows for the fused optimizer."""
+    if not ctx.needs_input_grad[position]:
+        return False
+    node = ctx.next_functions[position][0]
+    try:
+        return node is None or bool(torch._C._will_engine_execute_node(node))
+    except RuntimeError:  # the weight itself was asked for: autograd.grad(loss, weight)
+        return True
+
+
 def _class_gradient(weight: Tensor, record: RowRecords, options: LossOptions) -> Tensor | None:
     """dW, or None where a fused optimizer takes the rows instead."""
     if options.on_rows is not None:
@@ -306,5 +321,6 @@ def _class_gradient(weight: Tensor, record: RowRecords, options: LossOptions) ->
 
 def margin_softmax(embeddings: Tensor, weight: Tensor, labels: Tensor, options: LossOptions) -> tuple[Tensor, RowStats]:
     """Loss and statistics of checked inputs; what `margin_softmax_loss`, `unknown_rejection_loss` and `MarginHead` share."""
+    options = dataclasses.replace(options, record=torch.is_grad_enabled())
     loss, *stats = _MarginSoftmax.apply(embeddings, weight, labels.long(), options, *options.parameters())
     return loss, RowStats(*stats)

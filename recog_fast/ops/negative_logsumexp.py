@@ -40,7 +40,9 @@ def _cpu_kernel(
     rows = operands.rows(unit_embeddings, _target_rows(labels, weight), rules, scale)
     n, dimension = unit_embeddings.shape
     lse = torch.empty(n, dtype=torch.float64)
-    cosine, index, pull = torch.empty(n), torch.empty(n, dtype=torch.int64), torch.empty(n, dimension)
+    # float32 by name: the kernels write it whatever torch's default dtype is
+    cosine, pull = torch.empty(n, dtype=torch.float32), torch.empty(n, dimension, dtype=torch.float32)
+    index = torch.empty(n, dtype=torch.int64)
     module.row_sweep(
         operands.classes,
         rows,

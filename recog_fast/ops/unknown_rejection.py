@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from . import _cpu, _library
+from . import _checks, _cpu, _library
 
 Sums = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -32,11 +32,12 @@ def _cpu_kernel(
             unit_embeddings, weight, nearest, lse, first_mean, scale, memory_rows, strength, slot, unit, renormalize
         )
     n, dimension = unit_embeddings.shape
+    _checks.expect(lse.numel() == n and first_mean.numel() == n, "unknown_rejection", f"lse and first_mean of shape ({n},)", (tuple(lse.shape), tuple(first_mean.shape)))
     operands = _cpu.Operands(module, weight, memory_rows, strength, slot, unit=unit, renormalize=renormalize)
     rows = operands.rows(unit_embeddings, nearest * operands.subcenters, None, scale)
     exact, first = lse.detach().double().contiguous(), _cpu.float_rows(first_mean)
     mass, remainder, mean = torch.empty(3, n, dtype=torch.float64).unbind()
-    pull = torch.empty(n, dimension)
+    pull = torch.empty(n, dimension, dtype=torch.float32)
     module.unknown_sweep(
         operands.classes,
         rows,
