@@ -71,6 +71,12 @@ def load_checkpoint(path: str | os.PathLike[str], *, head: torch.nn.Module, opti
     Raises CheckpointError (a ValueError) when the folder is missing, a file is damaged, or the contents do not fit.
     """
     content = read_checkpoint(path)
+    shapes = {name: tuple(value.shape) for name, value in head.state_dict().items()}
+    for name, value in content["head"].items():  # before anything is copied: a refused checkpoint changes nothing
+        if shapes.get(name, tuple(value.shape)) != tuple(value.shape):
+            raise CheckpointError(
+                f"load_checkpoint: {path} does not fit this head: expected {name} of shape {shapes[name]}, got {tuple(value.shape)}"
+            )
     try:
         head.load_state_dict(content.pop("head"))
     except (RuntimeError, KeyError) as error:
@@ -160,6 +166,8 @@ def _encode(value: Any, key: str, tensors: dict[str, Tensor]) -> Any:
     """JSON form of `value`; tensors are put into `tensors` under their path and referred to."""
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
+    while key in tensors:  # {"a/b": t, "a": {"b": u}} meet at one path
+        key += "'"
     if isinstance(value, Tensor):
         tensors[key] = value.detach()
         return {"tensor": key}

@@ -208,3 +208,16 @@ def test_a_crash_between_the_renames_of_a_checkpoint_loses_nothing(tmp_path: Pat
     prune_checkpoints(tmp_path, 1)
     assert latest_checkpoint(tmp_path) == path
     assert rf.load_checkpoint(path, head=rf.MarginHead(5, 4))["step"] == 1
+
+
+def test_checkpoint_names_that_meet_and_heads_that_do_not_fit(tmp_path: Path) -> None:
+    more = {"a/b": torch.zeros(2), "a": {"b": torch.ones(2)}, 1: torch.full((2,), 2.0), "1": torch.full((2,), 3.0)}
+    head = rf.MarginHead(5, 4)
+    head.steps += 7
+    rf.save_checkpoint(tmp_path / "c", head=head, step=1, more=more)
+    loaded = rf.load_checkpoint(tmp_path / "c", head=rf.MarginHead(5, 4))["more"]
+    assert [loaded["a/b"][0], loaded["a"]["b"][0], loaded[1][0], loaded["1"][0]] == [0, 1, 2, 3]
+    other = rf.MarginHead(6, 4)
+    with pytest.raises(ValueError, match=r"does not fit this head: expected weight of shape \(6, 4\), got \(5, 4\)"):
+        rf.load_checkpoint(tmp_path / "c", head=other)
+    assert int(other.steps) == 0
