@@ -17,10 +17,10 @@ help:
 	@echo "make clean   remove everything built but .venv and runs"
 
 demo: build
-	$(PY) -m recog_fast demo $(ARGS)
+	OMP_WAIT_POLICY=$${OMP_WAIT_POLICY:-passive} $(PY) -m recog_fast demo $(ARGS)
 
 test: build
-	$(PY) -m pytest tests $(ARGS)
+	$(PY) -m pytest $(ARGS)
 
 bench: build
 	$(PY) -m pytest benchmarks $(ARGS)

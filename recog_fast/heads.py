@@ -30,8 +30,9 @@ class MarginHead(nn.Module):
     Args:
         num_classes, embedding_dim: C, D. margin: see `recog_fast.margins`; a margin with state is a submodule and is
             updated once per training forward. scale: s. subcenters: K; W is then (C, K, D) and c = max over k.
-        memory: a `PrototypeMemory` whose rows are injected into the prototypes; part of state_dict. The head owns its
-            clock: writes take effect after the optimizer step (without HeadSGD: at the next training forward).
+        memory: a `PrototypeMemory` whose rows are injected into the prototypes; part of state_dict. Something must fill it:
+            pass `keys=` to every training forward (the momentum encoder's embeddings, or `embeddings.detach()`), or call
+            `memory.write(embeddings, labels, step)` after backward. The head owns its clock: writes take effect after the optimizer step (without HeadSGD: at the next training forward).
         unknown_weight: weight of the UIR excess of rows labelled -1 (UIR: 0.1). compute_dtype: as `margin_softmax_loss`.
     W is drawn from N(0, 0.01). Without `HeadSGD`, backward fills weight.grad; with it, backward leaves row records here
     and weight.grad stays None: clip the backbone's gradients only.
@@ -57,7 +58,7 @@ class MarginHead(nn.Module):
         super().__init__()
         for name, value in (("num_classes", num_classes), ("embedding_dim", embedding_dim), ("subcenters", subcenters)):
             _checks.expect(isinstance(value, SupportsIndex) and operator.index(value) >= 1, "MarginHead", f"{name} >= 1", value)
-        _checks.expect(callable(margin), "MarginHead", "margin to be callable: (cosine, norms) -> target logit / s", margin)
+        _checks.check_margin(margin, "MarginHead")
         check_options("MarginHead", torch.empty(0, 1), scale, "mean", unknown_weight, None, None, compute_dtype)
         shape = (num_classes, embedding_dim) if subcenters == 1 else (num_classes, subcenters, embedding_dim)
         self.num_classes, self.embedding_dim, self.subcenters = map(operator.index, (num_classes, embedding_dim, subcenters))

@@ -95,7 +95,7 @@ def margin_softmax_loss(
     _checks.check_labels(labels, embeddings.shape[0], weight.shape[0], where)
     _checks.check_finite_rows(embeddings.to(weight.dtype), where)
     _checks.check_memory(weight, memory_rows, strength, slot, where)
-    _checks.expect(callable(margin), where, "margin to be callable: (cosine, norms) -> target logit / s", repr(margin))
+    _checks.check_margin(margin, where)
     check_options(where, embeddings, scale, reduction, unknown_weight, sample_weight, normalizer, compute_dtype)
     options = LossOptions(
         margin=margin,

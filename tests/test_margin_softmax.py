@@ -400,6 +400,7 @@ BAD = [
     ({"unknown_weight": -1.0}, "unknown_weight >= 0"),
     ({"sample_weight": torch.ones(3)}, r"sample_weight of shape \(N,\) = \(2,\)"),
     ({"margin": "arc"}, "margin to be callable"),
+    ({"margin": rf.ArcFace}, "margin to be a margin, not its class, got the class ArcFace"),
     ({"margin": lambda c, n: c.sum()}, r"margin to return a tensor of shape \(N,\)"),
     ({"memory_rows": torch.ones(4, 3)}, "memory_rows and strength together"),
     ({"memory_rows": torch.ones(3, 3), "strength": torch.ones(3)}, "S = C = 4 rows"),

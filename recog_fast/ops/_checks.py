@@ -73,6 +73,12 @@ def check_scale(scale: float, where: str) -> None:
     expect(isinstance(scale, SupportsFloat) and 0 < float(scale) < float("inf"), where, "scale > 0 and finite", repr(scale))
 
 
+def check_margin(margin: object, where: str) -> None:
+    """A callable, and no class (`margin=ArcFace` for `margin=ArcFace()`)."""
+    expect(not isinstance(margin, type), where, "margin to be a margin, not its class", f"the class {getattr(margin, '__name__', margin)}: call it")
+    expect(callable(margin), where, "margin to be callable: (cosine, norms) -> target logit / s", repr(margin))
+
+
 def check_memory(
     weight: Tensor, memory_rows: Tensor | None, strength: Tensor | None, slot: Tensor | None, where: str
 ) -> None:

@@ -52,7 +52,7 @@ class AugmentConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One training run; `recog-fast train --help` lists the fields."""
+    """One training run; `recog-fast train --help-settings` lists the fields."""
 
     data: DataConfig = field(default_factory=DataConfig)
     unlabelled: DataConfig | None = None  # images of unknown people, mixed in with label -1 (set unknown_weight)

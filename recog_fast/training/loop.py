@@ -72,6 +72,7 @@ class Run:
     total: int
     step: int = 0  # optimizer steps done
     skipped: int = 0  # steps left out for non-finite values
+    corrupt: int = 0  # unreadable images reported on the console
 
 
 @dataclass(frozen=True)
@@ -379,6 +380,9 @@ def _log_training(run: Run, log: Log, lr: float, speed: float) -> None:
     values = {**means, "lr": lr, "epoch": float(epoch), "images_per_second": speed}
     if corrupt := run.images.corrupt():
         values["corrupt_images"] = float(corrupt)
+        if corrupt > run.corrupt:
+            log.line(f"{corrupt} unreadable images replaced so far, listed in {run.config.output}/corrupt_*.jsonl")
+            run.corrupt = corrupt
     if run.skipped:
         values["skipped_steps"] = float(run.skipped)
     log.scalars(run.step, values)
