@@ -67,14 +67,9 @@ static void finish_row(const Plan& plan, const ClassOutput& out, int64_t r, floa
 }
 
 static void class_block(const Plan& plan, const ClassOutput& out, int64_t first, int64_t last, Scratch& scratch) {
-  const int64_t K = plan.classes.K;
   for (int64_t c = first; c < last; c += plan.tile_classes) {
     const int64_t end = c + plan.tile_classes < last ? c + plan.tile_classes : last;
-    Tile tile;
-    prepare(plan, c * K, (end - c) * K, scratch, tile);
-    cosines(plan, tile, scratch.logits);
-    if (K > 1) keep_best_subcenter(plan, tile, scratch.logits);
-    mask_targets(plan, tile, scratch.logits);
+    const Tile tile = tile_cosines(plan, c, end, scratch);
     logit_gradients(plan, tile, scratch.logits);
     for (int64_t d = 0; d < plan.depth; d += kPanel)
       gemm_panel(tile.count, scratch.logits, plan.lanes, 1, plan.x_columns + d * plan.N, kPanel, scratch.gradient + d,

@@ -98,11 +98,7 @@ static void row_block(const Plan& plan, int64_t first, int64_t last, Partial& ou
   const int64_t K = plan.classes.K;
   for (int64_t c = first; c < last; c += plan.tile_classes) {
     const int64_t end = c + plan.tile_classes < last ? c + plan.tile_classes : last;
-    Tile tile;
-    prepare(plan, c * K, (end - c) * K, scratch, tile);
-    cosines(plan, tile, scratch.logits);
-    if (K > 1) keep_best_subcenter(plan, tile, scratch.logits);
-    mask_targets(plan, tile, scratch.logits);
+    const Tile tile = tile_cosines(plan, c, end, scratch);
     if (plan.unknown) {
       unknown_terms(plan, tile, scratch.logits, out);
     } else {

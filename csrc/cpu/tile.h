@@ -149,6 +149,17 @@ static void mask_targets(const Plan& plan, const Tile& tile, float* logits) {
   }
 }
 
+// The tile of classes [first, last): prototypes and masked cosines, in scratch.
+static Tile tile_cosines(const Plan& plan, int64_t first, int64_t last, Scratch& scratch) {
+  const int64_t K = plan.classes.K;
+  Tile tile;
+  prepare(plan, first * K, (last - first) * K, scratch, tile);
+  cosines(plan, tile, scratch.logits);
+  if (K > 1) keep_best_subcenter(plan, tile, scratch.logits);
+  mask_targets(plan, tile, scratch.logits);
+  return tile;
+}
+
 // The rule of lane n at cosine c: f, and g = 0 where the cosine is clamped.
 struct Rule {
   vf f, g;

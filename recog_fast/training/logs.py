@@ -93,11 +93,6 @@ class Log:
         )
 
 
-def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl as dicts."""
-    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
-
-
 def _truncate(path: Path, step: int) -> None:
     """Keeps the lines up to `step`; a half-written last line goes too."""
     if not path.is_file():
