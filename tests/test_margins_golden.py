@@ -151,12 +151,13 @@ def test_golden_margins_on_injected_prototypes(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", cases("mag_reg"))
-def test_golden_magface_penalty(name: str) -> None:
+@pytest.mark.parametrize(("dtype", "close"), [(torch.float64, CLOSE), (torch.float32, {"rtol": 1e-5, "atol": 1e-6})])
+def test_golden_magface_penalty(name: str, dtype: torch.dtype, close: dict[str, float]) -> None:
     case = load(name)
     # um stays above lm for any la < ua; only la, ua and lambda_g enter the penalty.
     margin = MagFace(la=case.kwargs["la"], ua=case.kwargs["ua"], lambda_g=35.0)
-    norms = case["in_norm"].requires_grad_()
+    norms = case["in_norm"].to(dtype).requires_grad_()
     penalty = margin.penalty(norms)
     (d_norms,) = torch.autograd.grad(penalty.sum(), norms)
-    torch.testing.assert_close(penalty, 35.0 * case["out_g"], **CLOSE)
-    torch.testing.assert_close(d_norms, 35.0 * case["grad_dnorm"], **CLOSE)
+    torch.testing.assert_close(penalty.double(), 35.0 * case["out_g"], **close)
+    torch.testing.assert_close(d_norms.double(), 35.0 * case["grad_dnorm"], **close)
