@@ -256,6 +256,14 @@ def test_corrupt_image_is_replaced_and_counted(tmp_path: Path) -> None:
         train(settings(tmp_path, folder, data__max_corrupt=0, output=str(tmp_path / "strict")))
 
 
+def test_unreadable_held_out_images_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = make_folder(tmp_path / "faces", identities=10, images=5)
+    for identity in folder.iterdir():
+        (identity / "2.png").write_bytes(b"\x89PNG no image")
+    train(settings(tmp_path, folder, data__holdout_classes=5, val_targets=["holdout"], val_pairs=24, num_epoch=1, batch_size=8))
+    assert "holdout: 5 unreadable images are in no verification pair" in capsys.readouterr().out
+
+
 def test_holdout_split_is_by_identity(tmp_path: Path, folder: Path) -> None:
     images = TrainingImages(settings(tmp_path, folder, data__holdout_classes=0.3))
     kept = {Path(p).parent.name for p in images.parts[0].dataset.paths}

@@ -104,6 +104,9 @@ def train(config: TrainConfig) -> TrainResult:
     metrics: dict[str, float] = {}
     with Log(Path(config.output), run.step, run.total) as log, stop_signals() as stop:
         _announce(run, log)
+        for chosen in pairs:
+            if chosen.unreadable:
+                log.line(f"{chosen.name}: {chosen.unreadable} unreadable images are in no verification pair")
         clock, seen = time.monotonic(), 0
         for batch in _steps(run):
             lr = config.lr * rate(run.step)

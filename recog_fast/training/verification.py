@@ -26,6 +26,7 @@ class PairSet:
     first: NDArray[np.int64]  # (P,)
     second: NDArray[np.int64]  # (P,)
     same: NDArray[np.bool_]  # (P,)
+    unreadable: int = 0  # images of the split that could not be decoded and are in no pair
 
 
 def pair_sets(config: TrainConfig, images: TrainingImages) -> list[PairSet]:
@@ -93,8 +94,9 @@ def pairs_of_split(name: str, split: Split, size: int, pairs: int, seed: int) ->
     both = np.stack(chosen, axis=1).reshape(-1, 2)
     images = [decoded[i] for i in readable]
     return PairSet(
-        name, [image for image in images if image is not None], both[:, 0], both[:, 1], np.arange(2 * count) % 2 == 0
-    )
+        name, [image for image in images if image is not None], both[:, 0], both[:, 1], np.arange(2 * count) % 2 == 0,
+        len(decoded) - len(images),
+    )  # fmt: skip
 
 
 def verify(
