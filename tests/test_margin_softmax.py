@@ -95,11 +95,11 @@ def test_golden(name: str, route: Route) -> None:
         error = (stats.lse.double() - case["out_lse_neg"]).abs()[labelled]
         # statistics are float32 whatever the route
         assert error.numel() == 0 or error.max() <= 2e-6 * case.kwargs["s"] + 1e-6 * case["out_lse_neg"][labelled].abs().max()
-    assert (stats.target_probability.double() - case["out_p_y"]).abs()[labelled].max().item() <= 1e-4 * max(1, case.kwargs["s"] / 64) if bool(labelled.any()) else True
+    assert (stats.target_probability.double() - case["out_p_y"]).abs()[labelled].max().item() <= 1e-4 if bool(labelled.any()) else True
     if "cos=+-1" in case.tags:
         assert bool(torch.isfinite(d_x).all()) and bool(torch.isfinite(d_w).all())
     else:
-        allowed = budget(route)[2] * max(1.0, case.kwargs["s"] / 64)
+        allowed = budget(route)[2]
         assert relative(d_x, case["grad_dX"]) <= allowed
         assert relative(d_w, case["grad_dW"]) <= allowed
     if "out_state" in case and exact:
@@ -142,7 +142,7 @@ def test_golden_shards(name: str, route: Route) -> None:
         parts.append((lse, cosine, torch.where(index >= 0, index + start, index)))
         assert torch.equal(torch.where(parts[-1][2] >= 0, parts[-1][2] - start, -1), _local(case, shard, start))
     total = torch.logsumexp(torch.stack([p[0] for p in parts]).double(), dim=0)
-    assert (total - case["out_lse_neg"]).abs().max() <= 1e-4
+    assert (total - case["out_lse_neg"]).abs().max() <= (1e-9 if route.dtype == torch.float64 else 1e-4)
 
 
 def _local(case: Case, shard: int, start: int) -> Tensor:

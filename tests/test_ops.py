@@ -53,16 +53,17 @@ def test_golden_unknown_rejection(name: str, route: Route) -> None:
         loss, stats = rf.unknown_rejection_loss(x, w, scale=case.kwargs["s"], softmax=variant, reduction="none", return_stats=True)
         d_x, d_w = torch.autograd.grad((loss * case["in_gout"].to(loss.dtype)).sum(), (x, w))
     exact = route.dtype == torch.float64
-    classes = w.shape[0]
-    # float32: a cosine is worth s 1.2e-7 of p, so twice that of the double excess; C s 1.2e-7 of the single one
-    unit = 1.2e-7 * case.kwargs["s"]
-    allowed = 2e-8 + 2 * unit * case["out_excess"].abs() + (0 if variant == "double" else 2 * unit * classes)
+    # float32: the page's 1e-6 |loss| + 2e-6 s; the double excess better still: a cosine is worth s 1.2e-7 of p
+    size = case["out_excess"].abs()
+    page = 1e-6 * size + 2e-6 * case.kwargs["s"]
+    allowed = page if variant == "single" else torch.minimum(page, 2e-8 + 2 * 1.2e-7 * case.kwargs["s"] * size)
     assert bool(((loss.double() - case["out_excess"]).abs() <= (1e-9 + 1e-12 * case["out_excess"].abs() if exact else allowed)).all())
     assert bool(((stats.lse.double() - case["out_lse"]).abs() <= 2e-6 * case.kwargs["s"] + 1e-6 * case["out_lse"].abs()).all())
     assert (stats.max_probability.double() - case["out_pmax"]).abs().max() <= 1e-5
-    # where every row saturates (1 - p ~ 6e-8) the file's own gradients are off by 2e-8: see the test below
-    assert relative(d_x, case["grad_dX"]) <= (3e-8 if exact else 5e-5)
-    assert relative(d_w, case["grad_dW"]) <= (3e-8 if exact else 5e-5)
+    # two files, where every row saturates (1 - p ~ 6e-8), are themselves off by 2.2e-8 and 9.5e-9: see the test below
+    own = {"uir__double_n1": 3e-8, "uir__double_c2": 1.2e-8}.get(name, 1e-9)
+    assert relative(d_x, case["grad_dX"]) <= (own if exact else 5e-5)
+    assert relative(d_w, case["grad_dW"]) <= (own if exact else 5e-5)
 
 
 def exact_unknown_gradient(x: Tensor, w: Tensor, upstream: Tensor, scale: float) -> Tensor:
