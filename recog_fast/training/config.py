@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from recog_fast.data import Augmentation
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -32,31 +34,12 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
-class AugmentConfig:
-    """Random changes of a training image, as `recog_fast.data.Augmentation` applies them: probabilities, then ranges."""
-
-    flip: float = 0.5
-    affine: float = 0.0
-    crop: float = 0.0
-    light: float = 0.0
-    occlusion: float = 0.0
-    motion: float = 0.0
-    blur: float = 0.0
-    low_resolution: float = 0.0
-    crop_scale: tuple[float, float] = (0.7, 1.0)  # area kept
-    occlusion_area: tuple[float, float] = (0.05, 0.3)
-    motion_length: tuple[float, float] = (3.0, 12.0)  # pixels
-    blur_sigma: tuple[float, float] = (0.5, 2.5)  # pixels
-    smallest: int = 12  # shortest side low_resolution goes to, pixels
-
-
-@dataclass(frozen=True)
 class TrainConfig:
     """One training run; `recog-fast train --help-settings` lists the fields."""
 
     data: DataConfig = field(default_factory=DataConfig)
     unlabelled: DataConfig | None = None  # images of unknown people, mixed in with label -1 (set unknown_weight)
-    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    augment: Augmentation = field(default_factory=Augmentation)
 
     network: str = "tiny"
     network_options: dict[str, Any] = field(default_factory=dict)
@@ -182,7 +165,7 @@ def _nested(dotted: str) -> dict[str, Any]:
 
 def _refuse_unknown(values: Mapping[str, Any], kind: type, source: str, prefix: str = "") -> None:
     """Free dicts (margin, options) are checked by whoever receives them; dataclass levels are checked here."""
-    nested = {"data": DataConfig, "unlabelled": DataConfig, "augment": AugmentConfig} if kind is TrainConfig else {}
+    nested = {"data": DataConfig, "unlabelled": DataConfig, "augment": Augmentation} if kind is TrainConfig else {}
     known = [f.name for f in dataclasses.fields(kind)]
     for key, value in values.items():
         if key not in known:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import inspect
 import signal
@@ -120,7 +119,7 @@ class TrainingImages(Dataset[Item]):
 
     def __init__(self, config: TrainConfig) -> None:
         self.size, self.seed = config.data.size, config.seed
-        self.augment = sources.Augmentation(**dataclasses.asdict(config.augment))
+        self.augment = config.augment
         labelled, self.held = split_classes(open_source(config.data), config.data, config.seed)
         self.num_classes = labelled.num_classes
         parts = [(labelled, config.data, "data")]

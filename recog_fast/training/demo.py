@@ -33,7 +33,7 @@ import recog_fast as rf
 from recog_fast import data as sources
 from recog_fast import evaluation
 from recog_fast.evaluation import Gallery, GalleryItem, pair_galleries, strip, write_report
-from recog_fast.training.config import AugmentConfig, DataConfig, TrainConfig
+from recog_fast.training.config import DataConfig, TrainConfig
 from recog_fast.training.loop import train
 from recog_fast.training.model import build_backbone
 
@@ -153,7 +153,7 @@ def demo_config(size: Size, output: Path, seed: int, threads: int = 0) -> TrainC
     drawn = {"num_identities": size.identities + size.holdout, "images_per_identity": size.images, "seed": seed}
     return TrainConfig(
         data=DataConfig(kind="synthetic", size=size.pixels, cache=True, holdout_classes=size.holdout, options=drawn),
-        augment=AugmentConfig(flip=0.5, crop=0.2, low_resolution=0.2, smallest=8),
+        augment=sources.Augmentation(flip=0.5, crop=0.2, low_resolution=0.2, smallest=8),
         network="tiny",
         embedding_size=size.embedding_size,
         margin={"name": "ArcFace", "m": 0.3},
