@@ -22,15 +22,25 @@ cpu::Classes classes(uintptr_t weight, uintptr_t memory_rows, uintptr_t strength
           memory_bf16, renormalize};
 }
 
-cpu::Rows rows(uintptr_t unit_embeddings, uintptr_t target, uintptr_t rules, int64_t N, float scale) {
-  return {at<const float>(unit_embeddings), at<const int64_t>(target), at<const float>(rules), N, scale};
+cpu::Rows rows(uintptr_t unit_embeddings, uintptr_t target, uintptr_t rules, int64_t N, float scale, bool half) {
+  return {at<const float>(unit_embeddings), at<const int64_t>(target), at<const float>(rules), N, scale, half};
 }
+
+cpu::Kept kept(uintptr_t address, int64_t bytes, bool half) { return {at<void>(address), bytes, half}; }
 
 std::string select_isa(const std::string& force) {
   const char* name = cpu::select_isa(force.empty() ? nullptr : force.c_str());
   if (name == nullptr)
-    throw py::value_error("select_isa: expected one of avx512, avx2, baseline that this CPU supports, got '" + force + "'");
+    throw py::value_error(
+        "select_isa: expected one of avx512_bf16, avx512_vnni, avx512, avx2, baseline that this CPU supports, or emulated_bf16, got '" +
+        force + "'");
   return name;
+}
+
+double micro_kernel_rate(const std::string& arithmetic, double seconds) {
+  if (arithmetic != "float32" && arithmetic != "bfloat16")
+    throw py::value_error("micro_kernel_rate: expected arithmetic 'float32' or 'bfloat16', got '" + arithmetic + "'");
+  return cpu::micro_kernel_rate(arithmetic == "bfloat16", seconds);
 }
 
 }  // namespace
@@ -39,20 +49,26 @@ PYBIND11_MODULE(_native, m) {
   m.doc() = "recog_fast's compiled kernels: CPU sweeps over classes.";
   m.def("select_isa", &select_isa, py::arg("force") = "");
   m.def("active_isa", &cpu::active_isa);
+  m.def("pair_format", &cpu::pair_format);
+  m.def("micro_kernel_rate", &micro_kernel_rate, py::arg("arithmetic"), py::arg("seconds"), py::call_guard<py::gil_scoped_release>());
 
   py::class_<cpu::Classes>(m, "Classes")
       .def(py::init(&classes), py::kw_only(), py::arg("weight"), py::arg("memory_rows"), py::arg("strength"), py::arg("slot"),
            py::arg("C"), py::arg("K"), py::arg("D"), py::arg("S"), py::arg("unit"), py::arg("memory_bf16"), py::arg("renormalize"));
   py::class_<cpu::Rows>(m, "Rows").def(py::init(&rows), py::kw_only(), py::arg("unit_embeddings"), py::arg("target"),
-                                       py::arg("rules"), py::arg("N"), py::arg("scale"));
+                                       py::arg("rules"), py::arg("N"), py::arg("scale"), py::arg("half"));
+  py::class_<cpu::Kept>(m, "Kept").def(py::init(&kept), py::kw_only(), py::arg("address") = 0, py::arg("bytes") = 0,
+                                       py::arg("half") = false);
+  m.def("kept_bytes", &cpu::kept_bytes, py::arg("classes"), py::arg("rows"), py::kw_only(), py::arg("half"));
 
   m.def(
       "row_sweep",
-      [](const cpu::Classes& c, const cpu::Rows& r, uintptr_t lse, uintptr_t cosine, uintptr_t index, uintptr_t pull, int threads) {
-        cpu::row_sweep(c, r, {at<double>(lse), at<float>(cosine), at<int64_t>(index), at<float>(pull)}, threads);
+      [](const cpu::Classes& c, const cpu::Rows& r, uintptr_t lse, uintptr_t cosine, uintptr_t index, uintptr_t pull,
+         const cpu::Kept& kept, int threads) {
+        cpu::row_sweep(c, r, {at<double>(lse), at<float>(cosine), at<int64_t>(index), at<float>(pull)}, kept, threads);
       },
       py::arg("classes"), py::arg("rows"), py::kw_only(), py::arg("lse"), py::arg("nearest_cosine"), py::arg("nearest_index"),
-      py::arg("pull"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+      py::arg("pull"), py::arg("kept"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
 
   m.def(
       "unknown_sweep",
@@ -69,16 +85,16 @@ PYBIND11_MODULE(_native, m) {
   m.def(
       "class_sweep",
       [](const cpu::Classes& c, const cpu::Rows& r, uintptr_t terms, int mode, uintptr_t gradient, uintptr_t weight,
-         uintptr_t velocity, float lr, float momentum, float weight_decay, bool nesterov, int threads) {
+         uintptr_t velocity, float lr, float momentum, float weight_decay, bool nesterov, const cpu::Kept& kept, int threads) {
         const float* t = at<const float>(terms);
         const cpu::RowTerms row_terms{t, t + r.N, t + 2 * r.N, t + 3 * r.N, t + 4 * r.N};
         cpu::class_sweep(c, r, row_terms,
                          {mode, at<float>(gradient), at<float>(weight), at<float>(velocity), lr, momentum, weight_decay, nesterov},
-                         threads);
+                         kept, threads);
       },
       py::arg("classes"), py::arg("rows"), py::kw_only(), py::arg("terms"), py::arg("mode"), py::arg("gradient") = 0,
       py::arg("weight") = 0, py::arg("velocity") = 0, py::arg("lr") = 0.0f, py::arg("momentum") = 0.0f,
-      py::arg("weight_decay") = 0.0f, py::arg("nesterov") = false, py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+      py::arg("weight_decay") = 0.0f, py::arg("nesterov") = false, py::arg("kept"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
 
   m.def(
       "effective_prototypes",

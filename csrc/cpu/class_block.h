@@ -8,7 +8,7 @@ static inline vf unknown_gradient(const Plan& plan, int64_t n, vf p) {
   return load(plan.terms + 4 * plan.lanes + n) == float(kUnknownSingle) ? single : twice;
 }
 
-// logits -> dL/dc_ij in place: (count, lanes)
+// logits -> dL/dc_ij of every negative in place: (count, lanes)
 static void logit_gradients(const Plan& plan, const Tile& tile, float* logits) {
   const float* terms = plan.terms;
   const int64_t L = plan.lanes;
@@ -25,8 +25,37 @@ static void logit_gradients(const Plan& plan, const Tile& tile, float* logits) {
       store(at, c < kMaskedBelow ? splat(0.0f) : weight * value);
     }
   }
+}
+
+// The same from the exponentials that the forward sweep kept.
+template <class A>
+static void kept_gradients(const Plan& plan, const Tile& tile, const KeptTile& kept, float* slopes) {
+  const int64_t L = plan.lanes;
+  for (int64_t n = 0; n < L; n += kWidth) {
+    const vf weight = load(plan.terms + L + n);
+    const vf factor = exponential(load(kept.offset + n) - load(plan.terms + n)) * load(kept.step + n);
+    const vi margin = load(plan.terms + 4 * L + n) == splat(float(kMargin));
+    for (int64_t j = 0; j < tile.count; ++j) {
+      const vf e = kept.exact != nullptr ? load(kept.exact + j * L + n) : A::kept_value(load_int(kept.half + j / 2 * L + n), j % 2 == 1);
+      const vf p = e * (factor * tile.weight[j]);
+      const vf value = plan.any_unknown ? (margin ? p : unknown_gradient(plan, n, p)) : p;
+      store(slopes + j * L + n, weight * value);
+    }
+  }
+}
+
+// The targets' own gradients: they took no part among the negatives.
+static void target_gradients(const Plan& plan, const Tile& tile, float* slopes) {
   for (int64_t t = first_target(plan, tile.first); t < plan.target_count && plan.targets[t].row < tile.first + tile.count; ++t)
-    logits[(plan.targets[t].row - tile.first) * L + plan.targets[t].lane] = terms[2 * L + plan.targets[t].lane];
+    slopes[(plan.targets[t].row - tile.first) * plan.lanes + plan.targets[t].lane] = plan.terms[2 * plan.lanes + plan.targets[t].lane];
+}
+
+// A tile whose exponentials are kept: only its rows' weights are needed, inverted.
+static Tile kept_rows(const Plan& plan, int64_t first, int64_t last, const KeptTile& kept, Scratch& scratch) {
+  const int64_t K = plan.classes.K;
+  const Tile tile{nullptr, 0, first * K, (last - first) * K, scratch.inverse, scratch.weight};
+  for (int64_t j = 0; j < tile.count; ++j) tile.weight[j] = kept.weight[j] == 0.0f ? 0.0f : 1.0f / kept.weight[j];
+  return tile;
 }
 
 // dP (in place) -> dW of one row: through P = U/|U|, U = W^ + lam M, W^ = W/|W| (math.md 2).
@@ -66,14 +95,21 @@ static void finish_row(const Plan& plan, const ClassOutput& out, int64_t r, floa
   else __builtin_memcpy(out.gradient + r * D, d, sizeof(float) * D);
 }
 
+template <class A>
 static void class_block(const Plan& plan, const ClassOutput& out, int64_t first, int64_t last, Scratch& scratch) {
   for (int64_t c = first; c < last; c += plan.tile_classes) {
     const int64_t end = c + plan.tile_classes < last ? c + plan.tile_classes : last;
-    const Tile tile = tile_cosines(plan, c, end, scratch);
-    logit_gradients(plan, tile, scratch.logits);
-    for (int64_t d = 0; d < plan.depth; d += kPanel)
-      gemm_panel(tile.count, scratch.logits, plan.lanes, 1, plan.x_columns + d * plan.N, kPanel, scratch.gradient + d,
-                 plan.depth, plan.N, false);
+    const KeptTile kept = kept_tile(plan, c);
+    Tile tile;
+    if (kept.offset != nullptr) {
+      tile = kept_rows(plan, c, end, kept, scratch);
+      kept_gradients<A>(plan, tile, kept, scratch.logits);
+    } else {
+      tile = tile_cosines<A>(plan, c, end, false, scratch, scratch.logits);
+      logit_gradients(plan, tile, scratch.logits);
+    }
+    target_gradients(plan, tile, scratch.logits);
+    A::gradient(plan, tile, scratch.logits, scratch);
     for (int64_t j = 0; j < tile.count; ++j)
       finish_row(plan, out, tile.first + j, scratch.gradient + j * plan.depth, scratch.rows);
   }

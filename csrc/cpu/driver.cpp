@@ -3,8 +3,11 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <ctime>
 #include <limits>
 #include <string>
+
+#include "workspace.h"
 
 namespace recog_fast::cpu {
 
@@ -15,109 +18,62 @@ bool supports_avx512() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
          __builtin_cpu_supports("avx512bw");
 }
+bool supports_vnni() { return supports_avx512() && __builtin_cpu_supports("avx512vnni"); }
+bool supports_bf16() { return supports_avx512() && __builtin_cpu_supports("avx512bf16"); }
 bool supports_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 #endif
 
-const Kernels* best_kernels(const std::string& wanted) {
+bool always() { return true; }
+
+struct Choice {
+  const Kernels* kernels;
+  bool (*supported)();
+  bool by_name_only;
+};
+
+// The best first.
+const Choice kChoices[] = {
 #if defined(__x86_64__)
-  if ((wanted.empty() || wanted == "avx512") && supports_avx512()) return &kernels_avx512;
-  if ((wanted.empty() || wanted == "avx2") && supports_avx2()) return &kernels_avx2;
+    {&kernels_avx512_bf16, supports_bf16, false},
+    {&kernels_avx512_vnni, supports_vnni, false},
+    {&kernels_avx512, supports_avx512, false},
+    {&kernels_avx2, supports_avx2, false},
 #endif
-  return wanted.empty() || wanted == "baseline" ? &kernels_baseline : nullptr;
+    {&kernels_baseline, always, false},
+    {&kernels_emulated_bf16, always, true},
+};
+
+const Kernels* best_kernels(const std::string& wanted) {
+  for (const Choice& choice : kChoices)
+    if (choice.supported() && (wanted.empty() ? !choice.by_name_only : wanted == choice.kernels->name)) return choice.kernels;
+  return nullptr;
 }
 
 std::atomic<const Kernels*> chosen{nullptr};
 
-// Packed operands and lane tables of one call.
-struct Workspace {
-  Array<float> x_panels, x_columns, rules, terms;
-  std::vector<Target> targets;
-  Plan plan;
-};
-
-void pack_panels(const Rows& rows, int64_t D, int64_t width, Workspace& space) {
-  const int64_t lanes = space.plan.lanes;
-  space.x_panels = Array<float>(lanes * D);
-  for (int64_t p = 0; p < lanes; p += width)
-    for (int64_t k = 0; k < D; ++k)
-      for (int64_t i = 0; i < width; ++i)
-        space.x_panels[p * D + k * width + i] = p + i < rows.N ? rows.unit_embeddings[(p + i) * D + k] : 0.0f;
-  space.plan.x_panels = space.x_panels.get();
-}
-
-void pack_columns(const Rows& rows, int64_t D, int64_t width, Workspace& space) {
-  const int64_t depth = space.plan.depth;
-  space.x_columns = Array<float>(depth * rows.N);
-  for (int64_t d = 0; d < depth; d += width)
-    for (int64_t n = 0; n < rows.N; ++n)
-      for (int64_t i = 0; i < width; ++i)
-        space.x_columns[d * rows.N + n * width + i] = d + i < D ? rows.unit_embeddings[n * D + d + i] : 0.0f;
-  space.plan.x_columns = space.x_columns.get();
-}
-
-// (count, N) -> (count, lanes); the padding lanes repeat `fill`.
-Array<float> pad_lanes(const float* const* sources, int64_t count, int64_t N, int64_t lanes, const float* fill) {
-  Array<float> padded(count * lanes);
-  for (int64_t r = 0; r < count; ++r)
-    for (int64_t n = 0; n < lanes; ++n) padded[r * lanes + n] = n < N ? sources[r][n] : fill[r];
-  return padded;
-}
-
-void pack_rules(const Rows& rows, Workspace& space) {
-  if (rows.rules == nullptr) return;
-  const float plain[kRuleRows] = {4, 4, 0, 1, 0, 0, 1, 0, 1, 0, 0, 1};
-  const float* sources[kRuleRows];
-  for (int r = 0; r < kRuleRows; ++r) sources[r] = rows.rules + r * rows.N;
-  space.rules = pad_lanes(sources, kRuleRows, rows.N, space.plan.lanes, plain);
-  space.plan.rules = space.rules.get();
-}
-
-void pack_terms(const RowTerms& terms, int64_t N, Workspace& space) {
-  const float* sources[5] = {terms.lse, terms.negative, terms.target, terms.mean, terms.kind};
-  const float idle[5] = {1e30f, 0, 0, 0, 0};
-  space.terms = pad_lanes(sources, 5, N, space.plan.lanes, idle);
-  space.plan.terms = space.terms.get();
-  for (int64_t n = 0; n < N; ++n) space.plan.any_unknown |= terms.kind[n] != float(kMargin);
-}
-
-void pack_targets(const Classes& classes, const Rows& rows, Workspace& space) {
-  for (int64_t n = 0; n < rows.N; ++n)
-    if (rows.target[n] >= 0 && rows.target[n] < classes.C * classes.K) space.targets.push_back({rows.target[n], n});
-  std::sort(space.targets.begin(), space.targets.end(),
-            [](const Target& a, const Target& b) { return a.row != b.row ? a.row < b.row : a.lane < b.lane; });
-  space.plan.targets = space.targets.data();
-  space.plan.target_count = int64_t(space.targets.size());
-}
-
-void make_plan(const Classes& classes, const Rows& rows, int64_t width, Workspace& space) {
-  Plan& plan = space.plan;
-  plan.classes = classes;
-  plan.N = rows.N;
-  plan.lanes = round_up(rows.N, width);
-  plan.depth = round_up(classes.D, width);
-  plan.scale = rows.scale;
-  plan.tile_classes = std::max<int64_t>(1, kTileRows / classes.K);
-  plan.block_classes = std::max<int64_t>(1, kBlockRows / (plan.tile_classes * classes.K)) * plan.tile_classes;
-  pack_panels(rows, classes.D, width, space);
-  pack_rules(rows, space);
-  pack_targets(classes, rows, space);
-}
-
 struct ThreadMemory {
-  Array<float> logits, rows, gradient, lane, inverse, offset, nearest, pull;
+  Array<float> logits, rows, gradient, lane, inverse, weight, step, offset, nearest, pull;
   Array<double> sum, mean, mass;
-  Array<int32_t> index;
+  Array<int32_t> index, row_pairs, class_pairs, coefficients;
   Scratch scratch{};
   Partial partial{};
 
-  explicit ThreadMemory(const Plan& plan, bool forward) {
-    const int64_t tile = std::max(kTileRows, plan.classes.K);
+  ThreadMemory(const Plan& plan, bool forward) {
+    const int64_t tile = round_up(plan.tile_rows, 2);
     logits = Array<float>(tile * plan.lanes);
     rows = Array<float>(tile * plan.depth);
     lane = Array<float>(plan.lanes);
     inverse = Array<float>(tile);
+    weight = Array<float>(tile);
+    step = Array<float>(std::max(tile, plan.lanes));
     if (!forward) gradient = Array<float>(tile * plan.depth);
-    scratch = {logits.get(), rows.get(), gradient.get(), lane.get(), inverse.get()};
+    if (plan.pairs) {
+      row_pairs = Array<int32_t>(tile * plan.depth / 2);
+      coefficients = Array<int32_t>(tile * plan.lanes / 2);
+      if (forward) class_pairs = Array<int32_t>(tile * plan.depth / 2);
+    }
+    scratch = {logits.get(), rows.get(),      gradient.get(),    lane.get(),        inverse.get(),
+               weight.get(), step.get(),      row_pairs.get(),   class_pairs.get(), coefficients.get()};
     if (!forward) return;
     offset = Array<float>(plan.lanes);
     nearest = Array<float>(plan.lanes);
@@ -181,20 +137,19 @@ struct Total {
   }
 };
 
-Total run_rows(const Classes& classes, const Rows& rows, Workspace& space, int threads) {
-  const Kernels& kernels = active_kernels();
+Total run_rows(const Workspace& space, int threads) {
   const Plan& plan = space.plan;
+  const Classes& classes = plan.classes;
   Total total(plan);
-  const int64_t blocks = (classes.C + plan.block_classes - 1) / plan.block_classes;
-  threads = useful_threads(threads, rows.N, classes.C * classes.K, classes.D);
+  threads = useful_threads(threads, plan.N, classes.C * classes.K, classes.D);
   std::vector<ThreadMemory> memory;
   for (int t = 0; t < threads; ++t) memory.emplace_back(plan, true);
   ordered_blocks(
-      blocks, threads,
+      space.blocks(), threads,
       [&](int64_t block, int t) {
         memory[t].reset(plan);
         const int64_t first = block * plan.block_classes, last = std::min(first + plan.block_classes, classes.C);
-        kernels.row_block(plan, first, last, memory[t].partial, memory[t].scratch);
+        space.sweeps->row_block(plan, first, last, memory[t].partial, memory[t].scratch);
       },
       [&](int64_t block, int t) { total.merge(plan, memory[t].partial, block * plan.block_classes); });
   return total;
@@ -225,16 +180,34 @@ const Kernels& active_kernels() {
 
 const char* active_isa() { return active_kernels().name; }
 
+const char* pair_format() { return active_kernels().pair_format; }
+
+double micro_kernel_rate(bool half, double seconds) {
+  const Kernels& kernels = active_kernels();
+  const Sweeps& sweeps = half && kernels.pair_format != nullptr ? kernels.pairs : kernels.float32;
+  Array<float> buffer(16 * kDepth + kernels.width * kDepth + 16 * kernels.width + 16);
+  std::fill_n(buffer.get(), 16 * kDepth + kernels.width * kDepth + 16 * kernels.width + 16, 1e-3f);
+  double spent = 0.0;
+  int64_t done = 0;
+  while (spent < seconds) {
+    const std::clock_t start = std::clock();
+    done += sweeps.micro_kernel(buffer.get(), 500);
+    spent += double(std::clock() - start) / CLOCKS_PER_SEC;
+  }
+  return 2.0 * double(done) / spent;
+}
+
 int useful_threads(int threads, int64_t N, int64_t rows, int64_t D) {
   const double work = double(N) * double(rows) * double(D);
   return work < 4e6 ? 1 : std::max(1, threads);
 }
 
-void row_sweep(const Classes& classes, const Rows& rows, const RowSums& out, int threads) {
-  Workspace space;
-  make_plan(classes, rows, active_kernels().width, space);
+void row_sweep(const Classes& classes, const Rows& rows, const RowSums& out, const Kept& kept, int threads) {
+  Workspace space(classes, rows, active_kernels());
+  space.pack_embeddings(false);
+  space.keep(kept);
   space.plan.want_pull = out.pull != nullptr;
-  const Total total = run_rows(classes, rows, space, threads);
+  const Total total = run_rows(space, threads);
   for (int64_t n = 0; n < rows.N; ++n) {
     out.lse[n] = total.sum[n] == 0.0 ? -std::numeric_limits<double>::infinity() : total.offset[n] + std::log(total.sum[n]);
     out.nearest_cosine[n] = total.index[n] < 0 ? -2.0f : total.nearest[n];
@@ -244,39 +217,38 @@ void row_sweep(const Classes& classes, const Rows& rows, const RowSums& out, int
 }
 
 void unknown_sweep(const Classes& classes, const Rows& rows, const UnknownSums& out, int threads) {
-  Workspace space;
-  make_plan(classes, rows, active_kernels().width, space);
+  Workspace space(classes, rows, active_kernels());
+  space.pack_embeddings(false);
   const std::vector<float> zero(size_t(rows.N), 0.0f);
   std::vector<float> lse(zero), correction(zero);
   for (int64_t n = 0; n < rows.N; ++n) {
     lse[n] = float(out.lse[n]);
     correction[n] = float(std::exp(double(lse[n]) - out.lse[n]));
   }
-  pack_terms({lse.data(), correction.data(), zero.data(), out.first_mean, zero.data()}, rows.N, space);
+  space.pack_terms({lse.data(), correction.data(), zero.data(), out.first_mean, zero.data()});
   space.plan.unknown = true;
-  const Total total = run_rows(classes, rows, space, threads);
+  const Total total = run_rows(space, threads);
   std::copy(total.sum.begin(), total.sum.end(), out.remainder);
   std::copy(total.mean.begin(), total.mean.end(), out.mean);
   std::copy(total.mass.begin(), total.mass.end(), out.mass);
   write_pull(total, space.plan, false, out.pull);
 }
 
-void class_sweep(const Classes& classes, const Rows& rows, const RowTerms& terms, const ClassOutput& out, int threads) {
-  const Kernels& kernels = active_kernels();
-  Workspace space;
-  make_plan(classes, rows, kernels.width, space);
-  pack_columns(rows, classes.D, kernels.width, space);
-  pack_terms(terms, rows.N, space);
+void class_sweep(const Classes& classes, const Rows& rows, const RowTerms& terms, const ClassOutput& out, const Kept& kept,
+                 int threads) {
+  Workspace space(classes, rows, active_kernels());
+  space.pack_embeddings(true);
+  space.pack_terms(terms);
+  space.keep(kept);
   const Plan& plan = space.plan;
-  const int64_t blocks = (classes.C + plan.block_classes - 1) / plan.block_classes;
   threads = useful_threads(threads, rows.N, classes.C * classes.K, classes.D);
   std::vector<ThreadMemory> memory;
   for (int t = 0; t < threads; ++t) memory.emplace_back(plan, false);
   ordered_blocks(
-      blocks, threads,
+      space.blocks(), threads,
       [&](int64_t block, int t) {
         const int64_t first = block * plan.block_classes, last = std::min(first + plan.block_classes, classes.C);
-        kernels.class_block(plan, out, first, last, memory[t].scratch);
+        space.sweeps->class_block(plan, out, first, last, memory[t].scratch);
       },
       [](int64_t, int) {});
 }

@@ -7,9 +7,10 @@
 
 namespace recog_fast::cpu {
 
-constexpr int64_t kTileRows = 48;     // rows of W whose logits are on chip together
-constexpr int64_t kBlockRows = 960;   // rows of W of one queue entry: its partial sums do not depend on who computes it
-constexpr int64_t kDepth = 256;       // k-slice of the first GEMM: a packed panel stays in L1
+constexpr int64_t kTileRows = 48;       // rows of W whose logits are on chip together, float32
+constexpr int64_t kPairTileRows = 96;   // and with 16-bit operands
+constexpr int64_t kBlockRows = 960;     // rows of W of one queue entry: its partial sums do not depend on who computes it
+constexpr int64_t kDepth = 256;         // k-slice of a GEMM (pairs in 16 bits): a packed panel stays in L1
 constexpr float kMasked = -1e30f;       // a cosine that takes no part (targets, losing sub-centers)
 constexpr float kMaskedBelow = -1e29f;  // no real one is: |U| without renormalize stays far above
 
@@ -25,6 +26,14 @@ struct Plan {
   int64_t N = 0, lanes = 0, depth = 0;     // lanes: N padded; depth: D padded
   int64_t tile_classes = 1, block_classes = 1;
   float scale = 1.0f;
+  int64_t tile_rows = kTileRows;
+  bool pairs = false;                      // 16-bit operands
+  float x_step = 1.0f;                     // x = x_step * operand
+  const int32_t* x_pair_panels = nullptr;  // [lanes/NR][depth/2][NR]
+  const int32_t* x_pair_columns = nullptr; // [depth/NR][lanes/2][NR]
+  char* kept = nullptr;                    // exponentials of the first kept_blocks blocks, tile by tile
+  int64_t kept_blocks = 0, kept_block_bytes = 0, kept_tile_bytes = 0;
+  bool kept_half = false;                  // in 16 bits: pairs of rows (j, j + 1)
   const float* x_panels = nullptr;         // [lanes/NR][D][NR]: x^T, operand of the logits
   const float* x_columns = nullptr;        // [depth/NR][N][NR]: x, operand of the class gradient
   const float* rules = nullptr;            // (kRuleRows, lanes) or null
@@ -48,23 +57,49 @@ struct Partial {
 };
 
 struct Scratch {
-  float* logits;    // (tile rows, lanes)
-  float* rows;      // (tile rows, depth): prepared prototypes, when W itself cannot be the operand
-  float* gradient;  // (tile rows, depth)
-  float* lane;      // (lanes,)
-  float* inverse;   // (tile rows,)
+  float* logits;          // (tile rows, lanes)
+  float* rows;            // (tile rows, depth): prepared prototypes, when W itself cannot be the operand
+  float* gradient;        // (tile rows, depth)
+  float* lane;            // (lanes,)
+  float* inverse;         // (tile rows,)
+  float* weight;          // (tile rows,)
+  float* step;            // (max(tile rows, lanes),) of the left operand of a GEMM in pairs
+  int32_t* row_pairs;     // (tile rows, depth / 2)
+  int32_t* class_pairs;   // (tile rows / 2, depth)
+  int32_t* coefficients;  // (tile rows / 2, lanes) exponentials, or (tile rows, lanes / 2) slopes
+};
+
+// Where one tile's exponentials e^{z - offset} g weight are kept for the class sweep; all null where they are not.
+struct KeptTile {
+  float* exact;   // (tile rows, lanes), or
+  int32_t* half;  // (tile rows / 2, lanes) pairs, value = step * operand
+  float* step;    // (lanes,)
+  float* offset;  // (lanes,)
+  float* weight;  // (tile rows,)
+};
+
+// The sweeps in one arithmetic.
+struct Sweeps {
+  void (*row_block)(const Plan& plan, int64_t first, int64_t last, Partial& partial, Scratch& scratch);
+  void (*class_block)(const Plan& plan, const ClassOutput& out, int64_t first, int64_t last, Scratch& scratch);
+  // Multiply-adds of the micro-kernel on operands in L1: `rounds` passes over kDepth; returns how many were done.
+  int64_t (*micro_kernel)(float* buffer, int64_t rounds);
 };
 
 struct Kernels {
   const char* name;
-  int64_t width;  // NR: lanes of one panel
-  void (*row_block)(const Plan& plan, int64_t first, int64_t last, Partial& partial, Scratch& scratch);
-  void (*class_block)(const Plan& plan, const ClassOutput& out, int64_t first, int64_t last, Scratch& scratch);
+  const char* pair_format;  // "int16", "bfloat16", or null: 16-bit requests run in float32
+  int64_t width;            // NR: lanes of one panel
+  Sweeps float32, pairs;
+  void (*pack_embeddings)(const Plan& plan, const float* x, int32_t* panels, int32_t* columns);
   void (*prototype_block)(const Classes& classes, float* prototypes, int64_t first, int64_t last);
 };
 
 extern const Kernels kernels_baseline;
 extern const Kernels kernels_avx2;
 extern const Kernels kernels_avx512;
+extern const Kernels kernels_avx512_vnni;
+extern const Kernels kernels_avx512_bf16;
+extern const Kernels kernels_emulated_bf16;  // plain vectors: the 16-bit logic of avx512_bf16 on any CPU, for tests
 
 }  // namespace recog_fast::cpu

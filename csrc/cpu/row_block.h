@@ -47,7 +47,7 @@ static void move_offset(const Plan& plan, int64_t n, float largest, Partial& out
   for (int64_t d = 0; d < plan.depth; ++d) pull[d] *= factor;
 }
 
-// logits -> e^{z - offset} g / |W_j| in place; adds e^{z - offset} to the sums.
+// logits -> e^{z - offset} g weight_j in place; adds e^{z - offset} to the sums.
 static void exponentiate(const Plan& plan, const Tile& tile, float* logits, Partial& out) {
   for (int64_t n = 0; n < plan.lanes; n += kWidth) {
     const vf offset = load(out.offset + n);
@@ -58,13 +58,13 @@ static void exponentiate(const Plan& plan, const Tile& tile, float* logits, Part
       const Rule rule = plan.rules ? rule_at(plan, n, c) : Rule{c, splat(1.0f)};
       const vf e = c < kMaskedBelow ? splat(0.0f) : exponential(plan.scale * rule.f - offset);
       sum += e;
-      store(at, (plan.rules ? e * rule.g : e) * tile.inverse[j]);
+      store(at, (plan.rules ? e * rule.g : e) * tile.weight[j]);
     }
     for (int64_t i = 0; i < kWidth; ++i) out.sum[n + i] += double(sum[i]);
   }
 }
 
-// logits -> p (expm1(p) - first mean) / |W_j| in place; adds mass, T and E of math.md 3.
+// logits -> p (expm1(p) - first mean) weight_j in place; adds mass, T and E of math.md 3.
 static void unknown_terms(const Plan& plan, const Tile& tile, float* logits, Partial& out) {
   for (int64_t n = 0; n < plan.lanes; n += kWidth) {
     const vf lse = load(plan.terms + n), correction = load(plan.terms + plan.lanes + n);  // e^{float(lse) - lse}
@@ -78,7 +78,7 @@ static void unknown_terms(const Plan& plan, const Tile& tile, float* logits, Par
       mass += p;
       remainder += rest;
       mean += p * (p + rest);
-      store(at, p * (p + rest - first_mean) * tile.inverse[j]);
+      store(at, p * (p + rest - first_mean) * tile.weight[j]);
     }
     for (int64_t i = 0; i < kWidth; ++i) {
       out.sum[n + i] += double(remainder[i]);
@@ -88,25 +88,32 @@ static void unknown_terms(const Plan& plan, const Tile& tile, float* logits, Par
   }
 }
 
-// pull[n] += sum_j E[j][n] rows[j]
-static void add_pull(const Plan& plan, const Tile& tile, const float* logits, Partial& out) {
-  for (int64_t d = 0; d < plan.depth; d += kPanel)
-    gemm_panel(plan.N, logits, 1, plan.lanes, tile.rows + d, tile.stride, out.pull + d, plan.depth, tile.count, true);
+// What the class sweep needs beside the exponentials themselves.
+static void keep_scales(const Plan& plan, const Tile& tile, const Partial& out, const KeptTile& kept) {
+  if (kept.offset == nullptr) return;
+  __builtin_memcpy(kept.offset, out.offset, sizeof(float) * plan.lanes);
+  __builtin_memcpy(kept.weight, tile.weight, sizeof(float) * tile.count);
+  if (kept.exact == nullptr) return;
+  for (int64_t n = 0; n < plan.lanes; n += kWidth) store(kept.step + n, splat(1.0f));
 }
 
+template <class A>
 static void row_block(const Plan& plan, int64_t first, int64_t last, Partial& out, Scratch& scratch) {
   const int64_t K = plan.classes.K;
   for (int64_t c = first; c < last; c += plan.tile_classes) {
     const int64_t end = c + plan.tile_classes < last ? c + plan.tile_classes : last;
-    const Tile tile = tile_cosines(plan, c, end, scratch);
+    const KeptTile kept = kept_tile(plan, c);
+    float* logits = kept.exact != nullptr ? kept.exact : scratch.logits;
+    const Tile tile = tile_cosines<A>(plan, c, end, plan.want_pull, scratch, logits);
     if (plan.unknown) {
-      unknown_terms(plan, tile, scratch.logits, out);
+      unknown_terms(plan, tile, logits, out);
     } else {
-      update_nearest(plan, tile, (c - first) * K, scratch.logits, out);
-      largest_logit(plan, tile, scratch.logits, out, scratch.lane);
+      update_nearest(plan, tile, (c - first) * K, logits, out);
+      largest_logit(plan, tile, logits, out, scratch.lane);
       for (int64_t n = 0; n < plan.lanes; ++n) move_offset(plan, n, scratch.lane[n], out);
-      exponentiate(plan, tile, scratch.logits, out);
+      exponentiate(plan, tile, logits, out);
+      keep_scales(plan, tile, out, kept);
     }
-    if (plan.want_pull) add_pull(plan, tile, scratch.logits, out);
+    if (plan.want_pull) A::pull(plan, tile, logits, scratch, kept, out.pull);
   }
 }

@@ -18,6 +18,8 @@ static inline vi splat_int(int32_t x) { return vi{} + x; }
 static inline vf maximum(vf a, vf b) { return a < b ? b : a; }
 static inline vf minimum(vf a, vf b) { return a > b ? b : a; }
 
+static inline vf magnitude(vf a) { return a < 0.0f ? -a : a; }
+
 static inline float sum_lanes(vf v) {
   float total = 0.0f;
   for (int64_t i = 0; i < kWidth; ++i) total += v[i];

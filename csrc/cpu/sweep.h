@@ -27,6 +27,14 @@ struct Rows {
   const float* rules = nullptr;            // (kRuleRows, N) or null: every row plain
   int64_t N = 0;
   float scale = 1.0f;
+  bool half = false;  // 16-bit operands where this ISA has them (pair_format), else float32
+};
+
+// Exponentials that a row sweep keeps for the class sweep over the same rows and classes: whole blocks, as many as fit.
+struct Kept {
+  void* data = nullptr;
+  int64_t bytes = 0;
+  bool half = false;  // 16 bits each, else float32
 };
 
 // Forward sweep: logsumexp over negatives, nearest negative, and pull_i = sum_j softmax_j g(c_ij) P_j.
@@ -72,13 +80,20 @@ struct ClassOutput {
   bool nesterov = false;
 };
 
-// Which build of the kernels runs: "avx512", "avx2" or "baseline"; `force` as above, or null for the best this CPU has.
+// Which build of the kernels runs: "avx512_bf16", "avx512_vnni", "avx512", "avx2", "baseline" or "emulated_bf16" (never by
+// itself); `force` as above, or null for the best this CPU has.
 const char* select_isa(const char* force);
 const char* active_isa();
+const char* pair_format();  // of 16-bit operands: "int16", "bfloat16", or null
 
-void row_sweep(const Classes& classes, const Rows& rows, const RowSums& out, int threads);
+// Operations per second (two per multiply-add) of the micro-kernel on operands in cache, over `seconds` of CPU time.
+double micro_kernel_rate(bool half, double seconds);
+
+int64_t kept_bytes(const Classes& classes, const Rows& rows, bool half);  // to keep all
+void row_sweep(const Classes& classes, const Rows& rows, const RowSums& out, const Kept& kept, int threads);
 void unknown_sweep(const Classes& classes, const Rows& rows, const UnknownSums& out, int threads);
-void class_sweep(const Classes& classes, const Rows& rows, const RowTerms& terms, const ClassOutput& out, int threads);
+void class_sweep(const Classes& classes, const Rows& rows, const RowTerms& terms, const ClassOutput& out, const Kept& kept,
+                 int threads);
 void effective_prototypes(const Classes& classes, float* prototypes, int threads);
 
 }  // namespace recog_fast::cpu

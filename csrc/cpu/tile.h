@@ -7,6 +7,7 @@ struct Tile {
   int64_t first;  // row of W
   int64_t count;  // rows
   float* inverse;  // (count,)
+  float* weight;   // (count,) P_j = weight[j] * the row that the second GEMM reads
 };
 
 static inline float dot(const float* a, const float* b, int64_t D) {
@@ -74,7 +75,7 @@ static void prepare(const Plan& plan, int64_t first, int64_t count, Scratch& scr
   const Classes& c = plan.classes;
   const int64_t D = c.D;
   float* buffer = scratch.rows;
-  tile = {c.weight + first * D, D, first, count, scratch.inverse};
+  tile = {c.weight + first * D, D, first, count, scratch.inverse, scratch.inverse};
   bool injected = false;
   for (int64_t j = 0; j < count; ++j) {
     tile.inverse[j] = c.unit ? 1.0f : inverse_norm(tile.rows + j * D, D);
@@ -147,17 +148,6 @@ static void mask_targets(const Plan& plan, const Tile& tile, float* logits) {
     const int64_t j = (plan.targets[t].row - tile.first) / K * K;
     for (int64_t k = 0; k < K; ++k) logits[(j + k) * plan.lanes + plan.targets[t].lane] = kMasked;
   }
-}
-
-// The tile of classes [first, last): prototypes and masked cosines, in scratch.
-static Tile tile_cosines(const Plan& plan, int64_t first, int64_t last, Scratch& scratch) {
-  const int64_t K = plan.classes.K;
-  Tile tile;
-  prepare(plan, first * K, (last - first) * K, scratch, tile);
-  cosines(plan, tile, scratch.logits);
-  if (K > 1) keep_best_subcenter(plan, tile, scratch.logits);
-  mask_targets(plan, tile, scratch.logits);
-  return tile;
 }
 
 // The rule of lane n at cosine c: f, and g = 0 where the cosine is clamped.

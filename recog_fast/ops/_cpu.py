@@ -84,8 +84,8 @@ class Operands:
             rows = rows.to(torch.float32)
         return rows, float_rows(strength), slot.to(torch.int32).contiguous()
 
-    def rows(self, unit_embeddings: Tensor, targets: Tensor, rules: Tensor | None, scale: float) -> Any:
-        """The extension's Rows; `targets` are rows of W (class * K + sub-center)."""
+    def rows(self, unit_embeddings: Tensor, targets: Tensor, rules: Tensor | None, scale: float, half: bool = False) -> Any:
+        """The extension's Rows; `targets` are rows of W (class * K + sub-center); half: 16-bit operands."""
         n = unit_embeddings.shape[0]
         _expect_shape(unit_embeddings, (n, self.weight.shape[-1]), "unit_embeddings (N, D)")
         _expect_shape(targets, (n,), "targets (N,)")
@@ -100,7 +100,19 @@ class Operands:
             rules=address(self.rules),
             N=unit_embeddings.shape[0],
             scale=scale,
+            half=half,
         )
+
+
+def kept(module: ModuleType, buffer: Tensor | None) -> Any:
+    """The extension's view of a buffer for exponentials (1-D float32, or bfloat16 for 16 bits each); None: nothing is kept."""
+    if buffer is None:
+        return module.Kept()
+    _checks.expect(
+        buffer.dim() == 1 and buffer.is_contiguous() and buffer.dtype in (torch.float32, torch.bfloat16),
+        "recog_fast", "kept as a contiguous 1-D float32 or bfloat16 tensor", (tuple(buffer.shape), buffer.dtype),
+    )  # fmt: skip
+    return module.Kept(address=address(buffer), bytes=buffer.numel() * buffer.element_size(), half=buffer.dtype == torch.bfloat16)
 
 
 def threads() -> int:

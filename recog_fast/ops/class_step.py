@@ -12,6 +12,9 @@ from . import _checks, _cpu, _library
 from .class_gradient import STEP
 
 
+_OPERANDS = 15  # arguments of the reference; what follows chooses the kernels' arithmetic
+
+
 def _check_in_place(t: Tensor, weight: Tensor, name: str) -> None:
     _checks.expect(t.shape == weight.shape, "class_step", f"{name} of shape {tuple(weight.shape)}", tuple(t.shape))
     _checks.expect(t.dtype == torch.float32 and t.device == weight.device, "class_step", f"a float32 {name} beside weight", (t.dtype, t.device))
@@ -20,7 +23,7 @@ def _check_in_place(t: Tensor, weight: Tensor, name: str) -> None:
 
 def _reference(*arguments: Any) -> None:
     with torch.no_grad():
-        reference.class_step(*arguments)
+        reference.class_step(*arguments[:_OPERANDS])
 
 
 def _cpu_kernel(
@@ -39,6 +42,8 @@ def _cpu_kernel(
     momentum: float,
     weight_decay: float,
     nesterov: bool,
+    half: bool = False,
+    kept: Tensor | None = None,
 ) -> None:
     module = _library.compiled(unit_embeddings, weight, velocity)
     if module is None:
@@ -49,7 +54,7 @@ def _cpu_kernel(
     _check_in_place(weight, weight, "weight")
     _check_in_place(velocity, weight, "velocity")
     operands = _cpu.Operands(module, weight, memory_rows, strength, slot, renormalize=renormalize)
-    rows = operands.rows(unit_embeddings, targets, rules, scale)
+    rows = operands.rows(unit_embeddings, targets, rules, scale, half)
     packed = _cpu.float_terms(terms, unit_embeddings.shape[0])
     module.class_sweep(
         operands.classes,
@@ -62,6 +67,7 @@ def _cpu_kernel(
         momentum=momentum,
         weight_decay=weight_decay,
         nesterov=nesterov,
+        kept=_cpu.kept(module, kept),
         threads=_cpu.threads(),
     )
     return None

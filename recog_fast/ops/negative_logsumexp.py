@@ -30,18 +30,19 @@ def _cpu_kernel(
     slot: Tensor | None,
     unit: bool,
     renormalize: bool,
+    half: bool = False,
+    want_pull: bool = True,
+    kept: Tensor | None = None,
 ) -> Sweep:
     module = _library.compiled(unit_embeddings, weight)
     if module is None:
-        return reference.negative_logsumexp(
-            unit_embeddings, weight, labels, scale, rules, memory_rows, strength, slot, unit, renormalize
-        )
+        return _reference(unit_embeddings, weight, labels, scale, rules, memory_rows, strength, slot, unit, renormalize)
     operands = _cpu.Operands(module, weight, memory_rows, strength, slot, unit=unit, renormalize=renormalize)
-    rows = operands.rows(unit_embeddings, _target_rows(labels, weight), rules, scale)
+    rows = operands.rows(unit_embeddings, _target_rows(labels, weight), rules, scale, half)
     n, dimension = unit_embeddings.shape
     lse = torch.empty(n, dtype=torch.float64)
     # float32 by name: the kernels write it whatever torch's default dtype is
-    cosine, pull = torch.empty(n, dtype=torch.float32), torch.empty(n, dimension, dtype=torch.float32)
+    cosine, pull = torch.empty(n, dtype=torch.float32), torch.empty(n if want_pull else 0, dimension, dtype=torch.float32)
     index = torch.empty(n, dtype=torch.int64)
     module.row_sweep(
         operands.classes,
@@ -49,20 +50,40 @@ def _cpu_kernel(
         lse=lse.data_ptr(),
         nearest_cosine=cosine.data_ptr(),
         nearest_index=index.data_ptr(),
-        pull=pull.data_ptr(),
+        pull=_cpu.address(pull if want_pull else None),
+        kept=_cpu.kept(module, kept),
         threads=_cpu.threads(),
     )
     return lse, cosine, index, pull
 
 
-def _fake(unit_embeddings: Tensor, weight: Tensor, labels: Tensor, *_: Any) -> Sweep:
+def _reference(
+    unit_embeddings: Tensor, weight: Tensor, labels: Tensor, scale: float, rules: Tensor | None, memory_rows: Tensor | None,
+    strength: Tensor | None, slot: Tensor | None, unit: bool, renormalize: bool, half: bool = False, want_pull: bool = True,
+    kept: Tensor | None = None,
+) -> Sweep:  # fmt: skip
+    """Materialised, in the operands' own precision: `half` and `kept` are the kernels' means, not part of the result."""
+    lse, cosine, index, pull = reference.negative_logsumexp(
+        unit_embeddings, weight, labels, scale, rules, memory_rows, strength, slot, unit, renormalize
+    )
+    return lse, cosine, index, pull if want_pull else pull[:0].clone()
+
+
+def _fake(
+    unit_embeddings: Tensor, weight: Tensor, labels: Tensor, scale: float, rules: Tensor | None, memory_rows: Tensor | None,
+    strength: Tensor | None, slot: Tensor | None, unit: bool, renormalize: bool, half: bool = False, want_pull: bool = True,
+    kept: Tensor | None = None,
+) -> Sweep:  # fmt: skip
     n = unit_embeddings.shape[0]
     return (
         unit_embeddings.new_empty(n, dtype=torch.float64),
         unit_embeddings.new_empty(n),
         labels.new_empty(n, dtype=torch.int64),
-        unit_embeddings.new_empty(unit_embeddings.shape),
+        unit_embeddings.new_empty(n if want_pull else 0, unit_embeddings.shape[1]),
     )
+
+
+_OPTIONS = 5  # unit, renormalize, half, want_pull, kept
 
 
 class _NegativeLogsumexp(torch.autograd.Function):
@@ -72,8 +93,10 @@ class _NegativeLogsumexp(torch.autograd.Function):
     def forward(ctx: Any, unit_embeddings: Tensor, weight: Tensor, labels: Tensor, scale: float, *rest: Any) -> Sweep:
         with _library.below_autograd():
             lse, cosine, index, pull = torch.ops.recog_fast.negative_logsumexp(unit_embeddings, weight, labels, scale, *rest)
+        options = (*rest[4:], False, True, None)[: _OPTIONS]
         ctx.save_for_backward(unit_embeddings, weight, labels, lse, pull, *rest[:4])
-        ctx.scale, ctx.unit, ctx.renormalize, ctx.backend = scale, rest[4], rest[5], _library.backend()
+        ctx.scale, ctx.backend = scale, _library.backend()
+        ctx.unit, ctx.renormalize, ctx.half, ctx.want_pull, _ = options
         ctx.mark_non_differentiable(cosine, index, pull)
         return lse, cosine, index, pull
 
@@ -82,6 +105,8 @@ class _NegativeLogsumexp(torch.autograd.Function):
     def backward(ctx: Any, d_lse: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         unit_embeddings, weight, labels, lse, pull, rules, memory_rows, strength, slot = ctx.saved_tensors
         slope = (ctx.scale * d_lse).to(unit_embeddings.dtype)
+        if ctx.needs_input_grad[0] and not ctx.want_pull:
+            raise RuntimeError("negative_logsumexp: expected want_pull=True for a gradient of unit_embeddings, got False")
         d_unit = slope.unsqueeze(1) * pull if ctx.needs_input_grad[0] else None
         d_weight = None
         if ctx.needs_input_grad[1]:
@@ -91,9 +116,9 @@ class _NegativeLogsumexp(torch.autograd.Function):
             with _library.use_backend(ctx.backend):
                 d_weight = torch.ops.recog_fast.class_gradient(
                     unit_embeddings, _target_rows(labels, weight), terms, weight, ctx.scale, rules,
-                    memory_rows, strength, slot, ctx.unit, ctx.renormalize,
+                    memory_rows, strength, slot, ctx.unit, ctx.renormalize, ctx.half,
                 )  # fmt: skip
-        return d_unit, d_weight, *([None] * 8)
+        return d_unit, d_weight, *([None] * (len(ctx.needs_input_grad) - 2))
 
 
 def _autograd(*arguments: Any) -> Sweep:
@@ -101,7 +126,7 @@ def _autograd(*arguments: Any) -> Sweep:
 
 
 _library.register(
-    "negative_logsumexp", reference=reference.negative_logsumexp, fake=_fake, cpu=_cpu_kernel, autograd=_autograd
+    "negative_logsumexp", reference=_reference, fake=_fake, cpu=_cpu_kernel, autograd=_autograd
 )
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from .. import reference
 from . import _checks, _cpu, _library
 
+_OPERANDS = 11  # arguments of the reference; what follows chooses the kernels' arithmetic
 Sums = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
@@ -25,16 +26,17 @@ def _cpu_kernel(
     slot: Tensor | None,
     unit: bool,
     renormalize: bool,
+    half: bool = False,
 ) -> Sums:
     module = _library.compiled(unit_embeddings, weight)
     if module is None:
-        return reference.unknown_rejection(
+        return _reference(
             unit_embeddings, weight, nearest, lse, first_mean, scale, memory_rows, strength, slot, unit, renormalize
         )
     n, dimension = unit_embeddings.shape
     _checks.expect(lse.numel() == n and first_mean.numel() == n, "unknown_rejection", f"lse and first_mean of shape ({n},)", (tuple(lse.shape), tuple(first_mean.shape)))
     operands = _cpu.Operands(module, weight, memory_rows, strength, slot, unit=unit, renormalize=renormalize)
-    rows = operands.rows(unit_embeddings, nearest * operands.subcenters, None, scale)
+    rows = operands.rows(unit_embeddings, nearest * operands.subcenters, None, scale, half)
     exact, first = lse.detach().double().contiguous(), _cpu.float_rows(first_mean)
     mass, remainder, mean = torch.empty(3, n, dtype=torch.float64).unbind()
     pull = torch.empty(n, dimension, dtype=torch.float32)
@@ -52,13 +54,18 @@ def _cpu_kernel(
     return mass.clone(), remainder.clone(), mean.clone(), pull
 
 
+def _reference(*arguments: Any) -> Sums:
+    """Materialised; without the kernels' `half`."""
+    return reference.unknown_rejection(*arguments[:_OPERANDS])
+
+
 def _fake(unit_embeddings: Tensor, *_: Any) -> Sums:
     n = unit_embeddings.shape[0]
     double = unit_embeddings.new_empty(n, dtype=torch.float64)
     return double, double.clone(), double.clone(), unit_embeddings.new_empty(unit_embeddings.shape)
 
 
-_library.register("unknown_rejection", reference=reference.unknown_rejection, fake=_fake, cpu=_cpu_kernel)
+_library.register("unknown_rejection", reference=_reference, fake=_fake, cpu=_cpu_kernel)
 
 
 def excess_double(remainder: Tensor, classes: int) -> Tensor:

@@ -1,0 +1,169 @@
+// The three GEMMs of a tile in float32 and in 16-bit pairs. Included only by kernels.inc, inside its ISA's namespace.
+//   cosines   cos (count, lanes) = P x^T        (P the tile's prototypes)
+//   pull      pull (N, depth)   += E^T P        (E (count, lanes) weighted by Tile::weight)
+//   gradient  dP (count, depth)  = G x          (G (count, lanes) logit gradients)
+
+struct Float32 {
+  static void prepare(const Plan& plan, int64_t first, int64_t count, bool, Scratch& scratch, Tile& tile) {
+    recog_fast::cpu::RF_ISA::prepare(plan, first, count, scratch, tile);
+  }
+
+  static void cosines(const Plan& plan, const Tile& tile, const Scratch&, float* logits) {
+    recog_fast::cpu::RF_ISA::cosines(plan, tile, logits);
+  }
+
+  static void pull(const Plan& plan, const Tile& tile, const float* exponentials, const Scratch&, const KeptTile& kept, float* out) {
+    if (kept.half != nullptr) keep_half(plan, tile, exponentials, kept);
+    for (int64_t d = 0; d < plan.depth; d += kPanel)
+      gemm_panel(plan.N, exponentials, 1, plan.lanes, tile.rows + d, tile.stride, out + d, plan.depth, tile.count, true);
+  }
+
+  static void gradient(const Plan& plan, const Tile& tile, const float* slopes, Scratch& scratch) {
+    for (int64_t d = 0; d < plan.depth; d += kPanel)
+      gemm_panel(tile.count, slopes, plan.lanes, 1, plan.x_columns + d * plan.N, kPanel, scratch.gradient + d, plan.depth,
+                 plan.N, false);
+  }
+
+  // The kept pair (rows j and j + 1) of one vector of lanes.
+  static vf kept_value(vi pair, bool odd) { return odd ? high_bf16(pair) : low_bf16(pair); }
+
+ private:
+  static void keep_half(const Plan& plan, const Tile& tile, const float* exponentials, const KeptTile& kept) {
+    const int64_t L = plan.lanes;
+    for (int64_t n = 0; n < L; n += kWidth) store(kept.step + n, splat(1.0f));
+    for (int64_t j = 0; j < tile.count; j += 2)
+      for (int64_t n = 0; n < L; n += kWidth) {
+        const vf even = load(exponentials + j * L + n);
+        store_int(kept.half + j / 2 * L + n, pack_bf16(even, j + 1 < tile.count ? load(exponentials + (j + 1) * L + n) : splat(0.0f)));
+      }
+  }
+};
+
+#if RF_PAIRS
+
+struct Pairs {
+  // Prototypes as 16-bit rows: scratch.row_pairs (k, k + depth/2) for the cosines and, for a forward sweep,
+  // scratch.class_pairs (rows j, j + 1) for the pull. P_j = weight[j] * operand.
+  static void prepare(const Plan& plan, int64_t first, int64_t count, bool forward, Scratch& scratch, Tile& tile) {
+    recog_fast::cpu::RF_ISA::prepare(plan, first, count, scratch, tile);
+    tile.weight = scratch.weight;
+    for (int64_t j = 0; j < count; j += 2) {
+      const float even = operand_scale(plan, tile, j), odd = j + 1 < count ? operand_scale(plan, tile, j + 1) : 0.0f;
+      const float* a = tile.rows + j * tile.stride;
+      const float* b = j + 1 < count ? a + tile.stride : a;
+      pack_rows(plan, a, b, even, odd, j, j + 1 < count, forward, scratch);
+    }
+  }
+
+  static void cosines(const Plan& plan, const Tile& tile, const Scratch& scratch, float* logits) {
+    const int64_t half = plan.depth / 2, lanes = plan.lanes;
+    for (int64_t j = 0; j < tile.count; ++j) scratch.step[j] = tile.weight[j] * plan.x_step;
+    for (int64_t n = 0; n < lanes; n += kPanel)
+      gemm_pairs(tile.count, scratch.row_pairs, half, 1, plan.x_pair_panels + n * half, kPanel, scratch.step, logits + n, lanes, half,
+                 false);
+  }
+
+  static void pull(const Plan& plan, const Tile& tile, const float* exponentials, const Scratch& scratch, const KeptTile& kept,
+                   float* out) {
+    int32_t* pairs = kept.half != nullptr ? kept.half : scratch.coefficients;
+    float* step = kept.half != nullptr ? kept.step : scratch.step;
+    pack_exponentials(plan, tile, exponentials, pairs, step);
+    for (int64_t d = 0; d < plan.depth; d += kPanel)
+      gemm_pairs(plan.N, pairs, 1, plan.lanes, scratch.class_pairs + d, plan.depth, step, out + d, plan.depth, (tile.count + 1) / 2,
+                 true);
+  }
+
+  static void gradient(const Plan& plan, const Tile& tile, const float* slopes, Scratch& scratch) {
+    const int64_t half = plan.lanes / 2;
+    for (int64_t j = 0; j < tile.count; ++j) pack_slopes(plan, slopes + j * plan.lanes, scratch.coefficients + j * half, scratch.step + j);
+    for (int64_t d = 0; d < plan.depth; d += kPanel)
+      gemm_pairs(tile.count, scratch.coefficients, half, 1, plan.x_pair_columns + d * half, kPanel, scratch.step, scratch.gradient + d,
+                 plan.depth, half, false);
+  }
+
+  static vf kept_value(vi pair, bool odd) { return odd ? high_pair(pair) : low_pair(pair); }
+
+  // x as operands: pairs (k, k + depth/2) for the cosines, pairs (n, n + lanes/2) for the class gradient.
+  static void pack_embeddings(const Plan& plan, const float* x, int32_t* panels, int32_t* columns) {
+    const int64_t D = plan.classes.D, N = plan.N, depth = plan.depth, lanes = plan.lanes;
+    const float scale = 1.0f / plan.x_step;
+    const auto value = [&](int64_t n, int64_t d) { return n < N && d < D ? x[n * D + d] * scale : 0.0f; };
+    for (int64_t n = 0; n < lanes; n += kWidth)
+      for (int64_t k = 0; k < depth / 2; ++k) {
+        vf low = splat(0.0f), high = low;
+        for (int64_t i = 0; i < kWidth; ++i) low[i] = value(n + i, k), high[i] = value(n + i, k + depth / 2);
+        store_int(panels + n / kPanel * kPanel * (depth / 2) + k * kPanel + n % kPanel, pack_pair(low, high));
+      }
+    if (columns == nullptr) return;
+    for (int64_t d = 0; d < depth; d += kWidth)
+      for (int64_t n = 0; n < lanes / 2; ++n) {
+        vf low = splat(0.0f), high = low;
+        for (int64_t i = 0; i < kWidth; ++i) low[i] = value(n, d + i), high[i] = value(n + lanes / 2, d + i);
+        store_int(columns + d / kPanel * kPanel * (lanes / 2) + n * kPanel + d % kPanel, pack_pair(low, high));
+      }
+  }
+
+ private:
+  // Sets weight[j] and returns what rows[j] is multiplied with to become operands.
+  static float operand_scale(const Plan& plan, const Tile& tile, int64_t j) {
+    const float inverse = tile.inverse[j];
+    const bool unit_row = !plan.classes.unit && inverse != 1.0f;
+    const float squared = unit_row ? 1.0f : dot(tile.rows + j * tile.stride, tile.rows + j * tile.stride, plan.classes.D);
+    const float norm = unit_row ? (inverse == 0.0f ? 0.0f : inverse / inverse) : __builtin_sqrtf(squared) * inverse;
+    tile.weight[j] = step_of(norm);
+    return tile.weight[j] > 0.0f ? inverse / tile.weight[j] : 0.0f;
+  }
+
+  static void pack_rows(const Plan& plan, const float* a, const float* b, float even, float odd, int64_t j, bool both, bool forward,
+                        Scratch& scratch) {
+    const int64_t half = plan.depth / 2;
+    int32_t* rows = scratch.row_pairs + j * half;
+    int32_t* classes = scratch.class_pairs + j / 2 * plan.depth;
+    for (int64_t k = 0; k < half; k += kWidth) {
+      const vf a0 = load(a + k) * even, a1 = load(a + k + half) * even;
+      const vf b0 = load(b + k) * odd, b1 = load(b + k + half) * odd;
+      store_int(rows + k, pack_pair(a0, a1));
+      if (both) store_int(rows + half + k, pack_pair(b0, b1));
+      if (!forward) continue;
+      store_int(classes + k, pack_pair(a0, b0));
+      store_int(classes + k + half, pack_pair(a1, b1));
+    }
+  }
+
+  static void pack_exponentials(const Plan& plan, const Tile& tile, const float* exponentials, int32_t* pairs, float* steps) {
+    const int64_t L = plan.lanes;
+    for (int64_t n = 0; n < L; n += kWidth) {
+      vf largest = splat(0.0f), total = largest;
+      for (int64_t j = 0; j < tile.count; ++j) {
+        const vf size = magnitude(load(exponentials + j * L + n));
+        largest = maximum(size, largest);
+        total += size;
+      }
+      const vf step = step_of(largest, total);
+      const vf scale = step > 0.0f ? 1.0f / step : splat(0.0f);
+      store(steps + n, step);
+      for (int64_t j = 0; j < tile.count; j += 2) {
+        const vf even = load(exponentials + j * L + n) * scale;
+        const vf odd = j + 1 < tile.count ? load(exponentials + (j + 1) * L + n) * scale : splat(0.0f);
+        store_int(pairs + j / 2 * L + n, pack_pair(even, odd));
+      }
+    }
+  }
+
+  static void pack_slopes(const Plan& plan, const float* slopes, int32_t* pairs, float* step) {
+    const int64_t half = plan.lanes / 2;
+    vf largest = splat(0.0f), total = largest;
+    for (int64_t n = 0; n < plan.lanes; n += kWidth) {
+      const vf size = magnitude(load(slopes + n));
+      largest = maximum(size, largest);
+      total += size;
+    }
+    float most = largest[0];
+    for (int64_t i = 1; i < kWidth; ++i) most = largest[i] > most ? largest[i] : most;
+    *step = step_of(splat(most), splat(sum_lanes(total)))[0];
+    const float scale = *step > 0.0f ? 1.0f / *step : 0.0f;
+    for (int64_t n = 0; n < half; n += kWidth) store_int(pairs + n, pack_pair(load(slopes + n) * scale, load(slopes + n + half) * scale));
+  }
+};
+
+#endif

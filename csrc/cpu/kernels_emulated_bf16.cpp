@@ -1,0 +1,5 @@
+#define RF_ISA emulated_bf16
+#define RF_VECTOR_BYTES 64
+#define RF_ROWS_AT_ONCE 12
+#define RF_PAIRS RF_BF16
+#include "kernels.inc"

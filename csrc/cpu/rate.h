@@ -1,0 +1,19 @@
+// The micro-kernels on operands that stay in L1: what this core can do. Included only by kernels.inc.
+// buffer holds A (kRowsAtOnce, kDepth), B (kDepth, kPanel), C (kRowsAtOnce, kPanel) and kRowsAtOnce steps.
+static int64_t float32_rounds(float* buffer, int64_t rounds) {
+  const float* b = buffer + kRowsAtOnce * kDepth;
+  float* c = buffer + (kRowsAtOnce + kPanel) * kDepth;
+  for (int64_t r = 0; r < rounds; ++r) micro<kRowsAtOnce>(buffer, kDepth, 1, b, kPanel, c, kPanel, kDepth, false);
+  return rounds * kRowsAtOnce * kPanel * kDepth;
+}
+
+#if RF_PAIRS
+static int64_t pair_rounds(float* buffer, int64_t rounds) {
+  const int32_t* a = reinterpret_cast<const int32_t*>(buffer);
+  const int32_t* b = a + kRowsAtOnce * kDepth;
+  float* c = buffer + (kRowsAtOnce + kPanel) * kDepth;
+  const float* step = c + kRowsAtOnce * kPanel;
+  for (int64_t r = 0; r < rounds; ++r) micro_pairs<kRowsAtOnce>(a, kDepth, 1, b, kPanel, step, c, kPanel, kDepth, false);
+  return rounds * 2 * kRowsAtOnce * kPanel * kDepth;
+}
+#endif

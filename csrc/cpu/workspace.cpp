@@ -1,0 +1,129 @@
+#include "workspace.h"
+
+#include <algorithm>
+#include <cmath>
+
+namespace recog_fast::cpu {
+
+namespace {
+
+// (count, N) -> (count, lanes); the padding lanes repeat `fill`.
+Array<float> pad_lanes(const float* const* sources, int64_t count, int64_t N, int64_t lanes, const float* fill) {
+  Array<float> padded(count * lanes);
+  for (int64_t r = 0; r < count; ++r)
+    for (int64_t n = 0; n < lanes; ++n) padded[r * lanes + n] = n < N ? sources[r][n] : fill[r];
+  return padded;
+}
+
+// Largest norm of the rows; not finite where one of them is not.
+double largest_norm(const float* x, int64_t N, int64_t D) {
+  double largest = 0.0;
+  for (int64_t n = 0; n < N; ++n) {
+    double squared = 0.0;
+    for (int64_t d = 0; d < D; ++d) squared += double(x[n * D + d]) * double(x[n * D + d]);
+    largest = squared <= largest ? largest : squared;
+    if (!std::isfinite(squared)) return squared;
+  }
+  return std::sqrt(largest);
+}
+
+}  // namespace
+
+Workspace::Workspace(const Classes& classes, const Rows& rows, const Kernels& kernels)
+    : sweeps(&kernels.float32), rows_(rows), kernels_(kernels) {
+  plan.classes = classes;
+  plan.N = rows.N;
+  plan.lanes = round_up(rows.N, kernels.width);
+  plan.depth = round_up(classes.D, kernels.width);
+  plan.scale = rows.scale;
+  if (rows.half && kernels.pair_format != nullptr) {
+    const double norm = largest_norm(rows.unit_embeddings, rows.N, classes.D);
+    if (std::isfinite(norm)) {  // a row that is not: float32 carries it to its own loss
+      plan.pairs = true;
+      plan.tile_rows = kPairTileRows;
+      plan.x_step = kernels.pair_format[0] == 'i' ? float(std::max(1.0, norm) / 32767.0) : 1.0f;
+      sweeps = &kernels.pairs;
+    }
+  }
+  plan.tile_classes = std::max<int64_t>(1, plan.tile_rows / classes.K);
+  plan.tile_rows = plan.tile_classes * classes.K;
+  plan.block_classes = std::max<int64_t>(1, kBlockRows / plan.tile_rows) * plan.tile_classes;
+  pack_rules();
+  pack_targets();
+}
+
+void Workspace::pack_embeddings(bool columns) {
+  if (!plan.pairs) {
+    pack_float_panels();
+    if (columns) pack_float_columns();
+    return;
+  }
+  pair_panels_ = Array<int32_t>(plan.lanes * plan.depth / 2);
+  if (columns) pair_columns_ = Array<int32_t>(plan.lanes * plan.depth / 2);
+  kernels_.pack_embeddings(plan, rows_.unit_embeddings, pair_panels_.get(), pair_columns_.get());
+  plan.x_pair_panels = pair_panels_.get();
+  plan.x_pair_columns = pair_columns_.get();
+}
+
+void Workspace::pack_float_panels() {
+  const int64_t D = plan.classes.D, width = kernels_.width;
+  x_panels_ = Array<float>(plan.lanes * D);
+  for (int64_t p = 0; p < plan.lanes; p += width)
+    for (int64_t k = 0; k < D; ++k)
+      for (int64_t i = 0; i < width; ++i)
+        x_panels_[p * D + k * width + i] = p + i < plan.N ? rows_.unit_embeddings[(p + i) * D + k] : 0.0f;
+  plan.x_panels = x_panels_.get();
+}
+
+void Workspace::pack_float_columns() {
+  const int64_t D = plan.classes.D, N = plan.N, width = kernels_.width;
+  x_columns_ = Array<float>(plan.depth * N);
+  for (int64_t d = 0; d < plan.depth; d += width)
+    for (int64_t n = 0; n < N; ++n)
+      for (int64_t i = 0; i < width; ++i)
+        x_columns_[d * N + n * width + i] = d + i < D ? rows_.unit_embeddings[n * D + d + i] : 0.0f;
+  plan.x_columns = x_columns_.get();
+}
+
+void Workspace::pack_rules() {
+  if (rows_.rules == nullptr) return;
+  const float plain[kRuleRows] = {4, 4, 0, 1, 0, 0, 1, 0, 1, 0, 0, 1};
+  const float* sources[kRuleRows];
+  for (int r = 0; r < kRuleRows; ++r) sources[r] = rows_.rules + r * plan.N;
+  rules_ = pad_lanes(sources, kRuleRows, plan.N, plan.lanes, plain);
+  plan.rules = rules_.get();
+}
+
+void Workspace::pack_terms(const RowTerms& terms) {
+  const float* sources[5] = {terms.lse, terms.negative, terms.target, terms.mean, terms.kind};
+  const float idle[5] = {1e30f, 0, 0, 0, 0};
+  terms_ = pad_lanes(sources, 5, plan.N, plan.lanes, idle);
+  plan.terms = terms_.get();
+  for (int64_t n = 0; n < plan.N; ++n) plan.any_unknown |= terms.kind[n] != float(kMargin);
+}
+
+void Workspace::pack_targets() {
+  for (int64_t n = 0; n < plan.N; ++n)
+    if (rows_.target[n] >= 0 && rows_.target[n] < plan.classes.C * plan.classes.K) targets_.push_back({rows_.target[n], n});
+  std::sort(targets_.begin(), targets_.end(),
+            [](const Target& a, const Target& b) { return a.row != b.row ? a.row < b.row : a.lane < b.lane; });
+  plan.targets = targets_.data();
+  plan.target_count = int64_t(targets_.size());
+}
+
+void Workspace::keep(const Kept& kept) {
+  const int64_t value = kept.half ? 2 : 4;
+  plan.kept_tile_bytes = round_up(round_up(plan.tile_rows, 2) * plan.lanes * value + (2 * plan.lanes + plan.tile_rows) * 4, 64);
+  plan.kept_block_bytes = plan.kept_tile_bytes * (plan.block_classes / plan.tile_classes);
+  plan.kept = static_cast<char*>(kept.data);
+  plan.kept_half = kept.half;
+  plan.kept_blocks = kept.data == nullptr ? 0 : std::min(blocks(), kept.bytes / plan.kept_block_bytes);
+}
+
+int64_t kept_bytes(const Classes& classes, const Rows& rows, bool half) {
+  Workspace space(classes, rows, active_kernels());
+  space.keep({nullptr, 0, half});
+  return space.blocks() * space.plan.kept_block_bytes;
+}
+
+}  // namespace recog_fast::cpu
