@@ -49,6 +49,7 @@ PYBIND11_MODULE(_native, m) {
   m.doc() = "recog_fast's compiled kernels: CPU sweeps over classes.";
   m.def("select_isa", &select_isa, py::arg("force") = "");
   m.def("active_isa", &cpu::active_isa);
+  m.def("runs_isa", &cpu::runs_isa, py::arg("name"));
   m.def("pair_format", &cpu::pair_format);
   m.def("micro_kernel_rate", &micro_kernel_rate, py::arg("arithmetic"), py::arg("seconds"), py::call_guard<py::gil_scoped_release>());
 

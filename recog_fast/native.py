@@ -6,6 +6,8 @@ import functools
 import warnings
 from types import ModuleType
 
+ISAS = ("avx512", "avx2", "baseline")
+
 
 @functools.cache
 def load() -> tuple[ModuleType | None, str]:
@@ -39,3 +41,9 @@ def select_isa(name: str = "") -> str:
     if module is None:
         raise RuntimeError(f"select_isa: compiled CPU kernels {reason}")
     return str(module.select_isa(name))
+
+
+def available_isas() -> tuple[str, ...]:
+    """The builds of the CPU kernels that this CPU can run, best first; empty where the extension is not built."""
+    module, _ = load()
+    return () if module is None else tuple(name for name in ISAS if module.runs_isa(name))

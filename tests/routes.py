@@ -56,3 +56,10 @@ NATIVE = [r for r in ROUTES if r.backend == "auto"]
 def each(routes: list[Route]) -> pytest.MarkDecorator:
     """Parametrises a test over `route`."""
     return pytest.mark.parametrize("route", routes, ids=lambda r: r.name)
+
+
+def isas() -> list[str]:
+    """The ISAs of the compiled kernels that this CPU can run; the module that asks is skipped where there are none."""
+    if not native.available_isas():
+        pytest.skip(f"compiled kernels {native.load()[1]}", allow_module_level=True)
+    return list(native.available_isas())

@@ -75,7 +75,10 @@ struct Pairs {
 
   static void gradient(const Plan& plan, const Tile& tile, const float* slopes, Scratch& scratch) {
     const int64_t half = plan.lanes / 2;
-    for (int64_t j = 0; j < tile.count; ++j) pack_slopes(plan, slopes + j * plan.lanes, scratch.coefficients + j * half, scratch.step + j);
+    for (int64_t j = 0; j < tile.count; ++j) {
+      const float step = pack_slopes(plan, slopes + j * plan.lanes, scratch.coefficients + j * half);
+      scratch.step[j] = step * plan.x_step;
+    }
     for (int64_t d = 0; d < plan.depth; d += kPanel)
       gemm_pairs(tile.count, scratch.coefficients, half, 1, plan.x_pair_columns + d * half, kPanel, scratch.step, scratch.gradient + d,
                  plan.depth, half, false);
@@ -150,7 +153,8 @@ struct Pairs {
     }
   }
 
-  static void pack_slopes(const Plan& plan, const float* slopes, int32_t* pairs, float* step) {
+  // One class's slopes as operands; returns their step.
+  static float pack_slopes(const Plan& plan, const float* slopes, int32_t* pairs) {
     const int64_t half = plan.lanes / 2;
     vf largest = splat(0.0f), total = largest;
     for (int64_t n = 0; n < plan.lanes; n += kWidth) {
@@ -160,9 +164,10 @@ struct Pairs {
     }
     float most = largest[0];
     for (int64_t i = 1; i < kWidth; ++i) most = largest[i] > most ? largest[i] : most;
-    *step = step_of(splat(most), splat(sum_lanes(total)))[0];
-    const float scale = *step > 0.0f ? 1.0f / *step : 0.0f;
+    const float step = step_of(splat(most), splat(sum_lanes(total)))[0];
+    const float scale = step > 0.0f ? 1.0f / step : 0.0f;
     for (int64_t n = 0; n < half; n += kWidth) store_int(pairs + n, pack_pair(load(slopes + n) * scale, load(slopes + n + half) * scale));
+    return step;
   }
 };
 

@@ -180,6 +180,8 @@ const Kernels& active_kernels() {
 
 const char* active_isa() { return active_kernels().name; }
 
+bool runs_isa(const char* name) { return *name != '\0' && best_kernels(name) != nullptr; }
+
 const char* pair_format() { return active_kernels().pair_format; }
 
 double micro_kernel_rate(bool half, double seconds) {

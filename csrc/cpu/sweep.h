@@ -84,6 +84,7 @@ struct ClassOutput {
 // itself); `force` as above, or null for the best this CPU has.
 const char* select_isa(const char* force);
 const char* active_isa();
+bool runs_isa(const char* name);  // whether this CPU can
 const char* pair_format();  // of 16-bit operands: "int16", "bfloat16", or null
 
 // Operations per second (two per multiply-add) of the micro-kernel on operands in cache, over `seconds` of CPU time.
