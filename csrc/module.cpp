@@ -60,7 +60,7 @@ PYBIND11_MODULE(_native, m) {
                                        py::arg("rules"), py::arg("N"), py::arg("scale"), py::arg("half"));
   py::class_<cpu::Kept>(m, "Kept").def(py::init(&kept), py::kw_only(), py::arg("address") = 0, py::arg("bytes") = 0,
                                        py::arg("half") = false);
-  m.def("kept_bytes", &cpu::kept_bytes, py::arg("classes"), py::arg("rows"), py::kw_only(), py::arg("half"));
+  m.def("kept_bytes", &cpu::kept_bytes, py::arg("classes"), py::arg("N"), py::arg("half"), py::arg("keep_half"));
 
   m.def(
       "row_sweep",

@@ -80,8 +80,10 @@ def margin_softmax_loss(
     is updated once per call, before use. memory_rows, strength, slot inject a memory as `effective_prototypes` does.
     reduction "mean" = sum_i w_i loss_i / #labelled (`normalizer` replaces the count; 0 when none is labelled), plus
     unknown_weight times the mean excess of the unlabelled rows; "sum" adds all rows; "none" gives (N,).
-    compute_dtype: None (bf16 for half-precision embeddings or under autocast), float32 or bfloat16. CPU kernels
-    compute bfloat16 requests in float32: nothing is lost. check_labels: accepted for CUDA graphs to come; labels are
+    compute_dtype: None (bf16 for half-precision embeddings or under autocast), float32 or bfloat16. bfloat16 runs the
+    sweeps on 16-bit operands with float32 results: on CPUs bfloat16 (AVX-512 BF16) or int16 fixed point with a step
+    per row (AVX2, AVX-512), float32 where neither is (`backends()` says which); measured errors of dx and dW are below
+    1.5e-3 and 4e-3. The target cosine, the loss and the statistics are float32 all the same. check_labels: accepted for CUDA graphs to come; labels are
     checked in every call, whatever it says.
     Returns the loss in weight's dtype, or (loss, RowStats). Once differentiable in embeddings, weight and the margin's
     parameters. There is no label smoothing and no double backward.
@@ -105,6 +107,7 @@ def margin_softmax_loss(
         sample_weight=sample_weight,
         reduction=reduction,
         normalizer=normalizer,
+        compute_dtype=compute_dtype,
     )
     loss, stats = margin_softmax(embeddings, weight, labels, options)
     return (loss, stats) if return_stats else loss

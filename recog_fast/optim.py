@@ -104,6 +104,6 @@ class HeadSGD(torch.optim.Optimizer):
         torch.ops.recog_fast.class_step(
             batch.unit_embeddings, batch.targets, batch.terms, weight.detach(), state["momentum_buffer"], batch.scale,
             batch.rules, *batch.injection.arguments(), True, float(group["lr"]), group["momentum"], group["weight_decay"],
-            group["nesterov"],
+            group["nesterov"], batch.half, None if batch.kept is None else batch.kept.buffer,
         )  # fmt: skip
         torch.autograd.graph.increment_version(weight)

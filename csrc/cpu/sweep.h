@@ -90,7 +90,7 @@ const char* pair_format();  // of 16-bit operands: "int16", "bfloat16", or null
 // Operations per second (two per multiply-add) of the micro-kernel on operands in cache, over `seconds` of CPU time.
 double micro_kernel_rate(bool half, double seconds);
 
-int64_t kept_bytes(const Classes& classes, const Rows& rows, bool half);  // to keep all
+int64_t kept_bytes(const Classes& classes, int64_t N, bool half, bool keep_half);  // to keep all of N rows' exponentials
 void row_sweep(const Classes& classes, const Rows& rows, const RowSums& out, const Kept& kept, int threads);
 void unknown_sweep(const Classes& classes, const Rows& rows, const UnknownSums& out, int threads);
 void class_sweep(const Classes& classes, const Rows& rows, const RowTerms& terms, const ClassOutput& out, const Kept& kept,

@@ -27,27 +27,36 @@ double largest_norm(const float* x, int64_t N, int64_t D) {
   return std::sqrt(largest);
 }
 
+void shape_plan(const Classes& classes, int64_t N, const Kernels& kernels, bool pairs, Plan& plan) {
+  plan.classes = classes;
+  plan.N = N;
+  plan.lanes = round_up(N, kernels.width);
+  plan.depth = round_up(classes.D, kernels.width);
+  plan.pairs = pairs;
+  plan.tile_classes = std::max<int64_t>(1, (pairs ? kPairTileRows : kTileRows) / classes.K);
+  plan.tile_rows = plan.tile_classes * classes.K;
+  plan.block_classes = std::max<int64_t>(1, kBlockRows / plan.tile_rows) * plan.tile_classes;
+}
+
+void shape_kept(bool half, Plan& plan) {
+  const int64_t value = half ? 2 : 4;
+  plan.kept_half = half;
+  plan.kept_tile_bytes = round_up(round_up(plan.tile_rows, 2) * plan.lanes * value + (2 * plan.lanes + plan.tile_rows) * 4, 64);
+  plan.kept_block_bytes = plan.kept_tile_bytes * (plan.block_classes / plan.tile_classes);
+}
+
 }  // namespace
 
 Workspace::Workspace(const Classes& classes, const Rows& rows, const Kernels& kernels)
     : sweeps(&kernels.float32), rows_(rows), kernels_(kernels) {
-  plan.classes = classes;
-  plan.N = rows.N;
-  plan.lanes = round_up(rows.N, kernels.width);
-  plan.depth = round_up(classes.D, kernels.width);
+  const bool half = rows.half && kernels.pair_format != nullptr;
+  const double norm = half ? largest_norm(rows.unit_embeddings, rows.N, classes.D) : 0.0;
+  shape_plan(classes, rows.N, kernels, half && std::isfinite(norm), plan);  // a row that is not: float32 carries it to its own loss
   plan.scale = rows.scale;
-  if (rows.half && kernels.pair_format != nullptr) {
-    const double norm = largest_norm(rows.unit_embeddings, rows.N, classes.D);
-    if (std::isfinite(norm)) {  // a row that is not: float32 carries it to its own loss
-      plan.pairs = true;
-      plan.tile_rows = kPairTileRows;
-      plan.x_step = kernels.pair_format[0] == 'i' ? float(std::max(1.0, norm) / 32767.0) : 1.0f;
-      sweeps = &kernels.pairs;
-    }
+  if (plan.pairs) {
+    plan.x_step = kernels.pair_format[0] == 'i' ? float(std::max(1.0, norm) / 32767.0) : 1.0f;
+    sweeps = &kernels.pairs;
   }
-  plan.tile_classes = std::max<int64_t>(1, plan.tile_rows / classes.K);
-  plan.tile_rows = plan.tile_classes * classes.K;
-  plan.block_classes = std::max<int64_t>(1, kBlockRows / plan.tile_rows) * plan.tile_classes;
   pack_rules();
   pack_targets();
 }
@@ -112,18 +121,16 @@ void Workspace::pack_targets() {
 }
 
 void Workspace::keep(const Kept& kept) {
-  const int64_t value = kept.half ? 2 : 4;
-  plan.kept_tile_bytes = round_up(round_up(plan.tile_rows, 2) * plan.lanes * value + (2 * plan.lanes + plan.tile_rows) * 4, 64);
-  plan.kept_block_bytes = plan.kept_tile_bytes * (plan.block_classes / plan.tile_classes);
+  shape_kept(kept.half, plan);
   plan.kept = static_cast<char*>(kept.data);
-  plan.kept_half = kept.half;
   plan.kept_blocks = kept.data == nullptr ? 0 : std::min(blocks(), kept.bytes / plan.kept_block_bytes);
 }
 
-int64_t kept_bytes(const Classes& classes, const Rows& rows, bool half) {
-  Workspace space(classes, rows, active_kernels());
-  space.keep({nullptr, 0, half});
-  return space.blocks() * space.plan.kept_block_bytes;
+int64_t kept_bytes(const Classes& classes, int64_t N, bool half, bool keep_half) {
+  Plan plan;
+  shape_plan(classes, N, active_kernels(), half && active_kernels().pair_format != nullptr, plan);
+  shape_kept(keep_half, plan);
+  return (classes.C + plan.block_classes - 1) / plan.block_classes * plan.kept_block_bytes;
 }
 
 }  // namespace recog_fast::cpu

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..rules import NO_CLAMP, NO_THRESHOLD, PLAIN
+from ._kept import Lease
 
 Key = tuple[int | float, ...]
 
@@ -47,6 +49,8 @@ class RowRecords:
     scale: float
     injection: Injection
     key: Key = ()
+    half: bool = False  # made by 16-bit sweeps
+    kept: Lease | None = None  # exponentials of these very rows
 
 
 def _plain_rules(n: int, like: Tensor) -> Tensor:
@@ -72,4 +76,15 @@ def join(records: Sequence[RowRecords]) -> RowRecords:
         first.scale,
         first.injection,
         first.key,
+        all(r.half for r in records),
     )
+
+
+def without(record: RowRecords, dropped: Tensor) -> RowRecords:
+    """The record without the rows where `dropped` (N,) is true."""
+    at = (~dropped).nonzero().squeeze(1)
+    rules = None if record.rules is None else record.rules[:, at]
+    return dataclasses.replace(
+        record, unit_embeddings=record.unit_embeddings[at], targets=record.targets[at], terms=record.terms[:, at].contiguous(),
+        rules=rules, kept=None,
+    )  # fmt: skip

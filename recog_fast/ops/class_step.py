@@ -11,7 +11,6 @@ from .. import reference
 from . import _checks, _cpu, _library
 from .class_gradient import STEP
 
-
 _OPERANDS = 15  # arguments of the reference; what follows chooses the kernels' arithmetic
 
 

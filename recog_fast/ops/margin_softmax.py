@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from .. import reference
 from ..rules import RowStats, pack_rules
 from . import _library
-from ._rows import Injection, Key, RowRecords
+from ._kept import KeptExponentials, Lease
+from ._rows import Injection, Key, RowRecords, without
 from .unknown_rejection import double_slope, excess_double
 
 
@@ -38,6 +39,9 @@ class LossOptions:
     on_rows: Callable[[RowRecords], None] | None = None
     key: Key = ()
     record: bool = True  # a backward pass may follow
+    compute_dtype: torch.dtype | None = None
+    keep: KeptExponentials | None = None
+    drop_mass: float = 0.0
 
     def parameters(self) -> tuple[nn.Parameter, ...]:
         """Learnable parameters of the margin: they get their gradient too."""
@@ -61,6 +65,9 @@ class _Batch:
     lse: Tensor  # (N,) float64
     pull: Tensor  # (N, D)
     q: Tensor  # (N,) sigmoid(lse - s t), 0 for unlabelled rows
+    half: bool  # 16-bit sweeps
+    kept: Lease | None
+    dropped: Tensor | None  # (N,) rows that the class sweep leaves out
 
     @property
     def labelled(self) -> Tensor:
@@ -108,7 +115,29 @@ def _run_margin(options: LossOptions, cosine: Tensor, norms: Tensor) -> tuple[Te
     return c, n, target, penalty
 
 
-def _sweep(unit: Tensor, norms: Tensor, weight: Tensor, labels: Tensor, options: LossOptions) -> tuple[_Batch, RowStats]:
+def wants_half(embeddings: Tensor, compute_dtype: torch.dtype | None) -> bool:
+    """Whether the sweeps take 16-bit operands: asked for, or half-precision embeddings, or autocast."""
+    if compute_dtype is not None:
+        return compute_dtype == torch.bfloat16
+    return embeddings.dtype in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled(embeddings.device.type)
+
+
+def least_mass(mass: Tensor, share: float) -> Tensor:
+    """(N,) bool: the rows of least mass whose masses together are at most `share` of the whole."""
+    order = torch.argsort(mass, stable=True)
+    inside = torch.cumsum(mass[order], 0) <= share * mass.sum()
+    return torch.zeros_like(inside).scatter(0, order, inside)
+
+
+def _dropped(q: Tensor, labelled: Tensor, options: LossOptions) -> Tensor | None:
+    """Rows left out of the class sweep by `drop_mass`: their mass is w_i q_i, the whole that of all labelled rows."""
+    if options.drop_mass == 0 or not options.record:
+        return None
+    mass = q if options.sample_weight is None else q * options.sample_weight.double().abs()
+    return least_mass(mass, options.drop_mass) & labelled
+
+
+def _sweep(unit: Tensor, norms: Tensor, weight: Tensor, labels: Tensor, options: LossOptions, half: bool) -> tuple[_Batch, RowStats]:
     """Target cosines, margin, forward sweep; rows' statistics."""
     margin = options.margin
     cosine, sub, rows = target_prototypes(unit, weight, labels, options.injection)
@@ -119,14 +148,20 @@ def _sweep(unit: Tensor, norms: Tensor, weight: Tensor, labels: Tensor, options:
     rule, thresholds = margin.rule(cosine) if margin is not None and hasattr(margin, "rule") else (None, None)
     rules = pack_rules(labels, rule, thresholds, float(getattr(margin, "clamp", 1.0)), unit.dtype)
     leaf, norm_leaf, target, penalty = _run_margin(options, cosine, norms)
+    kept = options.keep.lease(unit, weight, half) if options.keep is not None and options.record else None
     lse, nearest, index, pull = torch.ops.recog_fast.negative_logsumexp(
-        unit, weight, labels, options.scale, rules, *options.injection.arguments(), False, True
-    )
+        unit, weight, labels, options.scale, rules, *options.injection.arguments(), False, True, half, options.record,
+        None if kept is None else kept.buffer,
+    )  # fmt: skip
+    if half:
+        exact, _, _ = target_prototypes(unit, weight, index, options.injection)
+        nearest = torch.where(index >= 0, exact, nearest)
     q = torch.where(labelled, torch.sigmoid(lse - options.scale * target.detach().double()), torch.zeros_like(lse))
     subcenters = weight.shape[1] if weight.dim() == 3 else 1
     targets = torch.where(labelled, labels * subcenters + sub, labels)
     probability = torch.exp(options.scale * nearest.double() - lse)
     zero = torch.zeros_like(lse)
+    dropped = _dropped(q, labelled, options)
     stats = RowStats(
         lse.float(),
         cosine.float(),
@@ -135,9 +170,11 @@ def _sweep(unit: Tensor, norms: Tensor, weight: Tensor, labels: Tensor, options:
         torch.where(labelled, 1 - q, zero).float(),
         torch.where(labelled, sub, torch.zeros_like(sub)),
         torch.where(labelled, zero, probability).float(),
-        zero.float(),
+        (zero if dropped is None else torch.where(dropped, q, zero)).float(),
     )
-    batch = _Batch(unit, norms, labels, targets, rows, leaf, norm_leaf, target, penalty, rules, lse, pull, q)
+    batch = _Batch(
+        unit, norms, labels, targets, rows, leaf, norm_leaf, target, penalty, rules, lse, pull, q, half, kept, dropped
+    )
     return batch, stats
 
 
@@ -176,7 +213,7 @@ def _reject_double(batch: _Batch, weight: Tensor, options: LossOptions, at: Tens
     estimate = torch.exp(options.scale * cosine.double() - lse).clamp_max(1.0)
     first_mean = (estimate * torch.expm1(estimate)).to(unit.dtype)
     mass, remainder, mean, push = torch.ops.recog_fast.unknown_rejection(
-        unit, weight, nearest, lse, first_mean, options.scale, *options.injection.arguments(), False, True
+        unit, weight, nearest, lse, first_mean, options.scale, *options.injection.arguments(), False, True, batch.half
     )
     p = torch.where(mass < 0.5, 1 - mass, estimate)
     h = torch.expm1(p)
@@ -252,7 +289,7 @@ class _MarginSoftmax(torch.autograd.Function):
     def forward(ctx: Any, embeddings: Tensor, weight: Tensor, labels: Tensor, options: LossOptions, *parameters: Tensor) -> tuple[Tensor, ...]:
         with torch.autocast(embeddings.device.type, enabled=False):
             unit, norms = reference.unit_rows(embeddings.to(weight.dtype))
-            batch, stats = _sweep(unit, norms, weight, labels, options)
+            batch, stats = _sweep(unit, norms, weight, labels, options, options.compute_dtype == torch.bfloat16)
             unknown = _reject_unknown(batch, stats.nearest_index, weight, options)
             rows = _row_losses(batch, unknown, options)
             shares = _row_shares(batch, unknown, options)
@@ -292,8 +329,10 @@ def _backward_rows(ctx: Any, d_loss: Tensor) -> tuple[Tensor, RowRecords, list[T
         d_embeddings = d_embeddings + d_norms.to(dtype).unsqueeze(1) * batch.unit
     terms = _terms(batch, unknown, negative, target, d_rows, options)
     targets = batch.targets if unknown is None else batch.targets.index_copy(0, unknown.at, unknown.nearest)
-    record = RowRecords(batch.unit, targets, terms, batch.rules, options.scale, options.injection, options.key)
-    return d_embeddings, record, d_parameters
+    record = RowRecords(
+        batch.unit, targets, terms, batch.rules, options.scale, options.injection, options.key, batch.half, batch.kept
+    )
+    return d_embeddings, record if batch.dropped is None else without(record, batch.dropped), d_parameters
 
 
 def weight_wanted(ctx: Any, position: int) -> bool:
@@ -315,12 +354,13 @@ def _class_gradient(weight: Tensor, record: RowRecords, options: LossOptions) ->
         return None
     return torch.ops.recog_fast.class_gradient(  # type: ignore[no-any-return]
         record.unit_embeddings, record.targets, record.terms, weight, record.scale, record.rules,
-        *record.injection.arguments(), False, True,
+        *record.injection.arguments(), False, True, record.half, None if record.kept is None else record.kept.buffer,
     )  # fmt: skip
 
 
 def margin_softmax(embeddings: Tensor, weight: Tensor, labels: Tensor, options: LossOptions) -> tuple[Tensor, RowStats]:
     """Loss and statistics of checked inputs; what `margin_softmax_loss`, `unknown_rejection_loss` and `MarginHead` share."""
-    options = dataclasses.replace(options, record=torch.is_grad_enabled())
+    dtype = torch.bfloat16 if wants_half(embeddings, options.compute_dtype) else torch.float32
+    options = dataclasses.replace(options, record=torch.is_grad_enabled(), compute_dtype=dtype)
     loss, *stats = _MarginSoftmax.apply(embeddings, weight, labels.long(), options, *options.parameters())
     return loss, RowStats(*stats)

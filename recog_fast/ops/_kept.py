@@ -1,0 +1,58 @@
+"""Buffers for exponentials kept between the two sweeps (performance.md: 6NCD instead of 8NCD operations), recycled."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import _library
+
+BUDGET = 256 * 2**20  # bytes
+
+
+class Lease:
+    """A buffer in use; it goes back to its pool when the last row record or autograd node lets go of it."""
+
+    def __init__(self, buffer: Tensor) -> None:
+        self.buffer = buffer
+
+
+@dataclass
+class KeptExponentials:
+    """Pool of one buffer. dtype bfloat16 (2NC bytes) or float32 (4NC bytes), up to `budget` bytes: the classes that fit."""
+
+    dtype: torch.dtype
+    budget: int = BUDGET
+    _buffer: Tensor | None = None
+    _user: weakref.ref[Lease] | None = None
+
+    def lease(self, unit_embeddings: Tensor, weight: Tensor, half: bool) -> Lease | None:
+        """Room for the sweep over these rows and classes; None where no kernel would use it."""
+        module = _library.compiled(unit_embeddings, weight)
+        if module is None or unit_embeddings.device.type != "cpu" or unit_embeddings.shape[0] == 0:
+            return None
+        subcenters = weight.shape[1] if weight.dim() == 3 else 1
+        classes = module.Classes(
+            weight=0, memory_rows=0, strength=0, slot=0, C=weight.shape[0], K=subcenters, D=weight.shape[-1], S=0,
+            unit=False, memory_bf16=False, renormalize=True,
+        )  # fmt: skip
+        size = self.dtype.itemsize
+        needed = module.kept_bytes(classes, unit_embeddings.shape[0], half, keep_half=size == 2)
+        return self._hand_out(min(needed, self.budget) // size)
+
+    def _hand_out(self, numel: int) -> Lease:
+        free = self._user is None or self._user() is None
+        buffer = self._buffer
+        if buffer is None or buffer.numel() < numel or not free:
+            buffer = torch.empty(numel, dtype=self.dtype)
+        lease = Lease(buffer)
+        if free:
+            self._buffer, self._user = buffer, weakref.ref(lease)
+        return lease
+
+    def __getstate__(self) -> dict[str, object]:
+        """Copies and pickles start without the buffer."""
+        return {"dtype": self.dtype, "budget": self.budget, "_buffer": None, "_user": None}
