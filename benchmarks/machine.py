@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 import re
@@ -54,6 +55,7 @@ def slug() -> str:
     return re.sub(r"[^a-z0-9]+", "-", f"{cpu_name()} {os.cpu_count()}core".lower()).strip("-")
 
 
+@functools.cache
 def commit() -> str:
     """Commit of the source tree, "+changes" when it is not clean; "unknown" outside a checkout."""
     try:
@@ -70,6 +72,7 @@ def describe() -> dict[str, str]:
         "device": f"{cpu_name()}, {os.cpu_count()} cores, one thread used",
         "recog_fast": recog_fast.__version__,
         "commit": commit(),
+        "bf16_instructions": "yes" if has_bf16() else "no",
         "backend": recog_fast.backends()["cpu"],
         "torch": torch.__version__,
         "numpy": numpy.__version__,

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from . import report, suite
-from .contenders import Arena, Contender, Eager, eager_loss
+from .contenders import Arena, Contender, Unsuitable
+from .peers import Eager, eager_loss
 from .problems import make_problem
 from .protocol import STEPS, interleave, paired_ratio, spread
 
@@ -63,7 +64,7 @@ class _Absent(Contender):
     name = "absent"
 
     def forward(self) -> Tensor:
-        raise RuntimeError("this PyTorch has no such function")
+        raise Unsuitable("this PyTorch has no such function")
 
 
 class _Slow(Eager):
@@ -85,7 +86,7 @@ def test_contenders_that_fail_their_gate_get_no_time() -> None:
     for kind in (_WrongGradient, _WrongStep, _NoNumber, _Irreproducible):
         assert "steps" not in rows[kind.name], kind.name
         assert str(rows[kind.name]["skipped"]).startswith("gate failed"), rows[kind.name]
-    assert rows[_Absent.name]["skipped"] == "RuntimeError: this PyTorch has no such function"
+    assert rows[_Absent.name]["skipped"] == "this PyTorch has no such function"
 
 
 def test_slow_contenders_are_named_and_not_repeated() -> None:

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(ROOT))  # benchmarks/ is no part of the installed package
 
 import recog_fast as rf
-from benchmarks import contenders, cost_model, problems, truth
+from benchmarks import contenders, cost_model, peers, problems, truth
 from recog_fast import reference
 
 # N << C and C D far above N C: every kind of term shows, and a C x D pass cannot hide in a N x C one
@@ -70,7 +70,7 @@ def _arena() -> contenders.Arena:
 
 @pytest.mark.parametrize(
     ("kind", "cost"),
-    [(contenders.Eager, cost_model.eager), (contenders.PartialFC, cost_model.partial_fc)],
+    [(peers.Eager, cost_model.eager), (peers.PartialFC, cost_model.partial_fc)],
 )
 def test_matrix_flops_are_those_torch_counts(kind: type[contenders.Contender], cost: cost_model.CostModel) -> None:
     contender = kind(_arena())
@@ -99,9 +99,9 @@ def test_matrix_flops_of_ours_are_those_of_the_reference_schedule() -> None:
 @pytest.mark.parametrize(
     ("kind", "cost"),
     [
-        (contenders.Eager, cost_model.eager),
-        (contenders.PartialFC, cost_model.partial_fc),
-        (contenders.PartialFCSampled, cost_model.partial_fc_sampled),
+        (peers.Eager, cost_model.eager),
+        (peers.PartialFC, cost_model.partial_fc),
+        (peers.PartialFCSampled, cost_model.partial_fc_sampled),
     ],
 )
 def test_bytes_are_those_the_operations_touch(kind: type[contenders.Contender], cost: cost_model.CostModel) -> None:
