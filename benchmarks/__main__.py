@@ -22,7 +22,7 @@ def _pytest(*arguments: str, capture: bool = False) -> subprocess.CompletedProce
 
 def pieces() -> list[str]:
     """The pytest ids of everything that measures."""
-    shown = _pytest("benchmarks", "--collect-only", "-q", capture=True)
+    shown = _pytest("benchmarks", "--collect-only", capture=True)
     ids = [line.strip() for line in shown.stdout.splitlines() if "::" in line]
     if not ids:
         raise RuntimeError(f"benchmarks: pytest collected nothing: {shown.stdout[-500:]}{shown.stderr[-500:]}")
@@ -40,12 +40,12 @@ def main(arguments: list[str]) -> int:
     failed = []
     for piece in wanted:
         start = time.perf_counter()
-        done = _pytest("-x", "-q", "--no-header", piece, *options, capture=True)
+        done = _pytest(piece, *options, capture=True)
         print(f"{time.perf_counter() - start:6.0f} s  {'ok' if done.returncode == 0 else 'FAILED'}  {piece}", flush=True)
         if done.returncode != 0:
             failed.append(piece)
             print(done.stdout[-3000:], done.stderr[-1000:], file=sys.stderr)
-    required = _pytest("-q", "benchmarks/test_required.py", *options)
+    required = _pytest("benchmarks/test_required.py", *options)
     return 1 if failed or required.returncode else 0
 
 

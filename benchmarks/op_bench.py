@@ -108,7 +108,8 @@ def plain_class_gradient(unit: Tensor, targets: Tensor, terms: Tensor, weight: T
     d_cosine = terms[1].unsqueeze(1) * torch.exp(scale * (unit @ prototypes.t()) - terms[0].unsqueeze(1))
     d_cosine[torch.arange(targets.numel()), targets] = terms[2]
     d_unit = d_cosine.t() @ unit
-    return (d_unit - (d_unit * prototypes).sum(1, keepdim=True) * prototypes) / norm
+    d_weight: Tensor = (d_unit - (d_unit * prototypes).sum(1, keepdim=True) * prototypes) / norm
+    return d_weight
 
 
 def _copies(arguments: Arguments, dtype: torch.dtype) -> Arguments:

@@ -110,7 +110,10 @@ def _quick(contender: Contender, slow: float, times: Times) -> Tensor:
     return loss
 
 
-def errors(contender: Contender, truth: Truth, loss: Tensor, weight: Tensor, velocity: Tensor) -> tuple[float, ...]:
+Errors = tuple[float, float, float, float, float]  # loss, dx, dW, dW of negatives, step; in the order of Gate
+
+
+def errors(contender: Contender, truth: Truth, loss: Tensor, weight: Tensor, velocity: Tensor) -> Errors:
     """Of a full step just made: loss, dx, dW on the sample, dW on its negatives, the step; relative to float64.
 
     weight, velocity (S, D) float64: the rows `truth.sample` of W and of the velocity before the step.
@@ -143,7 +146,7 @@ def check(contender: Contender, truths: dict[str, Truth], slow: float, times: Ti
     again = _quick(contender, slow, times)
     assert arena.embeddings.grad is not None
     same = all(map(torch.equal, kept, [again, arena.embeddings.grad, *contender.result()]))
-    return Gate(*found, same_bits=same, limit=contender.limit, needs_same_bits=contender.same_bits)
+    return Gate(*found, same, contender.limit, contender.same_bits)
 
 
 def margin_key(margin: float) -> str:

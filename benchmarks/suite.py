@@ -94,13 +94,14 @@ FULL = (
 
 CASES = {"toy": TOY, "full": FULL}
 
+_MEASURED_MEMORY: tuple[type[Contender], ...] = (Eager, Compiled, PartialFC, PartialFCSampled, Native, NativeAdamW, *FUSED)
 # (contender, N, C) whose memory is measured, each in a process of its own
 MEMORY = {
     "toy": [(FusedStep.name, 32, 20_000), (Native.name, 32, 20_000)],
     "full": [
         (kind.name, 64, classes)
         for classes in (10_000, 100_000, 1_000_000)
-        for kind in (Eager, Compiled, PartialFC, PartialFCSampled, Native, NativeAdamW, *FUSED)
+        for kind in _MEASURED_MEMORY
     ],
 }
 SCALING = {"toy": (32, (500, 2000), 5), "full": (64, (100_000, 300_000, 1_000_000), 5)}  # N, all C, rounds
@@ -194,7 +195,8 @@ def _measured(
             **(_peak_shares(cost, shape, step, phase, times) if cost and times.rates else {}),
         }
     full = STEPS[-1]
-    against = {k.name: _ratio_to(k, full, times, timed) for k in (*_COMPILED, PartialFCSampled) if k.name in timed}
+    strong: tuple[type[Contender], ...] = (*_COMPILED, PartialFCSampled)
+    against = {k.name: _ratio_to(k, full, times, timed) for k in strong if k.name in timed}
     return {"steps": steps, "against": against, "same_loss_every_round": len(set(times.losses)) == 1}
 
 
