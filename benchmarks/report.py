@@ -131,7 +131,7 @@ def _scaling_lines(scalings: list[dict[str, Any]]) -> list[str]:
 def _op_lines(ops: list[dict[str, Any]]) -> list[str]:
     rows = [
         [o["stem"], f"{o['N']} x {o['C']}", r["name"], f"{1e3 * r['cpu_s']['median']:.4g} ({1e3 * r['cpu_s']['p10']:.4g}-"
-         f"{1e3 * r['cpu_s']['p90']:.4g})", _ratio(r), f"{r['gflops']:.1f}", f"{r['gbs']:.1f}", _percent(r.get("share_of_peak")),
+         f"{1e3 * r['cpu_s']['p90']:.4g})", _ratio(r), *(f"{r[k]:.1f}" if r[k] else _MISSING for k in ("gflops", "gbs")), _percent(r.get("share_of_peak")),
          f"{r['error']:.1e}", "yes" if r["same_bits"] else "no", f"{1e3 * r['wall_s']['median']:.4g}"]
         for o in sorted(ops, key=lambda o: (o["stem"], o["N"], o["C"])) for r in o["rows"]
     ]  # fmt: skip

@@ -122,6 +122,17 @@ def test_bytes_of_ours_are_four_streams_of_w_and_the_state() -> None:
     assert cost_model.fused_step(N, C, D).bytes() == 20 * C * D
 
 
+def test_keeping_exponentials_saves_one_product_and_moves_them_twice_in_bf16() -> None:
+    for kept, recomputed in (
+        (cost_model.kept_exponentials, cost_model.recomputing),
+        (cost_model.fused_step_kept, cost_model.fused_step),
+    ):
+        assert kept(N, C, D).flops(matrix_only=True) == 6 * N * C * D
+        assert recomputed(N, C, D).flops(matrix_only=True) == 8 * N * C * D
+        assert kept(N, C, D).bytes() - recomputed(N, C, D).bytes() == 4 * N * C
+        assert kept(N, C, D).bytes("forward") - recomputed(N, C, D).bytes("forward") == 2 * N * C
+
+
 def test_truth_agrees_with_the_reference_in_float64() -> None:
     problem = problems.make_problem("R0", N, C, D)
     want = truth.compute_truth(problem, problems.MARGIN)
