@@ -30,10 +30,10 @@ def head_errors(kind: type[Contender], problem: Problem, truth: Truth) -> dict[s
     return {"name": kind.name, "N": rows, "C": classes, **dict(zip(_FIELDS, found, strict=True))}
 
 
-def _class_logits(problem: Problem, dtype: torch.dtype) -> Tensor:
-    """s c over all classes, (N, C) in `dtype`."""
+def _class_logits(problem: Problem, dtype: torch.dtype, rows_dtype: torch.dtype) -> Tensor:
+    """s c over all classes, (N, C) in `dtype`, from unit rows rounded to `rows_dtype`."""
     rows, classes, _ = problem.shape
-    unit = F.normalize(problem.embeddings.to(dtype))
+    unit = F.normalize(problem.embeddings.to(dtype)).to(rows_dtype).to(dtype)
     logits = torch.empty(rows, classes, dtype=dtype)
     for start in range(0, classes, _CHUNK):
         part = F.normalize(problem.weight[start : start + _CHUNK].to(dtype))
@@ -41,10 +41,13 @@ def _class_logits(problem: Problem, dtype: torch.dtype) -> Tensor:
     return logits
 
 
-def excess_truth(problem: Problem) -> Tensor:
-    """L - C log C of the double softmax per row, (N,) float64, by math.md 3 with every cancelling difference as a series."""
+def excess_truth(problem: Problem, rows_dtype: torch.dtype = torch.float64) -> Tensor:
+    """L - C log C of the double softmax per row, (N,) float64, by math.md 3 with every cancelling difference as a series.
+
+    rows_dtype float32: from unit rows rounded once to float32, exact after that: what float32 operands cost by themselves.
+    """
     classes = problem.shape[1]
-    p = torch.softmax(_class_logits(problem, torch.float64), dim=1)
+    p = torch.softmax(_class_logits(problem, torch.float64, rows_dtype), dim=1)
     series = p * p * (1 / 2 + p * (1 / 6 + p * (1 / 24 + p * (1 / 120 + p * (1 / 720 + p * (1 / 5040 + p / 40320))))))
     remainder = torch.where(p < 0.1, series, torch.expm1(p) - p).sum(1)
     slack = 1 + remainder  # A of math.md
@@ -54,13 +57,14 @@ def excess_truth(problem: Problem) -> Tensor:
 
 
 def excess_errors(problem: Problem) -> dict[str, Any]:
-    """Largest absolute error of `unknown_rejection_loss` over the rows; beside it that of plain PyTorch float32."""
+    """Absolute errors of `unknown_rejection_loss`: the largest of the rows and of their mean; beside them the largest that
+    rounding the unit rows to float32 makes alone, and that of plain PyTorch float32."""
     rows, classes, _ = problem.shape
     want = excess_truth(problem)
     got = rf.unknown_rejection_loss(problem.embeddings, problem.weight, scale=SCALE, reduction="none")
     assert isinstance(got, Tensor)
     # the paper's formula as written: -sum log softmax(softmax(z)), less its minimum
-    q = torch.log_softmax(torch.softmax(_class_logits(problem, torch.float32), dim=1), dim=1)
+    q = torch.log_softmax(torch.softmax(_class_logits(problem, torch.float32, torch.float32), dim=1), dim=1)
     plain = -q.sum(1) - classes * math.log(classes)
     return {
         "name": "UIR excess",
@@ -68,5 +72,7 @@ def excess_errors(problem: Problem) -> dict[str, Any]:
         "C": classes,
         "largest_excess": float(want.max()),
         "absolute": float((got.double() - want).abs().max()),
+        "absolute_of_mean": abs(float(got.double().mean() - want.mean())),
+        "rounded_rows": float((excess_truth(problem, torch.float32) - want).abs().max()),
         "plain_float32": float((plain.double() - want).abs().max()),
     }

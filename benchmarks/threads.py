@@ -21,7 +21,9 @@ from .protocol import STEPS, Times, paired_ratio, run_once, spread
 @contextlib.contextmanager
 def busy(processes: int) -> Iterator[None]:
     """`processes` other processes that do nothing but count, inside the block."""
-    running = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(processes)]
+    # they end with their parent, should it be killed
+    code = f"import os\nwhile os.getppid() == {os.getpid()}: pass"
+    running = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(processes)]
     try:
         yield
     finally:
