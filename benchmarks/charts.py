@@ -6,8 +6,10 @@ time_against_c: full step, CPU time of one thread; memory_against_c: extra memor
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ _COLOURS = {
     peers.PartialFC.name: "#a6761d",
     peers.PartialFCSampled.name: "#e6ab02",
     peers.Compiled.name: "#7570b3",
-    peers.CompiledBF16.name: "#b3a0d8",
+    peers.CompiledBF16.name: "#984ea3",
     ours.Native.name: "#66c2a5",
     ours.NativeBF16Kept.name: "#fc8d62",
     ours.FusedStep.name: "#1b9e77",
@@ -57,10 +59,16 @@ def _extra(results: dict[str, Any]) -> Series:
     return {name: found[name] for name in _COLOURS if name in found}
 
 
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _classes(count: float) -> str:
+    return f"{count / 1e6:g}M" if count >= 1e6 else f"{count / 1e3:g}k"
+
+
 def _label_ends(axes: Any, series: Series, unit: str) -> None:
     """Each line's name and last value at its right end, moved apart where they would overlap."""
-    import math
-
     low, high = (math.log10(v) for v in axes.get_ylim())
     ends = sorted((math.log10(points[-1][1]), name) for name, points in series.items())
     place = -math.inf
@@ -69,9 +77,9 @@ def _label_ends(axes: Any, series: Series, unit: str) -> None:
         place = max(at, place + _GAP)
         last = series[name][-1]
         axes.annotate(
-            f"{name}: {last[1]:,.3g} {unit} at {last[0]:.0e}".replace("e+0", "e"), xy=last, xycoords="data", xytext=(1.02, place),
+            f"{name}: {_number(last[1])} {unit} at {_classes(last[0])}", xy=last, xycoords="data", xytext=(1.02, place),
             textcoords="axes fraction", color=_COLOURS[name], fontsize=8.5, va="center",
-            arrowprops={"arrowstyle": "-", "color": _COLOURS[name], "lw": 0.6, "alpha": 0.6},
+            arrowprops={"arrowstyle": "-", "color": _COLOURS[name], "lw": 0.6, "alpha": 0.6, "relpos": (0, 0.5), "shrinkB": 4},
         )  # fmt: skip
 
 
@@ -97,44 +105,59 @@ def _lines(series: Series, title: str, ylabel: str, unit: str, note: str, path: 
     plt.close(figure)
 
 
-def _shares(results: dict[str, Any]) -> tuple[list[tuple[str, str, float, float, float]], str]:
-    """(name, step, median, p10, p90) in percent, of the case of the required numbers; and what the yardstick is."""
+@dataclass(frozen=True)
+class _Bar:
+    """Percent of the yardstick; least: counted as 6NCD, None where that says nothing."""
+
+    name: str
+    what: str
+    median: float
+    p10: float
+    p90: float
+    least: float | None
+
+
+def _shares(results: dict[str, Any]) -> tuple[list[_Bar], str]:
+    """Forward and full step of ours in the case of the required numbers; and what the yardstick is."""
     case = next((c for c in results["cases"] if (c["regime"], c["N"], c["C"]) == ("R0", 64, 100_000)), None)
-    bars: list[tuple[str, str, float, float, float]] = []
-    kernel = False
-    for row in case["rows"] if case else ():
-        if row["name"] not in _COLOURS or "steps" not in row:
-            continue
-        steps = row["steps"]
+    rows = [r for r in (case["rows"] if case else ()) if r["name"] in _COLOURS and "steps" in r and r["name"].startswith("ours")]
+    kernel = any("share_of_peak" in r["steps"][_FULL] for r in rows)
+    bars: list[_Bar] = []
+    for row in rows:
         for step, what in ((STEPS[0], "forward with gradient"), (_FULL, "full step")):
-            share = steps[step].get("share_of_peak")
-            if share is not None:
-                kernel = True
-                bars.append((row["name"], what, *(100 * share[k] for k in ("median", "p10", "p90"))))
-            elif "share_of_gemm" in steps[step] and row["name"].startswith("ours"):
-                bars.append((row["name"], what, *[100 * steps[step]["share_of_gemm"]] * 3))
+            found = row["steps"][step]
+            if "share_of_peak" in found:
+                least = 100 * found["least_share_of_peak"]["median"] if step == _FULL else None
+                share = {k: 100 * v for k, v in found["share_of_peak"].items()}
+                bars.append(_Bar(row["name"], what, share["median"], share["p10"], share["p90"], least))
+            elif not kernel and "share_of_gemm" in found:
+                share_of_gemm = 100 * found["share_of_gemm"]
+                bars.append(_Bar(row["name"], what, share_of_gemm, share_of_gemm, share_of_gemm, None))
     return bars, "the micro-kernel on in-cache data" if kernel else "torch.mm in the same run (no micro-kernel rate here)"
 
 
-def _roofline(bars: Sequence[tuple[str, str, float, float, float]], yardstick: str, note: str, path: Path) -> None:
+def _roofline(bars: Sequence[_Bar], yardstick: str, note: str, path: Path) -> None:
     """Horizontal bars: own matrix operations per second over the yardstick's."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(10.5, 1.6 + 0.36 * len(bars)))
-    for at, (name, what, middle, low, high) in enumerate(reversed(bars)):
-        axes.barh(at, middle, color=_COLOURS[name], alpha=1.0 if what == "full step" else 0.55, height=0.72)
-        axes.plot([low, high], [at, at], color="#222222", lw=1.2)
-        axes.text(max(middle, high) + 1, at, f"{middle:.0f} %", va="center", fontsize=8.5)
-    axes.set_yticks(range(len(bars)), [f"{name}: {what}" for name, what, *_ in reversed(bars)], fontsize=8.5)
+    height = 1.8 + 0.36 * len(bars)
+    figure, axes = plt.subplots(figsize=(10.5, height))
+    for at, bar in enumerate(reversed(bars)):
+        axes.barh(at, bar.median, color=_COLOURS[bar.name], alpha=1.0 if bar.what == "full step" else 0.55, height=0.72)
+        axes.plot([bar.p10, bar.p90], [at, at], color="#222222", lw=1.2)
+        axes.text(max(bar.median, bar.p90) + 1, at, f"{bar.median:.0f} %", va="center", fontsize=8.5)
+        if bar.least is not None:
+            axes.plot(bar.least, at, "o", ms=5, mfc="white", mec="#222222")
+    axes.set_yticks(range(len(bars)), [f"{bar.name}: {bar.what}" for bar in reversed(bars)], fontsize=8.5)
     axes.axvline(100, color="#222222", lw=1, ls="--")
-    axes.set(xlabel=f"% of {yardstick}", xlim=(0, max(112.0, *(b[4] + 12 for b in bars))))
+    axes.set(xlabel=f"% of {yardstick}", xlim=(0, max(112.0, *(bar.p90 + 12 for bar in bars))))
     axes.set_title("Share of the roofline, N=64, C=100,000, D=512, one thread", loc="left", fontsize=11)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.text(0.01, 0.01, note, fontsize=7.5, color="#555555")
-    figure.subplots_adjust(left=0.40, right=0.97, top=1 - 0.5 / (1.6 + 0.36 * len(bars)), bottom=0.85 / (1.6 + 0.36 * len(bars)))
+    figure.text(0.01, 0.08 / height, note, fontsize=7.5, color="#555555")
+    figure.subplots_adjust(left=0.40, right=0.97, top=1 - 0.5 / height, bottom=1.05 / height)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
@@ -158,8 +181,8 @@ def draw(results: dict[str, Any], folder: Path) -> list[Path]:
     bars, yardstick = _shares(results)
     if bars:
         written.append(folder / "roofline.png")
-        counted = "Matrix operations alone: 4NCD forward, 8NCD full step recomputing, 6NCD with kept exponentials; line: p10 to p90."
-        _roofline(bars, yardstick, f"{counted} {note}", written[-1])
+        counted = "Matrix operations alone: 4NCD forward, 8NCD full step recomputing, 6NCD with kept exponentials. Line: p10 to p90. Dot: as 6NCD."
+        _roofline(bars, yardstick, f"{counted}\n{note}", written[-1])
     return written
 
 
