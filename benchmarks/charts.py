@@ -29,6 +29,7 @@ _COLOURS = {
     ours.NativeBF16Kept.name: "#fc8d62",
     ours.FusedStep.name: "#1b9e77",
     ours.FusedStepKept.name: "#3f7fbf",
+    ours.FusedStepKeptExact.name: "#1f4e9c",
     ours.FusedStepBF16.name: "#e7298a",
     ours.FusedStepBF16Kept.name: "#d95f02",
 }

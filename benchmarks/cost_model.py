@@ -139,6 +139,13 @@ def fused_step_kept(rows: int, classes: int, dimension: int) -> Cost:
     return Cost((*_keeping_sweep(nc, cd, ncd), *_kept_class_sweep("update", nc, cd, ncd, 12 * cd, update_flops=6 * cd)))
 
 
+def fused_step_kept_exact(rows: int, classes: int, dimension: int) -> Cost:
+    """`fused_step` with the exponentials kept in float32."""
+    nc, cd, ncd = rows * classes, classes * dimension, rows * classes * dimension
+    kept = _kept_class_sweep("update", nc, cd, ncd, 12 * cd, update_flops=6 * cd, width=4)
+    return Cost((*_keeping_sweep(nc, cd, ncd, width=4), *kept))
+
+
 def _normalised_logits(rows: int, classes: int, dimension: int) -> tuple[Term, ...]:
     nc, cd, nd, ncd = rows * classes, classes * dimension, rows * dimension, rows * classes * dimension
     return (
@@ -182,14 +189,16 @@ def _class_sweep(phase: str, nc: int, cd: int, ncd: int, written: int, update_fl
     )
 
 
-def _keeping_sweep(nc: int, cd: int, ncd: int) -> tuple[Term, ...]:
-    return (*_forward_sweep(nc, cd, ncd), Term("forward", "exponentials to bf16: write", 0, 2 * nc))
+def _keeping_sweep(nc: int, cd: int, ncd: int, width: int = 2) -> tuple[Term, ...]:
+    return (*_forward_sweep(nc, cd, ncd), Term("forward", "exponentials: write", 0, width * nc))
 
 
-def _kept_class_sweep(phase: str, nc: int, cd: int, ncd: int, written: int, update_flops: int = 0) -> tuple[Term, ...]:
+def _kept_class_sweep(
+    phase: str, nc: int, cd: int, ncd: int, written: int, update_flops: int = 0, width: int = 2
+) -> tuple[Term, ...]:
     return (
         Term(phase, "|W_j|, chain: read W", 2 * cd, 4 * cd),
-        Term(phase, "exponentials: read; slope", 2 * nc, 2 * nc),
+        Term(phase, "exponentials: read; slope", 2 * nc, width * nc),
         Term(phase, "dP = G^T x^: in cache", 2 * ncd, 0, True),
         Term(phase, "chain through |W_j|, result", 5 * cd + update_flops, written),
     )

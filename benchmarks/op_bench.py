@@ -5,6 +5,7 @@ The gate comes first: every contender must match the reference run in float64, a
 
 from __future__ import annotations
 
+import functools
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -17,15 +18,17 @@ from torch import Tensor
 import recog_fast as rf
 from recog_fast import native, reference
 
+from .contenders import BF16_LIMIT, FLOAT32_LIMIT
 from .problems import SCALE, Problem, make_problem
 from .protocol import kernel_rate, one_thread, paired_ratio, spread
 from .truth import relative
 
 Arguments = tuple[Any, ...]
 Run = Callable[..., Any]
-OURS, PLAIN, REFERENCE = "ours, float32", "plain PyTorch", "reference"
+OURS, HALF, PLAIN, REFERENCE = "ours, float32", "ours, 16-bit operands", "plain PyTorch", "reference"
+ARITHMETIC = {OURS: "float32", HALF: "bfloat16"}  # of the micro-kernel
 SLOTS = 2048  # of a memory
-LIMIT = 1e-4  # relative to float64
+LIMITS = {HALF: BF16_LIMIT}  # relative to float64; FLOAT32_LIMIT for the others
 SIZES = {"toy": ((32, 4000),), "full": ((64, 10_000), (64, 100_000), (256, 100_000))}
 
 
@@ -60,7 +63,7 @@ class _Contender:
         """One timed run from the starting values of what it writes; its outputs."""
         for k in written:
             self.arguments[k].copy_(self.start[k])
-        rate = kernel_rate("float32") if self.name == OURS else None
+        rate = kernel_rate(ARITHMETIC.get(self.name, ""))
         with rf.ops.use_backend(self.backend):
             cpu, wall = time.process_time(), time.perf_counter()
             returned = self.run(*self.arguments)
@@ -125,6 +128,8 @@ def _contenders(operation: Operation, arguments: Arguments) -> list[_Contender]:
     compiled = torch._C._dispatch_has_kernel_for_dispatch_key(f"recog_fast::{operation.stem}", "CPU")
     if compiled and native.load()[0] is not None:
         wanted.append((OURS, run, "auto"))
+        if "bool half" in rf.ops.SCHEMAS[operation.stem]:
+            wanted.append((HALF, functools.partial(run, half=True), "auto"))
     wanted.append((REFERENCE, run, "reference"))
     return [_Contender(name, run, backend, _copies(arguments, torch.float32), arguments) for name, run, backend in wanted]
 
@@ -162,9 +167,10 @@ def _gate(operation: Operation, contender: _Contender, truth: Sequence[Tensor]) 
     """Largest relative error of the outputs, and two runs compared; their times are dropped."""
     got = [t.clone() for t in contender.once(operation.written)]
     error = max(relative(value, exact) for value, exact in zip(got, truth, strict=True))
-    assert error < LIMIT, f"{operation.stem}, {contender.name}: error {error:.1e} against float64, limit {LIMIT:.0e}"
+    limit = LIMITS.get(contender.name, FLOAT32_LIMIT)
+    assert error < limit, f"{operation.stem}, {contender.name}: error {error:.1e} against float64, limit {limit:.0e}"
     same = all(map(torch.equal, got, contender.once(operation.written)))
-    assert same or contender.name != OURS, f"{operation.stem}: two runs of ours differ"
+    assert same or contender.name not in ARITHMETIC, f"{operation.stem}: two runs of ours differ"
     contender.seconds, contender.wall, contender.rates = [], [], []
     return {"name": contender.name, "error": error, "same_bits": same}
 

@@ -137,7 +137,7 @@ def _op_lines(ops: list[dict[str, Any]]) -> list[str]:
     ]  # fmt: skip
     head = ["operation", "N x C", "contender", "CPU ms (p10-p90)", "times faster than the first", "GFLOP/s", "GB/s",
             "of the micro-kernel", "error", "same bits", "wall ms"]  # fmt: skip
-    return ["### Operations alone, float32", "", *_table(head, rows), ""]
+    return ["### Operations alone", "", *_table(head, rows), ""]
 
 
 def _thread_lines(threads: list[dict[str, Any]]) -> list[str]:

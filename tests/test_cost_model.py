@@ -131,6 +131,8 @@ def test_keeping_exponentials_saves_one_product_and_moves_them_twice_in_bf16() -
         assert recomputed(N, C, D).flops(matrix_only=True) == 8 * N * C * D
         assert kept(N, C, D).bytes() - recomputed(N, C, D).bytes() == 4 * N * C
         assert kept(N, C, D).bytes("forward") - recomputed(N, C, D).bytes("forward") == 2 * N * C
+    exact, kept = cost_model.fused_step_kept_exact(N, C, D), cost_model.fused_step_kept(N, C, D)
+    assert exact.flops() == kept.flops() and exact.bytes() - kept.bytes() == 4 * N * C
 
 
 def test_truth_agrees_with_the_reference_in_float64() -> None:
