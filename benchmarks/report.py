@@ -84,7 +84,7 @@ def case_lines(case: dict[str, Any]) -> list[str]:
             [name, *(_milliseconds(steps[s]) for s in STEPS), *(_ratio(steps[s]) for s in STEPS[1:]), *_gate(row)]
         )
         rates.append([name, *_rates(row)])
-    lines += _table([*head, "loss error", "dx error", "dW error: all / negatives", "same bits", "dropped mass"], body)
+    lines += _table([*head, "loss error", "dx error", "dW error: all / negatives", "same bits", "largest dropped q of a row"], body)
     lines += [
         "",
         "Rates of the full step by the cost model: 6NCD (the least flops with stored logits), the own flops and the own bytes. Shares of the "
