@@ -57,10 +57,11 @@ def slug() -> str:
 
 @functools.cache
 def commit() -> str:
-    """Commit of the source tree, "+changes" when it is not clean; "unknown" outside a checkout."""
+    """Commit of the source tree, "+changes" when it is not clean (stored results apart); "unknown" outside a checkout."""
+    status = ("status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)benchmarks/results")
     try:
         run = [subprocess.run(["git", *a], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-               for a in (("rev-parse", "--short=12", "HEAD"), ("status", "--porcelain", "--untracked-files=no"))]  # fmt: skip
+               for a in (("rev-parse", "--short=12", "HEAD"), status)]  # fmt: skip
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return run[0] + ("+changes" if run[1] else "")
