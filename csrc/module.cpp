@@ -17,9 +17,9 @@ T* at(uintptr_t address) {
 }
 
 cpu::Classes classes(uintptr_t weight, uintptr_t memory_rows, uintptr_t strength, uintptr_t slot, int64_t C, int64_t K, int64_t D,
-                     int64_t S, bool unit, bool memory_bf16, bool renormalize) {
+                     int64_t S, bool unit, bool memory_bf16, bool renormalize, uintptr_t members, uintptr_t seen, int64_t all) {
   return {at<const float>(weight), at<const void>(memory_rows), at<const float>(strength), at<const int32_t>(slot), C, K, D, S, unit,
-          memory_bf16, renormalize};
+          memory_bf16, renormalize, at<const int32_t>(members), at<const uint8_t>(seen), all};
 }
 
 cpu::Rows rows(uintptr_t unit_embeddings, uintptr_t target, uintptr_t rules, int64_t N, float scale, bool half) {
@@ -55,7 +55,8 @@ PYBIND11_MODULE(_native, m) {
 
   py::class_<cpu::Classes>(m, "Classes", py::module_local())
       .def(py::init(&classes), py::kw_only(), py::arg("weight"), py::arg("memory_rows"), py::arg("strength"), py::arg("slot"),
-           py::arg("C"), py::arg("K"), py::arg("D"), py::arg("S"), py::arg("unit"), py::arg("memory_bf16"), py::arg("renormalize"));
+           py::arg("C"), py::arg("K"), py::arg("D"), py::arg("S"), py::arg("unit"), py::arg("memory_bf16"), py::arg("renormalize"),
+           py::arg("members") = 0, py::arg("seen") = 0, py::arg("all") = 0);
   py::class_<cpu::Rows>(m, "Rows", py::module_local()).def(py::init(&rows), py::kw_only(), py::arg("unit_embeddings"), py::arg("target"),
                                        py::arg("rules"), py::arg("N"), py::arg("scale"), py::arg("half"));
   py::class_<cpu::Kept>(m, "Kept", py::module_local()).def(py::init(&kept), py::kw_only(), py::arg("address") = 0, py::arg("bytes") = 0,
@@ -86,16 +87,18 @@ PYBIND11_MODULE(_native, m) {
   m.def(
       "class_sweep",
       [](const cpu::Classes& c, const cpu::Rows& r, uintptr_t terms, int mode, uintptr_t gradient, uintptr_t weight,
-         uintptr_t velocity, float lr, float momentum, float weight_decay, bool nesterov, const cpu::Kept& kept, int threads) {
+         uintptr_t velocity, float lr, float momentum, float weight_decay, bool nesterov, bool sparse,
+         const cpu::Kept& kept, int threads) {
         const float* t = at<const float>(terms);
         const cpu::RowTerms row_terms{t, t + r.N, t + 2 * r.N, t + 3 * r.N, t + 4 * r.N};
         cpu::class_sweep(c, r, row_terms,
-                         {mode, at<float>(gradient), at<float>(weight), at<float>(velocity), lr, momentum, weight_decay, nesterov},
+                         {mode, at<float>(gradient), at<float>(weight), at<float>(velocity), lr, momentum, weight_decay, nesterov, sparse},
                          kept, threads);
       },
       py::arg("classes"), py::arg("rows"), py::kw_only(), py::arg("terms"), py::arg("mode"), py::arg("gradient") = 0,
       py::arg("weight") = 0, py::arg("velocity") = 0, py::arg("lr") = 0.0f, py::arg("momentum") = 0.0f,
-      py::arg("weight_decay") = 0.0f, py::arg("nesterov") = false, py::arg("kept"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+      py::arg("weight_decay") = 0.0f, py::arg("nesterov") = false, py::arg("sparse") = false, py::arg("kept"), py::arg("threads"),
+      py::call_guard<py::gil_scoped_release>());
 
   m.def(
       "effective_prototypes",

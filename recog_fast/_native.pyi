@@ -17,6 +17,9 @@ class Classes:
         unit: bool,
         memory_bf16: bool,
         renormalize: bool,
+        members: int = 0,
+        seen: int = 0,
+        all: int = 0,
     ) -> None: ...
 
 class Rows:
@@ -54,6 +57,7 @@ def class_sweep(
     momentum: float = 0.0,
     weight_decay: float = 0.0,
     nesterov: bool = False,
+    sparse: bool = False,
     kept: Kept,
     threads: int,
 ) -> None: ...

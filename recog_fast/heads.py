@@ -14,13 +14,15 @@ from .losses import Reduction, check_options
 from .margins import ArcFace
 from .memory import PrototypeMemory
 from .ops import _checks
+from .ops._buffers import GradientBuffers
 from .ops._kept import BUDGET, KeptExponentials
 from .ops._rows import Injection, Key, RowRecords
-from .ops.margin_softmax import LossOptions, Margin, margin_softmax, target_prototypes, weight_wanted
+from .ops.attached_cosine import CosineOptions, attached_cosine
+from .ops.margin_softmax import LossOptions, Margin, margin_softmax
 from .rules import RowStats
+from .sampling import sample_classes
 
 _CHUNK = 16384  # classes whose cosines `topk` holds at a time
-_NO_NEGATIVES = 1e30  # an lse under which every negative's share is 0
 
 
 def kept_exponentials(choice: bool | torch.dtype, budget: int) -> KeptExponentials | None:
@@ -43,6 +45,11 @@ class MarginHead(nn.Module):
         memory: a `PrototypeMemory` whose rows are injected into the prototypes; part of state_dict. Something must fill it:
             pass `keys=` to every training forward (the momentum encoder's embeddings, or `embeddings.detach()`), or call
             `memory.write(embeddings, labels, step)` after backward. The head owns its clock: writes take effect after the optimizer step (without HeadSGD: at the next training forward).
+        sample_rate: share of the classes that serve as negatives of a training step (Partial FC): the batch's own classes,
+            and others drawn by (sample_seed, step) until there are int(sample_rate * C); `last_sampled` has their ids. The
+            first forward of an optimizer step draws them for all its micro-batches: a later row of another class meets the
+            same negatives, and its own class through the target cosine alone. Rows labelled -1 and all use outside training
+            see every class. weight.grad is dense, 0 in the other rows. sample_seed: None takes torch.initial_seed().
         unknown_weight: weight of the UIR excess of rows labelled -1 (UIR: 0.1). compute_dtype: as `margin_softmax_loss`.
         keep_exponentials: keep e^{s f(c) - offset} of the forward sweep for the class sweep, which then saves a third of its
             operations: True (or torch.bfloat16) in 16 bits, 2NC bytes, with float32 arithmetic the mode fp32-Ebf16: dW of a
@@ -58,6 +65,7 @@ class MarginHead(nn.Module):
 
     weight: nn.Parameter
     steps: Tensor
+    sample_seed: Tensor
 
     def __init__(
         self,
@@ -68,6 +76,8 @@ class MarginHead(nn.Module):
         scale: float = 64.0,
         subcenters: int = 1,
         memory: PrototypeMemory | None = None,
+        sample_rate: float = 1.0,
+        sample_seed: int | None = None,
         unknown_weight: float = 0.0,
         compute_dtype: torch.dtype | None = None,
         keep_exponentials: bool | torch.dtype = False,
@@ -79,16 +89,24 @@ class MarginHead(nn.Module):
             _checks.expect(isinstance(value, SupportsIndex) and operator.index(value) >= 1, "MarginHead", f"{name} >= 1", value)
         _checks.check_margin(margin, "MarginHead")
         check_options("MarginHead", torch.empty(0, 1), scale, "mean", unknown_weight, None, None, compute_dtype)
+        _checks.expect(0 < sample_rate <= 1, "MarginHead", "sample_rate in (0, 1]", sample_rate)
         shape = (num_classes, embedding_dim) if subcenters == 1 else (num_classes, subcenters, embedding_dim)
         self.num_classes, self.embedding_dim, self.subcenters = map(operator.index, (num_classes, embedding_dim, subcenters))
         self.margin, self.scale, self.unknown_weight, self.compute_dtype = margin, float(scale), unknown_weight, compute_dtype
         self.weight = nn.Parameter(torch.empty(shape, dtype=torch.float32).normal_(0.0, 0.01))
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+        self.sample_rate = float(sample_rate)
+        seed = torch.initial_seed() if sample_seed is None else operator.index(sample_seed)
+        self.register_buffer("sample_seed", torch.tensor(seed % 2**63))
         self.memory = self._adopt(memory)
         self._fused: object | None = None
         self._pending: list[RowRecords] = []
         self._epoch = 0
         self._cache: tuple[Key, Tensor] | None = None
+        self._class_set: tuple[int, Tensor] | None = None  # step and ids of the classes sampled for it
+        self._redraw = False  # zero_grad came after the set was drawn
+        self.last_sampled: Tensor | None = None  # (M,) int64 sorted ids of the last training forward's classes; None: all
+        self._gradients = GradientBuffers()
         self.keep = kept_exponentials(keep_exponentials, keep_budget)
         _checks.expect(0 <= drop_mass < 1, "MarginHead", "drop_mass in [0, 1)", drop_mass)
         _checks.expect(drop_mass == 0 or self.keep is None, "MarginHead", "drop_mass or keep_exponentials, not both", drop_mass)
@@ -154,8 +172,11 @@ class MarginHead(nn.Module):
             sample_weight=sample_weight,
             reduction=reduction,
             normalizer=normalizer,
-            on_rows=self._pending.append if recording and self._fused is not None else None,
+            on_rows=self._keep_rows if recording and self._fused is not None else None,
             key=self._key(now),
+            members=self._sample(labels, now, recording),
+            unknown_stats=return_stats,
+            buffers=self._gradients,
             compute_dtype=self.compute_dtype,
             keep=self.keep if recording else None,
             drop_mass=self.drop_mass if recording else 0.0,
@@ -171,9 +192,25 @@ class MarginHead(nn.Module):
         if step is None or step == now:
             return now
         _checks.expect(step >= 0, "MarginHead", "step >= 0 or None", step)
-        held = self._fused is not None and self.memory is not None
-        _checks.expect(not held, "MarginHead", f"step None or the head's own count {now} with HeadSGD and a memory", step)
+        clocked = "a memory" if self.memory is not None else "sampled classes" if self.sample_rate < 1 else ""
+        fixed = self._fused is not None and clocked
+        _checks.expect(not fixed, "MarginHead", f"step None or the head's own count {now} with HeadSGD and {clocked}", step)
         return step
+
+    def _sample(self, labels: Tensor, step: int, recording: bool) -> Tensor | None:
+        """Ids (M,) of the classes that are this forward's negatives; None: all."""
+        if self.sample_rate == 1 or not self.training:
+            return None
+        drawn, dropped = self._class_set, self._redraw and not self._pending
+        if recording and not dropped and drawn is not None and drawn[0] == step:
+            ids = drawn[1]
+        else:
+            count = max(1, int(self.sample_rate * self.num_classes))
+            ids = sample_classes(labels, self.num_classes, count, int(self.sample_seed), step)
+            if recording:
+                self._class_set, self._redraw = (step, ids), False
+        self.last_sampled = ids
+        return ids
 
     def _check(self, embeddings: Tensor, labels: Tensor, keys: Tensor | None) -> None:
         where = "MarginHead"
@@ -206,7 +243,7 @@ class MarginHead(nn.Module):
     def _key(self, step: int) -> Key:
         """What a row record depends on: scale, W's storage and version, memory, clock, `invalidate` calls."""
         clock = (self.memory.epoch, step) if self.memory is not None else ()
-        return (self.scale, self.weight.data_ptr(), self.weight._version, self._epoch, *clock)
+        return (self.scale, self.sample_rate, self.weight.data_ptr(), self.weight._version, self._epoch, *clock)
 
     def invalidate(self) -> None:
         """Call after edits autograd cannot see (`weight.data[...] = `): cached prototypes and pending rows become stale."""
@@ -217,38 +254,64 @@ class MarginHead(nn.Module):
         """Rows left by backward passes that no `HeadSGD.step` has taken yet."""
         return sum(r.targets.numel() for r in self._pending)
 
+    def _keep_rows(self, rows: RowRecords) -> None:
+        """What backward calls; the list itself is replaced by every step and zero_grad."""
+        self._pending.append(rows)
+
     def take_rows(self) -> list[RowRecords]:
-        """The pending rows, for the fused optimizer; raises RuntimeError where W, memory or clock moved since they were made."""
+        """The pending rows, for the fused optimizer; raises RuntimeError where W, memory, clock or sampled classes changed since."""
         rows, self._pending = self._pending, []
         now = self._key(int(self.steps))
-        stale = sum(r.key != now for r in rows)
+        sampled = None if self._class_set is None else self._class_set[1]
+        stale = sum(r.key != now or (r.members is not None and r.members is not sampled) for r in rows)
         if stale:
             raise RuntimeError(
                 f"HeadSGD: expected all pending rows to come from the present prototypes, got {stale} of {len(rows)} "
-                "micro-batches from before a change of weight, memory or clock (load_state_dict, invalidate, another "
-                "optimizer, a memory flush); they were discarded: run their forward and backward again"
+                "micro-batches from before a change of weight, memory, clock or sampled classes (load_state_dict, invalidate, "
+                "another optimizer or an earlier step, a memory flush); they were discarded: run their forward and backward again"
             )
         return rows
 
     def discard_rows(self) -> None:
-        """Forgets pending rows (`HeadSGD.zero_grad`)."""
-        self._pending = []
+        """Forgets pending rows (`HeadSGD.zero_grad`); a batch that follows instead draws its own classes."""
+        self._pending, self._redraw = [], True
 
     def end_step(self) -> None:
         """After the fused optimizer's step: queued memory writes take effect and the clock moves."""
         if self.memory is not None:
             self.memory.flush()
         self.steps += 1
+        self._class_set = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles start without an optimizer, pending rows or cache."""
-        return {**self.__dict__, "_fused": None, "_pending": [], "_cache": None}
+        """Copies and pickles start without an optimizer, pending rows, sampled classes, cache or gradient memory."""
+        fresh: dict[str, Any] = {"_fused": None, "_pending": [], "_cache": None, "_class_set": None}
+        return {**self.__dict__, **fresh}
+
+    def release_gradient_memory(self) -> None:
+        """Frees what the head keeps of dropped gradients: with an ordinary optimizer up to two tensors like W on the CPU.
+
+        `backward` writes dW into the memory of an earlier weight.grad once nothing else refers to it, which saves a new
+        tensor's page faults each step; a gradient that somebody still holds is never written again.
+        """
+        self._gradients.release()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> MarginHead:
+        self.release_gradient_memory()  # of the former device or dtype
+        super()._apply(fn, recurse)
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        state_dict.setdefault(prefix + "sample_seed", self.sample_seed)  # heads saved before there was sampling
+        self._class_set = None
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def attach(self, optimizer: object) -> None:
         """Makes backward leave row records for `optimizer` (HeadSGD calls it); RuntimeError while rows wait for another."""
         if self._pending and self._fused is not optimizer:
             raise RuntimeError(f"MarginHead: expected no pending rows when an optimizer is attached, got {self.pending_rows}")
         self._fused = optimizer
+        self.release_gradient_memory()
 
     @property
     def fused_optimizer(self) -> object | None:
@@ -313,47 +376,10 @@ class MarginHead(nn.Module):
         _checks.check_weight(self.weight, embeddings.shape[1], where)
         _checks.check_labels(class_ids, embeddings.shape[0], self.num_classes, where, low=0, name="class_ids")
         now = int(self.steps)
-        cosine: Tensor = _AttachedCosine.apply(embeddings, self.weight, class_ids.long(), self, self._injection(now), self._key(now))
-        return cosine
+        on_rows = self._keep_rows if self.training and self._fused is not None else None
+        return attached_cosine(embeddings, self.weight, class_ids.long(), CosineOptions(self.scale, self._injection(now), self._key(now), on_rows))
 
     def extra_repr(self) -> str:
         """Sizes, for print."""
-        return f"{self.num_classes}, {self.embedding_dim}, margin={self.margin}, scale={self.scale}, subcenters={self.subcenters}"
-
-
-class _AttachedCosine(torch.autograd.Function):
-    """Cosine to one class per row; its weight gradient is (row, class, coefficient): a row record without negatives."""
-
-    @staticmethod
-    def forward(ctx: Any, embeddings: Tensor, weight: Tensor, ids: Tensor, head: MarginHead, injection: Injection, key: Key) -> Tensor:
-        unit, norms = reference.unit_rows(embeddings.to(weight.dtype))
-        cosine, sub, rows = target_prototypes(unit, weight, ids, injection)
-        ctx.save_for_backward(weight, ids, sub, unit, norms, rows)
-        ctx.head, ctx.injection, ctx.key, ctx.dtype = head, injection, key, embeddings.dtype
-        ctx.fused = head._fused is not None and head.training
-        return cosine
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, d_cosine: Tensor) -> tuple[Tensor | None, ...]:
-        weight, ids, sub, unit, norms, rows = ctx.saved_tensors
-        d_embeddings = reference.through_normalisation(d_cosine.unsqueeze(1) * rows, unit, norms)
-        d_weight = None
-        wanted = weight_wanted(ctx, 1)
-        if wanted and ctx.fused:
-            terms = unit.new_zeros(reference.TERM_ROWS, ids.numel())
-            terms[0], terms[2] = _NO_NEGATIVES, d_cosine
-            targets = ids * ctx.head.subcenters + sub
-            ctx.head._pending.append(RowRecords(unit, targets, terms, None, ctx.head.scale, ctx.injection, ctx.key))
-        elif wanted:
-            d_weight = _scatter_rows(weight, ids, sub, d_cosine.unsqueeze(1) * unit, ctx.injection)
-        return d_embeddings.to(ctx.dtype), d_weight, None, None, None, None
-
-
-def _scatter_rows(weight: Tensor, ids: Tensor, sub: Tensor, d_rows: Tensor, injection: Injection) -> Tensor:
-    """dW (shaped as weight) of prototype gradients d_rows (N, D) at (ids, sub)."""
-    chosen = weight[ids] if weight.dim() == 2 else weight[ids, sub]
-    d_chosen = reference.prototype_chain(d_rows, chosen, *injection.of(ids).arguments())
-    flat = ids if weight.dim() == 2 else ids * weight.shape[1] + sub
-    gradient = torch.zeros(weight.numel() // weight.shape[-1], weight.shape[-1], dtype=weight.dtype, device=weight.device)
-    return gradient.index_add_(0, flat, d_chosen).reshape(weight.shape)
+        sampled = f", sample_rate={self.sample_rate}" if self.sample_rate < 1 else ""
+        return f"{self.num_classes}, {self.embedding_dim}, margin={self.margin}, scale={self.scale}, subcenters={self.subcenters}{sampled}"

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from .heads import MarginHead
 from .ops import _checks
-from .ops._rows import join
+from .ops._rows import RowRecords, join
 
 
 class HeadSGD(torch.optim.Optimizer):
@@ -17,26 +19,52 @@ class HeadSGD(torch.optim.Optimizer):
 
     v <- mu v + (dW + wd W);  W <- W - lr v  (Nesterov: W <- W - lr (g + mu v)), as torch.optim.SGD without dampening, where dW is
     the sum of the gradients of all backward passes since the last step: recomputed from row records, chunk by chunk,
-    and applied while on chip. Extra memory beyond W and v: a few MB, whatever C is.
+    and applied while on chip. Extra memory beyond W and v (none with momentum 0): a few MB, whatever C is.
 
-    `step()` runs over the rows backward left on the head; it raises RuntimeError if W, the memory or the clock changed
-    since they were made. Without rows nothing moves but the clock, as SGD does with grad None. Learning rate schedulers
-    work as usual (`param_groups`); the state is `momentum_buffer`. weight.grad stays None: gradient clipping and
-    GradScaler see no gradient (train in bf16, clip the backbone). A margin's own parameters want another optimizer.
+    `step()` runs over the rows backward left on the head; it raises RuntimeError if W, the memory, the clock or the sampled
+    classes changed since they were made. Without rows nothing moves but the clock, as SGD does with grad None. It is a
+    torch.optim.Optimizer: learning rate schedulers, step hooks and closures work as usual (`param_groups`). Its state is
+    `momentum_buffer`, and its state_dict is one of torch.optim.SGD: each loads the other's.
 
-    Args: head; lr >= 0; momentum in [0, 1); weight_decay >= 0; nesterov (needs momentum > 0). Raises ValueError, TypeError.
-    Source: docs/math.md 1.
+    unsampled: what a step does to the classes a sampled head left out: "dense" moves them by momentum and weight decay,
+    as Partial FC v2; "sparse" leaves weight and momentum alone (a class first touched starts from momentum 0).
+
+    weight.grad stays None. So `clip_grad_norm_` does nothing to the head: clip the backbone alone. GradScaler is refused
+    (its scaled rows could not be unscaled): train in bf16. A margin's own parameters want another optimizer.
+
+    Args: head; lr >= 0; momentum in [0, 1); weight_decay >= 0; nesterov (needs momentum > 0); unsampled; dampening and
+    maximize are there to be refused by name: 0 and False. Raises ValueError, TypeError. Source: docs/math.md 1, 1.3.
     """
 
-    def __init__(self, head: MarginHead, lr: float, momentum: float = 0.9, weight_decay: float = 5e-4, nesterov: bool = False) -> None:
+    # GradScaler hands over its scale instead of looking for gradients; `step` then refuses in words of its own.
+    _step_supports_amp_scaling = True
+
+    def __init__(
+        self,
+        head: MarginHead,
+        lr: float | Tensor,
+        momentum: float = 0.9,
+        weight_decay: float = 5e-4,
+        nesterov: bool = False,
+        unsampled: Literal["dense", "sparse"] = "dense",
+        *,
+        dampening: float = 0.0,
+        maximize: bool = False,
+    ) -> None:
         if not isinstance(head, MarginHead):
             raise TypeError(f"HeadSGD: expected head to be a MarginHead, got {type(head).__name__}")
-        _checks.expect(0 <= float(lr) < float("inf"), "HeadSGD", "lr >= 0", lr)
-        _checks.expect(0 <= momentum < 1, "HeadSGD", "momentum in [0, 1)", momentum)
-        _checks.expect(0 <= weight_decay < float("inf"), "HeadSGD", "weight_decay >= 0", weight_decay)
-        _checks.expect(not nesterov or momentum > 0, "HeadSGD", "momentum > 0 with nesterov", momentum)
+        group = {
+            "lr": lr,
+            "momentum": momentum,
+            "dampening": dampening,
+            "weight_decay": weight_decay,
+            "nesterov": nesterov,
+            "maximize": maximize,
+            "unsampled": unsampled,
+        }
+        _check_group(group)
         self.head = head
-        super().__init__([head.weight], {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov})
+        super().__init__([head.weight], group)
         head.attach(self)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -46,14 +74,24 @@ class HeadSGD(torch.optim.Optimizer):
         super().add_param_group(param_group)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch.optim; ValueError for the state of another optimizer or of a head of other shape."""
+        """Of a HeadSGD or a torch.optim.SGD; ValueError for any other, for options refused here and for a head of other shape."""
         groups = state_dict["param_groups"]
-        known = len(groups) == 1 and set(self.defaults) <= set(groups[0])
-        _checks.expect(known, "HeadSGD", f"one group with {sorted(self.defaults)}", [sorted(g) for g in groups])
-        for buffers in state_dict["state"].values():
-            shape = tuple(buffers["momentum_buffer"].shape)
+        needed = set(self.defaults) - {"unsampled", "maximize"}  # SGD has no such thing; SGDs of old have no maximize
+        known = len(groups) == 1 and needed <= set(groups[0])
+        _checks.expect(known, "HeadSGD", f"one group with {sorted(needed)}", [sorted(g) for g in groups])
+        group = {"unsampled": self.param_groups[0]["unsampled"], "maximize": False, **groups[0]}
+        _check_group(group)
+        state = {}
+        for key, buffers in state_dict["state"].items():
+            velocity = buffers.get("momentum_buffer")
+            if velocity is None:  # SGD without momentum
+                continue
+            _checks.expect_tensor(velocity, "HeadSGD", "momentum_buffer")
+            shape = tuple(velocity.shape)
             _checks.expect(shape == tuple(self.head.weight.shape), "HeadSGD", f"momentum_buffer of shape {tuple(self.head.weight.shape)}", shape)
-        super().load_state_dict(state_dict)
+            # The step writes it in place: it must be neither the other optimizer's nor strided.
+            state[key] = {"momentum_buffer": velocity.detach().clone(memory_format=torch.contiguous_format)}
+        super().load_state_dict({**state_dict, "state": state, "param_groups": [copy.copy(group)]})
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "head": self.head}
@@ -72,8 +110,10 @@ class HeadSGD(torch.optim.Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update from all pending rows; returns the closure's loss if one is given.
 
-        Raises RuntimeError for stale rows, for a dense weight.grad (it would be lost) and where another HeadSGD took over.
+        Raises RuntimeError for stale rows, a dense weight.grad (it would be lost), a GradScaler, a weight other than the one
+        this was made for, and where another HeadSGD took over; ValueError for options set in `param_groups` that are refused.
         """
+        self._refuse_scaler()
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -85,25 +125,64 @@ class HeadSGD(torch.optim.Optimizer):
         self.head.end_step()
         return loss
 
+    def _refuse_scaler(self) -> None:
+        scaled = [self.__dict__.pop(name) for name in ("grad_scale", "found_inf") if name in self.__dict__]
+        if scaled:
+            raise RuntimeError(
+                "HeadSGD: expected no GradScaler, got a scaled step: pending rows hold scaled gradients that nothing can "
+                "unscale or check for inf; they were kept: zero_grad() drops them. Train in bf16, which needs no scaler"
+            )
+
     def _check(self) -> None:
-        if self.head.fused_optimizer is not self:
+        head = self.head
+        if head.fused_optimizer is not self:
             raise RuntimeError("HeadSGD: expected to be the optimizer of its head, got a head another HeadSGD was made for")
-        if self.head.weight.grad is not None:
+        if head.weight is not self.param_groups[0]["params"][0]:
+            raise RuntimeError("HeadSGD: expected the head to keep the weight this was made for, got another Parameter: make a new HeadSGD")
+        if head.weight.grad is not None:
             raise RuntimeError(
                 "HeadSGD: expected weight.grad to be None, got a dense gradient (another loss uses head.weight directly): "
                 "use head.cosine for attached cosines, or torch.optim.SGD for the head"
             )
+        _check_group(self.param_groups[0])
 
-    def _update(self, rows: list[Any]) -> None:
+    def _update(self, rows: list[RowRecords]) -> None:
         group = self.param_groups[0]
         weight = self.head.weight
-        state = self.state[weight]
-        if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(weight, memory_format=torch.contiguous_format)
         batch = join(rows)
+        members = batch.members
+        if members is None and self.head.sample_rate < 1:  # attached cosines alone: they reach their own classes
+            members = (batch.targets // self.head.subcenters).unique()
         torch.ops.recog_fast.class_step(
-            batch.unit_embeddings, batch.targets, batch.terms, weight.detach(), state["momentum_buffer"], batch.scale,
+            batch.unit_embeddings, batch.targets, batch.terms, weight.detach(), self._velocity(weight, group), batch.scale,
             batch.rules, *batch.injection.arguments(), True, float(group["lr"]), group["momentum"], group["weight_decay"],
             group["nesterov"], batch.half, None if batch.kept is None else batch.kept.buffer,
+            members, group["unsampled"] == "sparse",
         )  # fmt: skip
         torch.autograd.graph.increment_version(weight)
+
+    def _velocity(self, weight: Tensor, group: dict[str, Any]) -> Tensor | None:
+        """The momentum buffer, made at first need; None with momentum 0 (SGD leaves it alone then, and so does this)."""
+        if group["momentum"] == 0:
+            return None
+        state = self.state[weight]
+        if state.get("momentum_buffer") is None:
+            state["momentum_buffer"] = torch.zeros_like(weight, memory_format=torch.contiguous_format)
+        velocity: Tensor = state["momentum_buffer"]
+        beside = (velocity.device, velocity.dtype) == (weight.device, weight.dtype)
+        _checks.expect(beside, "HeadSGD", f"momentum_buffer on {weight.device} as {weight.dtype} like the weight", (velocity.device, velocity.dtype))
+        return velocity
+
+
+def _check_group(group: dict[str, Any]) -> None:
+    """ValueError for options this optimizer does not have; checked at every step, since schedulers and users set them."""
+    lr, momentum, decay = group["lr"], group["momentum"], group["weight_decay"]
+    _checks.expect(not isinstance(lr, Tensor) or lr.numel() == 1, "HeadSGD", "lr of one element", lr)
+    _checks.expect(0 <= float(lr) < float("inf"), "HeadSGD", "lr >= 0", lr)
+    _checks.expect(0 <= momentum < 1, "HeadSGD", "momentum in [0, 1)", momentum)
+    _checks.expect(0 <= decay < float("inf"), "HeadSGD", "weight_decay >= 0", decay)
+    _checks.expect(not group["nesterov"] or momentum > 0, "HeadSGD", "momentum > 0 with nesterov", momentum)
+    _checks.expect(group["unsampled"] in ("dense", "sparse"), "HeadSGD", "unsampled 'dense' or 'sparse'", repr(group["unsampled"]))
+    _checks.expect(group["dampening"] == 0, "HeadSGD", "dampening = 0 (it has none)", group["dampening"])
+    _checks.expect(not group["maximize"], "HeadSGD", "maximize = False (negate the loss)", group["maximize"])
+    _checks.expect(not group.get("differentiable"), "HeadSGD", "differentiable = False", group.get("differentiable"))

@@ -116,9 +116,29 @@ def _class_cosines(unit_embeddings: Tensor, prototypes: Tensor) -> tuple[Tensor,
     return best.values, first
 
 
-def _negatives(labels: Tensor, classes: int) -> Tensor:
-    """(N, C) mask of the classes that are a row's negatives; every class for unlabelled rows."""
-    return torch.arange(classes, device=labels.device) != labels.unsqueeze(1)
+def _negatives(labels: Tensor, classes: int, members: Tensor | None = None, all_of: Tensor | None = None) -> Tensor:
+    """(N, C) mask of the classes that are a row's negatives: all, or `members` alone but for the rows in `all_of` (N,)."""
+    others = torch.arange(classes, device=labels.device) != labels.unsqueeze(1)
+    if members is None or all_of is None:
+        return others
+    seen = torch.zeros(classes, dtype=torch.bool, device=labels.device).index_fill_(0, members, True)
+    return others & (seen | all_of.unsqueeze(1))
+
+
+def sample_classes(
+    labels: Tensor,  # (N,)
+    priorities: Tensor,  # (C,) random, distinct
+    count: int,
+) -> Tensor:
+    """Partial FC (math.md 1.3): the batch's classes first, then those of lowest priority until there are `count`; ascending.
+
+    More than `count` positives: all of them.
+    """
+    positive = labels[labels >= 0].unique()
+    first = torch.ones_like(priorities, dtype=torch.int8).index_fill_(0, positive, 0)
+    by_priority = torch.argsort(priorities, stable=True)
+    order = by_priority[torch.argsort(first[by_priority], stable=True)]
+    return order[: max(count, positive.numel())].sort().values
 
 
 def negative_logsumexp(
@@ -132,12 +152,16 @@ def negative_logsumexp(
     slot: Tensor | None = None,
     unit: bool = False,
     renormalize: bool = True,
+    members: Tensor | None = None,  # (M,) ascending
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """L_i = log sum_{j != y_i} exp(s f(c_ij)); nearest negative cosine and class; pull = sum_j softmax_j g(c_ij) P_j."""
+    """L_i = log sum_{j != y_i} exp(s f(c_ij)); nearest negative cosine and class; pull = sum_j softmax_j g(c_ij) P_j.
+
+    With `members` the sums are over these classes alone, but for rows labelled -1: they see all classes.
+    """
     classes = weight.shape[0]
     prototypes = _prototypes(weight, memory_rows, strength, slot, unit, renormalize)
     cosine, sub = _class_cosines(unit_embeddings, prototypes)
-    negative = _negatives(labels, classes)
+    negative = _negatives(labels, classes, members, labels == -1)
     f, g = _apply_rules(cosine, rules)
     z = (scale * f.double()).masked_fill(~negative, float("-inf"))
     lse = torch.logsumexp(z, dim=1)
@@ -199,8 +223,12 @@ def class_gradient(
     slot: Tensor | None = None,
     unit: bool = False,
     renormalize: bool = True,
+    members: Tensor | None = None,  # (M,) ascending
 ) -> Tensor:
-    """dP_j = sum_i (dloss/dc_ij) x^_i, carried to dW unless `unit`; shaped as weight."""
+    """dP_j = sum_i (dloss/dc_ij) x^_i, carried to dW unless `unit`; shaped as weight.
+
+    With `members` the negatives of margin rows are these classes alone; targets may be any class.
+    """
     prototypes = _prototypes(weight, memory_rows, strength, slot, unit, renormalize)
     classes, subcenters, _ = prototypes.shape
     cosine, sub = _class_cosines(unit_embeddings, prototypes)
@@ -211,7 +239,8 @@ def class_gradient(
     h = torch.where(kind == UNKNOWN_DOUBLE, capped * (torch.expm1(capped) - mean), p * g)
     h = torch.where(kind == UNKNOWN_SINGLE, p * classes - 1, h)
     owner = torch.where(targets >= 0, targets // subcenters, torch.full_like(targets, -1))
-    d_cosine = torch.where(_negatives(owner, classes), negative_weight * h, torch.zeros_like(h))
+    negative = _negatives(owner, classes, members, kind.squeeze(1) != MARGIN)
+    d_cosine = torch.where(negative, negative_weight * h, torch.zeros_like(h))
     d_cosine = _spread(d_cosine, sub, subcenters)
     here = (targets >= 0) & (targets < classes * subcenters)
     d_cosine[here, targets[here]] = target_weight.squeeze(1)[here]
@@ -224,7 +253,7 @@ def class_step(
     targets: Tensor,
     terms: Tensor,
     weight: Tensor,  # updated in place
-    velocity: Tensor,  # updated in place
+    velocity: Tensor | None,  # updated in place; None with momentum 0
     scale: float,
     rules: Tensor | None,
     memory_rows: Tensor | None,
@@ -235,17 +264,35 @@ def class_step(
     momentum: float,
     weight_decay: float,
     nesterov: bool,
+    members: Tensor | None = None,  # (M,) ascending
+    sparse: bool = False,
 ) -> None:
-    """`class_gradient` and `sgd_update` in place, for all rows of a step."""
+    """`class_gradient` and `sgd_update` in place, for all rows of a step; `sparse`: of the classes some row sees alone."""
     gradient = class_gradient(
-        unit_embeddings, targets, terms, weight, scale, rules, memory_rows, strength, slot, False, renormalize
+        unit_embeddings, targets, terms, weight, scale, rules, memory_rows, strength, slot, False, renormalize, members
     )
-    sgd_update(weight, velocity, gradient, lr, momentum, weight_decay, nesterov)
+    ids = touched_classes(targets, terms, weight, members) if sparse else None
+    if ids is None:
+        return sgd_update(weight, velocity, gradient, lr, momentum, weight_decay, nesterov)
+    rows, speed = weight[ids], None if velocity is None else velocity[ids]
+    sgd_update(rows, speed, gradient[ids], lr, momentum, weight_decay, nesterov)
+    weight[ids] = rows
+    if velocity is not None and speed is not None:
+        velocity[ids] = speed
+    return None
+
+
+def touched_classes(targets: Tensor, terms: Tensor, weight: Tensor, members: Tensor | None) -> Tensor | None:
+    """The classes (T,) a gradient reaches, ascending: `members` and targets; None = all (unknown rows see every class)."""
+    if members is None or bool((terms[4] != MARGIN).any()):
+        return None
+    ids: Tensor = torch.cat([members, targets[targets >= 0] // (weight.shape[1] if weight.dim() == 3 else 1)]).unique()
+    return ids
 
 
 def sgd_update(
     weight: Tensor,  # (C, D), updated in place
-    velocity: Tensor,  # (C, D), updated in place
+    velocity: Tensor | None,  # (C, D), updated in place; None: momentum 0
     gradient: Tensor,  # (C, D)
     lr: float,
     momentum: float,
@@ -254,6 +301,9 @@ def sgd_update(
 ) -> None:
     """v <- mu v + g, g = dW + wd W;  W <- W - lr v (Nesterov: W <- W - lr (g + mu v)): torch.optim.SGD without dampening."""
     g = gradient.add(weight, alpha=weight_decay)
+    if velocity is None:
+        weight.sub_(g, alpha=lr)
+        return
     velocity.mul_(momentum).add_(g)
     weight.sub_(g.add_(velocity, alpha=momentum) if nesterov else velocity, alpha=lr)
 

@@ -374,3 +374,12 @@ def test_half_precision_embeddings_and_autocast() -> None:
     assert loss.item() == pytest.approx(truth.item(), rel=1e-6)
     assert exact.grad is not None
     assert relative(half.grad, exact.grad) <= 4e-3
+
+
+def test_unknown_rows_without_gradients() -> None:
+    """The sweep makes no pull where nothing is recorded: the loss is the same."""
+    torch.manual_seed(8)
+    x, w, labels = torch.randn(5, 16), torch.randn(40, 16, requires_grad=True), torch.tensor([3, -1, 7, -1, 0])
+    recorded = rf.margin_softmax_loss(x, w, labels, unknown_weight=0.1)
+    with torch.no_grad():
+        assert torch.equal(rf.margin_softmax_loss(x, w, labels, unknown_weight=0.1), recorded.detach())

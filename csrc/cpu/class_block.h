@@ -8,6 +8,18 @@ static inline vf unknown_gradient(const Plan& plan, int64_t n, vf p) {
   return load(plan.terms + 4 * plan.lanes + n) == float(kUnknownSingle) ? single : twice;
 }
 
+// Classes that no margin row has as a negative: only rows of other kinds reach them (and targets, set afterwards).
+static void hide_unseen(const Plan& plan, const Tile& tile, float* logits) {
+  const float* kind = plan.terms + 4 * plan.lanes;
+  for (int64_t j = 0; j < tile.count; ++j) {
+    if (plan.classes.seen[(tile.first + j) / plan.classes.K] != 0) continue;
+    for (int64_t n = 0; n < plan.lanes; n += kWidth) {
+      float* at = logits + j * plan.lanes + n;
+      store(at, load(kind + n) == splat(float(kMargin)) ? splat(0.0f) : load(at));
+    }
+  }
+}
+
 // logits -> dL/dc_ij of every negative in place: (count, lanes)
 static void logit_gradients(const Plan& plan, const Tile& tile, float* logits) {
   const float* terms = plan.terms;
@@ -95,9 +107,16 @@ static Chain weight_chain(const Classes& c, int64_t r, float* d, float* prototyp
 // torch.optim.SGD's update of one row, momentum buffer included; the gradient is never stored.
 static void sgd_row(const ClassOutput& out, const Chain& chain, int64_t at, int64_t D, const float* d) {
   float* w = out.weight + at;
-  float* v = out.velocity + at;
   const float momentum = out.momentum, lr = out.lr, inverse = chain.inverse;
   const float own = out.weight_decay - chain.along * inverse;
+  if (out.velocity == nullptr) {
+    along_row(D, [=](auto lanes, int64_t k) {
+      const auto now = lanes.get(w + k);
+      lanes.put(w + k, now - lr * (lanes.get(d + k) * inverse + own * now));
+    });
+    return;
+  }
+  float* v = out.velocity + at;
   if (out.nesterov) {
     along_row(D, [=](auto lanes, int64_t k) {
       const auto now = lanes.get(w + k);
@@ -115,6 +134,8 @@ static void sgd_row(const ClassOutput& out, const Chain& chain, int64_t at, int6
     lanes.put(w + k, now - lr * next);
   });
 }
+
+#include "unsampled.h"
 
 static void finish_row(const Plan& plan, const ClassOutput& out, int64_t r, float* d, float* prototype) {
   const int64_t D = plan.classes.D;
@@ -141,15 +162,17 @@ static void class_block(const Plan& plan, const ClassOutput& out, int64_t first,
       tile = tile_cosines<A>(plan, c, end, false, scratch, scratch.logits);
       logit_gradients(plan, tile, scratch.logits);
     }
+    if (plan.classes.seen != nullptr) hide_unseen(plan, tile, scratch.logits);
     target_gradients(plan, tile, scratch.logits);
-    // This tile's momentum and, where W was not needed so far, its W: the optimizer's turn comes right after.
-    const bool fresh = kept.offset != nullptr;
-    const int64_t calls = plan.depth / kPanel * (tile.count / kRowsAtOnce) / (fresh && out.mode == kStep ? 2 : 1);
-    Ahead ahead = out.mode == kStep ? next_rows(plan, out.velocity, tile.first, tile.count, calls) : Ahead();
+    // This tile's momentum: the optimizer's turn comes right after.
+    const bool moving = out.mode == kStep && out.velocity != nullptr;
+    const int64_t calls = plan.depth / kPanel * (tile.count / kRowsAtOnce);
+    Ahead ahead = moving ? next_rows(plan, out.velocity, tile.first, tile.count, calls) : Ahead();
     A::gradient(plan, tile, scratch.logits, scratch, ahead);
     for (int64_t j = 0; j < tile.count; ++j)
-      finish_row(plan, out, tile.first + j, scratch.gradient + j * plan.stride, scratch.rows);
+      finish_row(plan, out, weight_row(plan.classes, tile.first + j), scratch.gradient + j * plan.stride, scratch.rows);
   }
+  if (plan.classes.members != nullptr) unsampled_rows(plan, out, first, last, scratch);
 }
 
 static void prototype_block(const Classes& c, float* prototypes, int64_t first, int64_t last) {

@@ -19,6 +19,10 @@ struct Classes {
   bool unit = false;
   bool memory_bf16 = false;
   bool renormalize = true;
+  // Sampled classes (math.md 1.3): the sweep is over C of the `all` classes that W and `slot` hold; the j-th is members[j].
+  const int32_t* members = nullptr;    // (C,) ascending, or null: every class of W
+  const uint8_t* seen = nullptr;       // (C,) 0: no negative of margin rows, or null: all are
+  int64_t all = 0;                     // classes of W, where members is given
 };
 
 struct Rows {
@@ -75,9 +79,10 @@ struct ClassOutput {
   int mode = kWeightGradient;
   float* gradient = nullptr;  // (C, K, D): dP or dW
   float* weight = nullptr;    // kStep: (C, K, D), updated in place
-  float* velocity = nullptr;  // kStep: (C, K, D), updated in place
+  float* velocity = nullptr;  // kStep: (C, K, D), updated in place; null with momentum 0
   float lr = 0, momentum = 0, weight_decay = 0;
   bool nesterov = false;
+  bool sparse = false;        // kStep: classes outside `members` stay as they are; else momentum and decay move them
 };
 
 // Which build of the kernels runs: "avx512_bf16", "avx512_vnni", "avx512", "avx2", "baseline" or "emulated_bf16" (never by

@@ -43,6 +43,11 @@ static inline float memory_value(const Classes& c, int64_t at) {
   return value;
 }
 
+// Row of W behind the r-th row of the sweep.
+static inline int64_t weight_row(const Classes& c, int64_t r) {
+  return c.members == nullptr ? r : int64_t(c.members[r / c.K]) * c.K + r % c.K;
+}
+
 // Where row r of W keeps its memory, or -1: no entry, or strength 0.
 static inline int64_t memory_slot(const Classes& c, int64_t r) {
   if (c.slot == nullptr) return -1;
@@ -79,18 +84,19 @@ static void prepare(const Plan& plan, int64_t first, int64_t count, Scratch& scr
   tile = {c.weight + first * D, D, first, count, scratch.inverse, scratch.inverse};
   bool injected = false;
   for (int64_t j = 0; j < count; ++j) {
-    tile.inverse[j] = c.unit ? 1.0f : inverse_norm(tile.rows + j * D, D);
-    injected = injected || memory_slot(c, first + j) >= 0;
+    const int64_t r = weight_row(c, first + j);
+    tile.inverse[j] = c.unit ? 1.0f : inverse_norm(c.weight + r * D, D);
+    injected = injected || memory_slot(c, r) >= 0;
   }
-  if (!injected && D == plan.depth) return;
+  if (!injected && D == plan.depth && c.members == nullptr) return;
   for (int64_t j = 0; j < count; ++j) {
     float* row = buffer + j * plan.stride;
-    const int64_t slot = memory_slot(c, first + j);
+    const int64_t r = weight_row(c, first + j), slot = memory_slot(c, r);
     if (slot >= 0) {
-      inject(c, first + j, slot, tile.inverse[j], row);
+      inject(c, r, slot, tile.inverse[j], row);
       tile.inverse[j] = 1.0f;
     } else {
-      __builtin_memcpy(row, c.weight + (first + j) * D, sizeof(float) * D);
+      __builtin_memcpy(row, c.weight + r * D, sizeof(float) * D);
     }
     zero_tail(row, D, plan.depth);
   }

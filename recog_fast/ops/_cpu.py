@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..reference import TERM_ROWS
+from ..reference import TERM_ROWS, touched_classes
 from ..rules import RULE_ROWS
 from . import _checks
 
@@ -47,6 +47,8 @@ class Operands:
         *,
         unit: bool = False,
         renormalize: bool = True,
+        members: Tensor | None = None,
+        seen: Tensor | None = None,
     ) -> None:
         self.module = module
         _checks.expect(weight.dim() in (2, 3), "recog_fast", "weight of shape (C, D) or (C, K, D)", tuple(weight.shape))
@@ -54,18 +56,23 @@ class Operands:
         self.memory = self._memory(memory_rows, strength, slot)
         self.subcenters = weight.shape[1] if weight.dim() == 3 else 1
         rows, lam, at = self.memory
+        self.members, self.seen = members, None if seen is None else seen.to(torch.uint8)
+        self._numbers = None if members is None else members.to(torch.int32)
         self.classes: Any = module.Classes(
             weight=address(self.weight),
             memory_rows=address(rows),
             strength=address(lam),
             slot=address(at),
-            C=weight.shape[0],
+            C=weight.shape[0] if members is None else members.numel(),
             K=self.subcenters,
             D=weight.shape[-1],
             S=0 if rows is None else rows.shape[0],
             unit=unit,
             memory_bf16=rows is not None and rows.dtype == torch.bfloat16,
             renormalize=renormalize,
+            members=address(self._numbers),
+            seen=address(self.seen),
+            all=weight.shape[0],
         )
 
     def _memory(
@@ -92,7 +99,7 @@ class Operands:
         if rules is not None:
             _expect_shape(rules, (RULE_ROWS, n), "rules (12, N)")
         self.unit_embeddings = float_rows(unit_embeddings)
-        self.targets = targets.to(torch.int64).contiguous()
+        self.targets = self._positions(targets.to(torch.int64)).contiguous()
         self.rules = None if rules is None else float_rows(rules)
         return self.module.Rows(
             unit_embeddings=address(self.unit_embeddings),
@@ -102,6 +109,36 @@ class Operands:
             scale=scale,
             half=half,
         )
+
+    def _positions(self, targets: Tensor) -> Tensor:
+        """Rows of W -> rows of the sweep; -2 where the class is not in it."""
+        if self.members is None:
+            return targets
+        ids = targets // self.subcenters
+        at = torch.searchsorted(self.members, ids).clamp_max(self.members.numel() - 1)
+        return torch.where(self.members[at] == ids, at * self.subcenters + targets % self.subcenters, -2)
+
+
+def check_members(members: Tensor, classes: int) -> Tensor:
+    """(M,) int64, ascending, in [0, C), M >= 1: the kernels read rows of W by it."""
+    ids = members.to(torch.int64).contiguous()
+    _checks.expect(ids.dim() == 1 and ids.numel() >= 1, "recog_fast", "members of shape (M,), M >= 1", f"shape {tuple(ids.shape)}")
+    fits = bool((ids[1:] > ids[:-1]).all()) and 0 <= int(ids[0]) and int(ids[-1]) < classes
+    _checks.expect(fits, "recog_fast", f"members ascending in [0, C) = [0, {classes})", ids)
+    return ids
+
+
+def class_sweep_members(
+    members: Tensor | None, targets: Tensor, terms: Tensor, weight: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    """(classes (T,) a class sweep visits, which of them (T,) margin rows see) for margin rows' `members`; None = all."""
+    if members is None:
+        return None, None
+    members = check_members(members, weight.shape[0])
+    visited = touched_classes(targets, terms, weight, members)
+    if visited is None:
+        return None, torch.zeros(weight.shape[0], dtype=torch.bool).index_fill_(0, members, True)
+    return check_members(visited, weight.shape[0]), None if visited.numel() == members.numel() else torch.isin(visited, members)
 
 
 def kept(module: ModuleType, buffer: Tensor | None) -> Any:
@@ -113,6 +150,12 @@ def kept(module: ModuleType, buffer: Tensor | None) -> Any:
         "recog_fast", "kept as a contiguous 1-D float32 or bfloat16 tensor", (tuple(buffer.shape), buffer.dtype),
     )  # fmt: skip
     return module.Kept(address=address(buffer), bytes=buffer.numel() * buffer.element_size(), half=buffer.dtype == torch.bfloat16)
+
+
+def kept_of(kept: Tensor | None, members: Tensor | None, visited: Tensor | None) -> Tensor | None:
+    """The forward sweep's exponentials, where the class sweep visits the classes it did (the members, no other)."""
+    same = members is None or (visited is not None and visited.numel() == members.numel())
+    return kept if same else None
 
 
 def threads() -> int:

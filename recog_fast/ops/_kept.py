@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from . import _library
 
+_POOLS = threading.Lock()  # taking a free buffer is one act
 BUDGET = 256 * 2**20  # bytes
 
 
@@ -44,14 +46,15 @@ class KeptExponentials:
         return self._hand_out(min(needed, self.budget) // size)
 
     def _hand_out(self, numel: int) -> Lease:
-        free = self._user is None or self._user() is None
-        buffer = self._buffer
-        if buffer is None or buffer.numel() < numel or not free:
-            buffer = torch.empty(numel, dtype=self.dtype)
-        lease = Lease(buffer)
-        if free:
-            self._buffer, self._user = buffer, weakref.ref(lease)
-        return lease
+        with _POOLS:
+            free = self._user is None or self._user() is None
+            buffer = self._buffer
+            if buffer is None or buffer.numel() < numel or not free:
+                buffer = torch.empty(numel, dtype=self.dtype)
+            lease = Lease(buffer)
+            if free:
+                self._buffer, self._user = buffer, weakref.ref(lease)
+            return lease
 
     def __getstate__(self) -> dict[str, object]:
         """Copies and pickles start without the buffer."""

@@ -18,19 +18,21 @@ from torch import Tensor
 from .. import native
 
 _MEMORY = "Tensor? memory_rows, Tensor? strength, Tensor? slot"
+_MEMBERS = "Tensor? members=None"
 _ROWS = "Tensor unit_embeddings, Tensor targets, Tensor terms"
 
 SCHEMAS = {
     "effective_prototypes": f"(Tensor weight, {_MEMORY}, bool renormalize) -> Tensor",
     "negative_logsumexp": f"(Tensor unit_embeddings, Tensor weight, Tensor labels, float scale, Tensor? rules, {_MEMORY}, "
-    "bool unit, bool renormalize, bool half=False, bool want_pull=True, Tensor(a!)? kept=None) -> (Tensor, Tensor, Tensor, Tensor)",
+    "bool unit, bool renormalize, bool half=False, bool want_pull=True, Tensor(a!)? kept=None, "
+    f"{_MEMBERS}) -> (Tensor, Tensor, Tensor, Tensor)",
     "unknown_rejection": "(Tensor unit_embeddings, Tensor weight, Tensor nearest, Tensor lse, Tensor first_mean, float scale, "
     f"{_MEMORY}, bool unit, bool renormalize, bool half=False) -> (Tensor, Tensor, Tensor, Tensor)",
     "class_gradient": f"({_ROWS}, Tensor weight, float scale, Tensor? rules, {_MEMORY}, bool unit, bool renormalize, "
-    "bool half=False, Tensor? kept=None) -> Tensor",
-    "class_step": f"({_ROWS}, Tensor(a!) weight, Tensor(b!) velocity, float scale, Tensor? rules, {_MEMORY}, "
+    f"bool half=False, Tensor? kept=None, {_MEMBERS}) -> Tensor",
+    "class_step": f"({_ROWS}, Tensor(a!) weight, Tensor(b!)? velocity, float scale, Tensor? rules, {_MEMORY}, "
     "bool renormalize, float lr, float momentum, float weight_decay, bool nesterov, "
-    "bool half=False, Tensor? kept=None) -> ()",
+    f"bool half=False, Tensor? kept=None, {_MEMBERS}, bool sparse=False) -> ()",
     "memory_write": "(Tensor(a!) rows, Tensor(b!) row_strength, Tensor(c!) stamp, Tensor(d!) owner, Tensor(e!) slot, "
     "Tensor(f!) cursor, Tensor embeddings, Tensor labels, Tensor strengths, int step) -> Tensor",
 }

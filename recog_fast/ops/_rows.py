@@ -40,7 +40,7 @@ class Injection:
 @dataclass(frozen=True)
 class RowRecords:
     """unit_embeddings (N, D), targets (N,) rows of W, terms (5, N), rules (12, N) or None; `key` is the state of scale,
-    W, memory and clock they were made under."""
+    W, memory and clock they were made under; members (M,) the classes margin rows saw, None: all (or no negatives)."""
 
     unit_embeddings: Tensor
     targets: Tensor
@@ -51,6 +51,7 @@ class RowRecords:
     key: Key = ()
     half: bool = False  # made by 16-bit sweeps
     kept: Lease | None = None  # exponentials of these very rows
+    members: Tensor | None = None
 
 
 def _plain_rules(n: int, like: Tensor) -> Tensor:
@@ -77,6 +78,7 @@ def join(records: Sequence[RowRecords]) -> RowRecords:
         first.injection,
         first.key,
         all(r.half for r in records),
+        members=next((r.members for r in records if r.members is not None), None),
     )
 
 

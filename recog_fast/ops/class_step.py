@@ -21,8 +21,9 @@ def _check_in_place(t: Tensor, weight: Tensor, name: str) -> None:
 
 
 def _reference(*arguments: Any) -> None:
+    """Materialised; without the kernels' `half` and `kept`, which come between the operands and the sampled classes."""
     with torch.no_grad():
-        reference.class_step(*arguments[:_OPERANDS])
+        reference.class_step(*arguments[:_OPERANDS], *arguments[_OPERANDS + 2 :])
 
 
 def _cpu_kernel(
@@ -30,7 +31,7 @@ def _cpu_kernel(
     targets: Tensor,
     terms: Tensor,
     weight: Tensor,
-    velocity: Tensor,
+    velocity: Tensor | None,
     scale: float,
     rules: Tensor | None,
     memory_rows: Tensor | None,
@@ -43,30 +44,36 @@ def _cpu_kernel(
     nesterov: bool,
     half: bool = False,
     kept: Tensor | None = None,
+    members: Tensor | None = None,
+    sparse: bool = False,
 ) -> None:
+    _checks.expect(velocity is not None or momentum == 0, "class_step", "velocity with momentum > 0", None)
     module = _library.compiled(unit_embeddings, weight, velocity)
     if module is None:
         return _reference(
             unit_embeddings, targets, terms, weight, velocity, scale, rules, memory_rows, strength, slot,
-            renormalize, lr, momentum, weight_decay, nesterov,
+            renormalize, lr, momentum, weight_decay, nesterov, half, kept, members, sparse,
         )  # fmt: skip
     _check_in_place(weight, weight, "weight")
-    _check_in_place(velocity, weight, "velocity")
-    operands = _cpu.Operands(module, weight, memory_rows, strength, slot, renormalize=renormalize)
-    rows = operands.rows(unit_embeddings, targets, rules, scale, half)
+    if velocity is not None:
+        _check_in_place(velocity, weight, "velocity")
     packed = _cpu.float_terms(terms, unit_embeddings.shape[0])
+    visited, seen = _cpu.class_sweep_members(members, targets, packed, weight)
+    operands = _cpu.Operands(module, weight, memory_rows, strength, slot, renormalize=renormalize, members=visited, seen=seen)
+    rows = operands.rows(unit_embeddings, targets, rules, scale, half)
     module.class_sweep(
         operands.classes,
         rows,
         terms=packed.data_ptr(),
         mode=STEP,
         weight=weight.data_ptr(),
-        velocity=velocity.data_ptr(),
+        velocity=_cpu.address(velocity),
         lr=lr,
         momentum=momentum,
         weight_decay=weight_decay,
         nesterov=nesterov,
-        kept=_cpu.kept(module, kept),
+        sparse=sparse,
+        kept=_cpu.kept(module, _cpu.kept_of(kept, members, visited)),
         threads=_cpu.threads(),
     )
     return None

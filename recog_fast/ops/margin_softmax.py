@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from .. import reference
 from ..rules import RowStats, pack_rules
 from . import _library
+from ._buffers import GradientBuffers
 from ._kept import KeptExponentials, Lease
 from ._rows import Injection, Key, RowRecords, without
+from .class_gradient import recycled_class_gradient
 from .unknown_rejection import double_slope, excess_double
 
 
@@ -42,6 +44,9 @@ class LossOptions:
     compute_dtype: torch.dtype | None = None
     keep: KeptExponentials | None = None
     drop_mass: float = 0.0
+    members: Tensor | None = None  # (M,) ascending: sampled classes, the negatives of labelled rows; None: all
+    unknown_stats: bool = True  # statistics of unlabelled rows are wanted even where they do not count
+    buffers: GradientBuffers | None = None  # memory for dW
 
     def parameters(self) -> tuple[nn.Parameter, ...]:
         """Learnable parameters of the margin: they get their gradient too."""
@@ -148,10 +153,14 @@ def _sweep(unit: Tensor, norms: Tensor, weight: Tensor, labels: Tensor, options:
     rule, thresholds = margin.rule(cosine) if margin is not None and hasattr(margin, "rule") else (None, None)
     rules = pack_rules(labels, rule, thresholds, float(getattr(margin, "clamp", 1.0)), unit.dtype)
     leaf, norm_leaf, target, penalty = _run_margin(options, cosine, norms)
-    kept = options.keep.lease(unit, weight, half) if options.keep is not None and options.record else None
+    # Under sampling, rows labelled -1 cost a sweep over all classes: label -2 (see the members) where nobody wants it.
+    apart = options.members is not None and not bool(labelled.all())
+    wanted = apart and (options.unknown_stats or options.unknown_weight > 0)
+    keep = options.keep if options.record and not wanted else None  # one forward sweep for one class sweep
+    kept = None if keep is None else keep.lease(unit, weight, half)
     lse, nearest, index, pull = torch.ops.recog_fast.negative_logsumexp(
-        unit, weight, labels, options.scale, rules, *options.injection.arguments(), False, True, half, options.record,
-        None if kept is None else kept.buffer,
+        unit, weight, torch.where(labelled, labels, -2) if apart and not wanted else labels, options.scale, rules,
+        *options.injection.arguments(), False, True, half, options.record, None if kept is None else kept.buffer, options.members,
     )  # fmt: skip
     if half:
         exact, _, _ = target_prototypes(unit, weight, index, options.injection)
@@ -188,12 +197,17 @@ def _prototype_sum(weight: Tensor, injection: Injection, chunk: int = 8192) -> T
     return total
 
 
+def _pull_of(batch: _Batch, at: Tensor) -> Tensor:
+    """The rows' pull (U, D); zeros where no backward pass follows and none was made."""
+    return batch.pull[at] if batch.pull.shape[0] else torch.zeros_like(batch.unit[at])
+
+
 def _reject_unknown(batch: _Batch, nearest: Tensor, weight: Tensor, options: LossOptions) -> _Unknown | None:
     """Excess of the unlabelled rows and its slopes; None where it does not count."""
     at = (batch.labels == -1).nonzero().squeeze(1)
     if options.unknown_weight == 0 or at.numel() == 0:
         return None
-    unit, lse, pull, classes = batch.unit[at], batch.lse[at], batch.pull[at], weight.shape[0]
+    unit, lse, pull, classes = batch.unit[at], batch.lse[at], _pull_of(batch, at), weight.shape[0]
     if options.softmax == "single":
         if weight.dim() == 3:
             raise ValueError("unknown_rejection_loss: expected weight of shape (C, D) with softmax='single', got sub-centers")
@@ -208,7 +222,7 @@ def _reject_unknown(batch: _Batch, nearest: Tensor, weight: Tensor, options: Los
 
 def _reject_double(batch: _Batch, weight: Tensor, options: LossOptions, at: Tensor, nearest: Tensor) -> _Unknown:
     """The double softmax: sums over all classes but the nearest, whose p_0 = 1 - (their mass) enters by itself."""
-    unit, lse, pull, classes = batch.unit[at], batch.lse[at], batch.pull[at].double(), weight.shape[0]
+    unit, lse, pull, classes = batch.unit[at], batch.lse[at], _pull_of(batch, at).double(), weight.shape[0]
     cosine, sub, top_prototype = target_prototypes(unit, weight, nearest, options.injection)
     estimate = torch.exp(options.scale * cosine.double() - lse).clamp_max(1.0)
     first_mean = (estimate * torch.expm1(estimate)).to(unit.dtype)
@@ -330,7 +344,7 @@ def _backward_rows(ctx: Any, d_loss: Tensor) -> tuple[Tensor, RowRecords, list[T
     terms = _terms(batch, unknown, negative, target, d_rows, options)
     targets = batch.targets if unknown is None else batch.targets.index_copy(0, unknown.at, unknown.nearest)
     record = RowRecords(
-        batch.unit, targets, terms, batch.rules, options.scale, options.injection, options.key, batch.half, batch.kept
+        batch.unit, targets, terms, batch.rules, options.scale, options.injection, options.key, batch.half, batch.kept, options.members
     )
     return d_embeddings, record if batch.dropped is None else without(record, batch.dropped), d_parameters
 
@@ -352,10 +366,14 @@ def _class_gradient(weight: Tensor, record: RowRecords, options: LossOptions) ->
     if options.on_rows is not None:
         options.on_rows(record)
         return None
-    return torch.ops.recog_fast.class_gradient(  # type: ignore[no-any-return]
+    arguments = (
         record.unit_embeddings, record.targets, record.terms, weight, record.scale, record.rules,
         *record.injection.arguments(), False, True, record.half, None if record.kept is None else record.kept.buffer,
+        record.members,
     )  # fmt: skip
+    if options.buffers is not None:
+        return recycled_class_gradient(options.buffers, weight, arguments)
+    return torch.ops.recog_fast.class_gradient(*arguments)  # type: ignore[no-any-return]
 
 
 def margin_softmax(embeddings: Tensor, weight: Tensor, labels: Tensor, options: LossOptions) -> tuple[Tensor, RowStats]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -33,11 +34,17 @@ def _cpu_kernel(
     half: bool = False,
     want_pull: bool = True,
     kept: Tensor | None = None,
+    members: Tensor | None = None,
 ) -> Sweep:
     module = _library.compiled(unit_embeddings, weight)
     if module is None:
-        return _reference(unit_embeddings, weight, labels, scale, rules, memory_rows, strength, slot, unit, renormalize)
-    operands = _cpu.Operands(module, weight, memory_rows, strength, slot, unit=unit, renormalize=renormalize)
+        return _reference(
+            unit_embeddings, weight, labels, scale, rules, memory_rows, strength, slot, unit, renormalize, half, want_pull, kept, members
+        )
+    if members is not None and bool((labels == -1).any()):
+        return _mixed(unit_embeddings, weight, labels, scale, rules, memory_rows, strength, slot, unit, renormalize, half, want_pull, members)
+    members = None if members is None else _cpu.check_members(members, weight.shape[0])
+    operands = _cpu.Operands(module, weight, memory_rows, strength, slot, unit=unit, renormalize=renormalize, members=members)
     rows = operands.rows(unit_embeddings, _target_rows(labels, weight), rules, scale, half)
     n, dimension = unit_embeddings.shape
     lse = torch.empty(n, dtype=torch.float64)
@@ -54,17 +61,31 @@ def _cpu_kernel(
         kept=_cpu.kept(module, kept),
         threads=_cpu.threads(),
     )
+    if members is not None:
+        index = torch.where(index >= 0, members[index.clamp_min(0)], index)
     return lse, cosine, index, pull
+
+
+def _mixed(unit: Tensor, weight: Tensor, labels: Tensor, scale: float, rules: Tensor | None, *rest: Any) -> Sweep:
+    """Rows labelled -1 see all classes, the others the members (the last of `rest`): one sweep for each kind, nothing kept."""
+    parts, sweep = [], cast("Callable[..., Sweep]", _cpu_kernel)
+    alone = labels == -1
+    for rows, members in ((alone, None), (~alone, rest[-1])):
+        its = None if rules is None else rules[:, rows]
+        parts.append(sweep(unit[rows], weight, labels[rows], scale, its, *rest[:-1], None, members))
+    order = torch.cat([alone.nonzero(), (~alone).nonzero()]).squeeze(1).argsort()
+    lse, cosine, index, pull = (torch.cat(pair) for pair in zip(*parts, strict=True))
+    return lse[order], cosine[order], index[order], pull[order] if pull.shape[0] else pull
 
 
 def _reference(
     unit_embeddings: Tensor, weight: Tensor, labels: Tensor, scale: float, rules: Tensor | None, memory_rows: Tensor | None,
     strength: Tensor | None, slot: Tensor | None, unit: bool, renormalize: bool, half: bool = False, want_pull: bool = True,
-    kept: Tensor | None = None,
+    kept: Tensor | None = None, members: Tensor | None = None,
 ) -> Sweep:  # fmt: skip
     """Materialised, in the operands' own precision: `half` and `kept` are the kernels' means, not part of the result."""
     lse, cosine, index, pull = reference.negative_logsumexp(
-        unit_embeddings, weight, labels, scale, rules, memory_rows, strength, slot, unit, renormalize
+        unit_embeddings, weight, labels, scale, rules, memory_rows, strength, slot, unit, renormalize, members
     )
     return lse, cosine, index, pull if want_pull else pull[:0].clone()
 
@@ -72,7 +93,7 @@ def _reference(
 def _fake(
     unit_embeddings: Tensor, weight: Tensor, labels: Tensor, scale: float, rules: Tensor | None, memory_rows: Tensor | None,
     strength: Tensor | None, slot: Tensor | None, unit: bool, renormalize: bool, half: bool = False, want_pull: bool = True,
-    kept: Tensor | None = None,
+    kept: Tensor | None = None, members: Tensor | None = None,
 ) -> Sweep:  # fmt: skip
     n = unit_embeddings.shape[0]
     return (
@@ -83,7 +104,7 @@ def _fake(
     )
 
 
-_OPTIONS = 5  # unit, renormalize, half, want_pull, kept
+_DEFAULTS = (False, True, None, None)  # half, want_pull, kept, members
 
 
 class _NegativeLogsumexp(torch.autograd.Function):
@@ -93,17 +114,17 @@ class _NegativeLogsumexp(torch.autograd.Function):
     def forward(ctx: Any, unit_embeddings: Tensor, weight: Tensor, labels: Tensor, scale: float, *rest: Any) -> Sweep:
         with _library.below_autograd():
             lse, cosine, index, pull = torch.ops.recog_fast.negative_logsumexp(unit_embeddings, weight, labels, scale, *rest)
-        options = (*rest[4:], False, True, None)[: _OPTIONS]
-        ctx.save_for_backward(unit_embeddings, weight, labels, lse, pull, *rest[:4])
+        options = (*rest[4:], *_DEFAULTS[len(rest) - 6 :])
         ctx.scale, ctx.backend = scale, _library.backend()
-        ctx.unit, ctx.renormalize, ctx.half, ctx.want_pull, _ = options
+        ctx.unit, ctx.renormalize, ctx.half, ctx.want_pull, _, members = options
+        ctx.save_for_backward(unit_embeddings, weight, labels, lse, pull, *rest[:4], members)
         ctx.mark_non_differentiable(cosine, index, pull)
         return lse, cosine, index, pull
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_lse: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        unit_embeddings, weight, labels, lse, pull, rules, memory_rows, strength, slot = ctx.saved_tensors
+        unit_embeddings, weight, labels, lse, pull, rules, memory_rows, strength, slot, members = ctx.saved_tensors
         slope = (ctx.scale * d_lse).to(unit_embeddings.dtype)
         if ctx.needs_input_grad[0] and not ctx.want_pull:
             raise RuntimeError("negative_logsumexp: expected want_pull=True for a gradient of unit_embeddings, got False")
@@ -113,10 +134,15 @@ class _NegativeLogsumexp(torch.autograd.Function):
             terms = torch.zeros(reference.TERM_ROWS, labels.numel(), dtype=unit_embeddings.dtype, device=labels.device)
             terms[0] = torch.where(torch.isinf(lse), torch.zeros_like(lse), lse)
             terms[1] = torch.where(torch.isinf(lse), torch.zeros_like(slope), slope)
+            every = torch.ones_like(labels, dtype=torch.bool)
+            kinds = [(every, None)] if members is None else [(labels != -1, members), (labels == -1, None)]
             with _library.use_backend(ctx.backend):
-                d_weight = torch.ops.recog_fast.class_gradient(
-                    unit_embeddings, _target_rows(labels, weight), terms, weight, ctx.scale, rules,
-                    memory_rows, strength, slot, ctx.unit, ctx.renormalize, ctx.half,
+                d_weight = sum(
+                    torch.ops.recog_fast.class_gradient(
+                        unit_embeddings[rows], _target_rows(labels, weight)[rows], terms[:, rows], weight, ctx.scale,
+                        None if rules is None else rules[:, rows], memory_rows, strength, slot, ctx.unit, ctx.renormalize, ctx.half, None, ids,
+                    )
+                    for rows, ids in kinds
                 )  # fmt: skip
         return d_unit, d_weight, *([None] * (len(ctx.needs_input_grad) - 2))
 
