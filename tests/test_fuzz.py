@@ -10,7 +10,6 @@ import copy
 from collections.abc import Iterator
 from typing import Any
 
-import pytest
 import torch
 from fuzz import CLEAR, Problem, Shape, examples, make, run, shapes, terms
 from hypothesis import example, given
@@ -175,11 +174,3 @@ def test_margin_softmax_loss(shape: Shape) -> None:
         assert bool((error <= norms * (1e-6 * truth[0].abs() + 2e-6 * shape.scale)).all()), (isa, margin, error.max())
         for i, (a, b, t) in enumerate(zip(ours[1:], plain[1:], truth[1:], strict=True)):
             agree(a, b, t, worth(p), floor(p), (isa, margin, i))
-
-
-@pytest.mark.parametrize("isa", isas())
-def test_an_isa_runs_where_it_is_forced(isa: str) -> None:
-    """What the loops above rely on."""
-    assert native.select_isa(isa) == isa
-    assert f"native {isa}" in rf.backends()["cpu"]
-    native.select_isa()

@@ -7,7 +7,7 @@ cd "$(dirname "$0")/.."
 root=$PWD
 py=${PY:-.venv/bin/python}
 package=$root/build/sanitize/recog_fast
-tests="tests/test_ops.py tests/test_margin_softmax.py tests/test_same_bits.py"
+tests="tests/test_ops.py tests/test_margin_softmax.py tests/test_same_bits.py tests/test_fuzz.py tests/test_isas.py"
 # The reference has no kernels to check, and the sanitizer fills malloc's memory its own way.
 others="reference-float or uninitialised"
 
