@@ -23,7 +23,11 @@ cmake="$py -m cmake"
 $cmake -G Ninja -S . -B build/sanitize/cmake -DRECOG_FAST_SANITIZE=ON -DPython_EXECUTABLE="$("$py" -c 'import sys; print(sys.executable)')" \
   -Dpybind11_DIR="$("$py" -m pybind11 --cmakedir)" -DCMAKE_MAKE_PROGRAM="$("$py" -c 'import os, ninja; print(os.path.join(ninja.BIN_DIR, "ninja"))')" \
   -DCMAKE_LIBRARY_OUTPUT_DIRECTORY="$package" >/dev/null
-$cmake --build build/sanitize/cmake
+$cmake --build build/sanitize/cmake --target _native kernel_check
+
+# Every arithmetic and the kept exponentials, without Python.
+UBSAN_OPTIONS=print_stacktrace=1 build/sanitize/cmake/kernel_check all all small >build/sanitize/kernel_check.log ||
+  { cat build/sanitize/kernel_check.log; exit 1; }
 
 # Python itself is not sanitized, so the runtime comes first; libstdc++ beside it, or it cannot find __cxa_throw.
 compiler=${CXX:-c++}
