@@ -91,7 +91,10 @@ void check_prototypes(const Problem& p) {
   Floats ours(p.prototypes.size(), NAN);
   cpu::effective_prototypes(p.classes(), ours.data(), p.shape.threads);
   double error = 0;
-  for (size_t i = 0; i < ours.size(); ++i) error = std::fabs(ours[i] - p.prototypes[i]) <= error ? error : std::fabs(ours[i] - p.prototypes[i]);
+  for (size_t i = 0; i < ours.size(); ++i) {
+    const double now = std::fabs(ours[i] - p.prototypes[i]);
+    error = now <= error ? error : now;
+  }
   judge("effective_prototypes", error, 4e-6);
 }
 
@@ -167,11 +170,13 @@ void check_unknown(const Problem& p, const Problem& q) {
   }
   cpu::Rows rows = p.rows(nearest);
   rows.rules = nullptr;
-  cpu::unknown_sweep(p.classes(), rows, {lse.data(), first.data(), found[0].data(), found[1].data(), found[2].data(), ours.data()}, s.threads);
+  cpu::unknown_sweep(p.classes(), rows, {lse.data(), first.data(), found[0].data(), found[1].data(), found[2].data(), ours.data()},
+                     s.threads);
   const Unknown truth = unknown_of(p, lse, nearest, first), ideal = unknown_of(q, lse, nearest, first);
   const double relative = 2 * (s.scale * cosine_budget(p, q) + 2e-6);  // p^2 is worth twice what p is
   for (int64_t n = 0; n < s.N; ++n)
-    for (int i = 0; i < 3; ++i) judge("unknown sums", std::fabs(found[i][n] - truth.sums[i][n]), relative * truth.sums[i][n] + 2e-8);
+    for (int i = 0; i < 3; ++i)
+      judge("unknown sums", std::fabs(found[i][n] - truth.sums[i][n]), relative * truth.sums[i][n] + 2e-8);
   judge_matrix("unknown pull", ours, truth.pull, ideal.pull, s.half, truth.terms);
 }
 
@@ -235,9 +240,9 @@ void check_step(const Problem& p, const Terms& terms, const cpu::Kept& kept, con
   classes.weight = weight.data();
   cpu::class_sweep(classes, p.rows(p.target), terms.view(p.shape.N), out, kept, p.shape.threads);
   // of the gradient's part; the rest of v and W is a few roundings
-  judge(name + " step v", distance(velocity, speed[0]), relative * norm(d_weight) + 1.5 * distance(speed[1], speed[0]) + rounding(half) * size + 5e-7 * norm(speed[0]));
-  judge(name + " step W", distance(weight, moved[0]),
-        0.2 * relative * norm(d_weight) + 1.5 * distance(moved[1], moved[0]) + 0.2 * rounding(half) * size + 5e-7 * norm(moved[0]));
+  const double gradient = relative * norm(d_weight) + rounding(half) * size;
+  judge(name + " step v", distance(velocity, speed[0]), gradient + 1.5 * distance(speed[1], speed[0]) + 5e-7 * norm(speed[0]));
+  judge(name + " step W", distance(weight, moved[0]), 0.2 * gradient + 1.5 * distance(moved[1], moved[0]) + 5e-7 * norm(moved[0]));
 }
 
 void check_classes(const Problem& p, const Problem& q, const Terms& terms, const cpu::Kept& kept, const std::string& name) {
@@ -309,7 +314,8 @@ bool run(const std::string& isa, bool half, bool full) {
   for (const auto& [what, share] : worst) {
     const bool within = share <= 1;
     good = good && within;
-    std::printf("%-13s %-7s %-20s %8.4f of what is allowed%s\n", isa.c_str(), half ? cpu::pair_format() : "float32", what.c_str(), share, within ? "" : "  FAILED");
+    std::printf("%-13s %-8s %-20s %8.4f of what is allowed%s\n", isa.c_str(), half ? cpu::pair_format() : "float32", what.c_str(),
+                share, within ? "" : "  FAILED");
   }
   std::fflush(stdout);
   return good;

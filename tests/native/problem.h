@@ -133,7 +133,9 @@ struct Problem {
     uint16_t bits;
     for (int64_t d = 0; d < shape.D; ++d) squared += double(row[d]) * row[d];
     const double step = std::sqrt(squared) / 32767;
-    for (int64_t d = 0; d < shape.D; ++d) row[d] = fixed ? (step > 0 ? T(std::nearbyint(row[d] / step) * step) : T(0)) : T(bfloat16(float(row[d]), bits));
+    for (int64_t d = 0; d < shape.D; ++d)
+      if (!fixed) row[d] = T(bfloat16(float(row[d]), bits));
+      else row[d] = step > 0 ? T(std::nearbyint(row[d] / step) * step) : T(0);
   }
 
   void project(double* d, const double* unit, double factor) const {
