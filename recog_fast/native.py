@@ -6,7 +6,7 @@ import functools
 import warnings
 from types import ModuleType
 
-ISAS = ("avx512", "avx2", "baseline")
+ISAS = ("avx512_bf16", "avx512_vnni", "avx512", "avx2", "baseline")  # the best first
 
 
 @functools.cache
@@ -33,7 +33,10 @@ def warn_missing() -> None:
 
 
 def select_isa(name: str = "") -> str:
-    """Forces the build of the CPU kernels: "avx512", "avx2", "baseline", or "" for the best one here; returns what runs.
+    """Forces the build of the CPU kernels, one of `available_isas()`, or "" for the best one here; returns what runs.
+
+    For the whole process, until the next call: `select_isa("avx2")` masks AVX-512 off. Not while another thread is in a
+    kernel. "emulated_bf16" is avx512_bf16's arithmetic in plain vectors, slow, for tests.
 
     Raises ValueError where this CPU lacks it, RuntimeError where the extension is not built.
     """

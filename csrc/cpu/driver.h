@@ -22,9 +22,10 @@ class Array {
  public:
   Array() = default;
   explicit Array(int64_t count) {
-    const size_t bytes = size_t(round_up(count > 0 ? count : 1, 64)) * sizeof(T);
-    data_.reset(static_cast<T*>(std::aligned_alloc(64, bytes)));
-    if (!data_) throw std::bad_alloc();
+    // To the byte: what lies past the end must be a sanitizer's, not slack.
+    void* data = nullptr;
+    if (posix_memalign(&data, 64, sizeof(T) * size_t(count > 0 ? count : 1)) != 0) throw std::bad_alloc();
+    data_.reset(static_cast<T*>(data));
   }
   T* get() const { return data_.get(); }
   T& operator[](int64_t i) const { return data_.get()[i]; }
