@@ -227,7 +227,8 @@ def _reject_double(batch: _Batch, weight: Tensor, options: LossOptions, at: Tens
     h = torch.expm1(p)
     top = p * (torch.where(mass < 0.5, mass, 1 - p) * h - mean)  # p (h - E), E = mean + p h
     remainder, mean = remainder + h - p, mean + p * h
-    rest = pull - p.unsqueeze(1) * top_prototype.double()
+    rest = pull - p.unsqueeze(1) * top_prototype.double()  # sum_{j != 0} p_j P_j, no longer than the mass: what is, is rounding
+    rest *= (mass / rest.norm(dim=1).clamp_min(1e-300)).clamp(0.0, 1.0).unsqueeze(1)
     d_logits = top.unsqueeze(1) * top_prototype.double() + push.double() - (mean - first_mean.double()).unsqueeze(1) * rest
     slope = double_slope(remainder, classes)
     d_unit = (options.scale * slope).unsqueeze(1) * d_logits
