@@ -32,7 +32,7 @@ class KeptExponentials:
     def lease(self, unit_embeddings: Tensor, weight: Tensor, half: bool) -> Lease | None:
         """Room for the sweep over these rows and classes; None where no kernel would use it."""
         module = _library.compiled(unit_embeddings, weight)
-        if module is None or unit_embeddings.device.type != "cpu" or unit_embeddings.shape[0] == 0:
+        if module is None or unit_embeddings.shape[0] == 0:
             return None
         subcenters = weight.shape[1] if weight.dim() == 3 else 1
         classes = module.Classes(
