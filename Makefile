@@ -7,11 +7,12 @@ SOURCES := pyproject.toml constraints.txt setup.py CMakeLists.txt recog_fast/_ve
 export PYTHON
 unexport PYTHONPATH PYTHONHOME
 
-.PHONY: help demo test bench lint build wheel sdist clean
+.PHONY: help demo test bench bench-full bench-charts lint build wheel sdist clean
 
 help:
 	@echo "make demo    train and evaluate on synthetic identities (2 minutes), write runs/demo/report.html"
 	@echo "make test    run the tests            make bench   run the benchmarks"
+	@echo "make bench-full    the real sizes, in pieces        make bench-charts    charts of their stored results"
 	@echo "make lint    ruff and mypy --strict   make build   .venv with the built package"
 	@echo "make wheel   dist/*.whl               make sdist   dist/*.tar.gz"
 	@echo "make clean   remove everything built but .venv and runs"
@@ -24,6 +25,13 @@ test: build
 
 bench: build
 	$(PY) -m pytest benchmarks $(ARGS)
+
+# Every piece in a process of its own, about an hour on 2 cores; ARGS="64x100000" runs the pieces whose id holds that word.
+bench-full: build
+	$(PY) -m benchmarks $(ARGS)
+
+bench-charts: build
+	$(PY) -m benchmarks.charts $(ARGS)
 
 lint: build
 	$(PY) -m ruff check .

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from . import machine, report, suite
+from . import machine, op_bench, report, suite
+from .store import Results
 
-SIZES = ("toy", "full", "large")
+SIZES = ("toy", "full")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -21,46 +20,41 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--sizes",
         choices=SIZES,
         default=os.environ.get("RECOG_FAST_BENCH_SIZES", "toy"),
-        help="toy: correctness gates at small sizes; full: N=64, C=100k and the speed gates; large: C=500k and 1M only",
+        help="toy: correctness gates at small sizes; full: N {64, 256} x C {1e4, 1e5, 5e5}, scaling to 1e6, the required numbers",
     )
     parser.addoption(
         "--results",
         default=None,
-        help="folder of the results (full: benchmarks/results/<device>; toy: runs/benchmarks)",
+        help="folder of the results (full: benchmarks/results/<device>, merged; toy: runs/benchmarks, fresh)",
     )
 
 
 @pytest.fixture(scope="session")
 def sizes(request: pytest.FixtureRequest) -> str:
-    """ "toy", "full" or "large"."""
+    """ "toy" or "full"."""
     return str(request.config.getoption("--sizes"))
 
 
 @pytest.fixture(scope="session")
-def collected(request: pytest.FixtureRequest, sizes: str) -> Iterator[dict[str, Any]]:
-    """Everything measured in this session; its page is printed at the end."""
-    empty: dict[str, Any] = {"cases": [], "memory": [], "per_class": [], "gates": []}
-    everything = {"sizes": sizes, "environment": machine.describe(), **empty}
-    yield everything
-    capture = request.config.pluginmanager.getplugin("capturemanager")
-    with capture.global_and_fixture_disabled():
-        print(f"\n{report.markdown(everything)}")
-
-
-@pytest.fixture
-def results(request: pytest.FixtureRequest, sizes: str, collected: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """What a test adds to; written as JSON and Markdown after each, so that a run cut short leaves what it had."""
-    yield collected
+def results(request: pytest.FixtureRequest, sizes: str) -> Iterator[Results]:
+    """What tests add to; full sizes join what earlier runs stored. The page is printed at the end."""
     named = request.config.getoption("--results")
     stored = machine.ROOT / "runs" / "benchmarks" if sizes == "toy" else machine.RESULTS / machine.slug()
-    folder = Path(named) if named else stored
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{sizes}.json").write_text(json.dumps(collected, indent=1) + "\n")
-    (folder / f"{sizes}.md").write_text(report.markdown(collected))
+    made = Results((Path(named) if named else stored) / f"{sizes}.json", sizes, fresh=sizes == "toy")
+    yield made
+    capture = request.config.pluginmanager.getplugin("capturemanager")
+    with capture.global_and_fixture_disabled():
+        print(f"\n{report.markdown(made.data)}")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """`case`: the cases of --sizes."""
+    """`case`, `op_size`, `memory_case`, `accuracy_classes`: those of --sizes."""
+    sizes = metafunc.config.getoption("--sizes")
     if "case" in metafunc.fixturenames:
-        cases = suite.CASES[metafunc.config.getoption("--sizes")]
-        metafunc.parametrize("case", cases, ids=[f"{c.regime}-{c.rows}x{c.classes}x{c.dimension}" for c in cases])
+        metafunc.parametrize("case", suite.CASES[sizes], ids=lambda case: case.name)
+    if "op_size" in metafunc.fixturenames:
+        metafunc.parametrize("op_size", op_bench.SIZES[sizes], ids=lambda size: "x".join(map(str, size)))
+    if "memory_case" in metafunc.fixturenames:
+        metafunc.parametrize("memory_case", suite.MEMORY[sizes], ids=lambda case: f"{case[0]}, {case[1]}x{case[2]}")
+    if "accuracy_classes" in metafunc.fixturenames:
+        metafunc.parametrize("accuracy_classes", suite.ACCURACY_CLASSES[sizes])

@@ -127,6 +127,25 @@ def fused_step(rows: int, classes: int, dimension: int) -> Cost:
     return Cost((*_forward_sweep(nc, cd, ncd), *_class_sweep("update", nc, cd, ncd, 12 * cd, update_flops=6 * cd)))
 
 
+def kept_exponentials(rows: int, classes: int, dimension: int) -> Cost:
+    """`recomputing` with the exponentials of the first sweep kept in bf16: 6NCD, 2NC bytes written and read."""
+    nc, cd, ncd = rows * classes, classes * dimension, rows * classes * dimension
+    return Cost((*_keeping_sweep(nc, cd, ncd), *_kept_class_sweep("backward", nc, cd, ncd, 4 * cd), _sgd(cd)))
+
+
+def fused_step_kept(rows: int, classes: int, dimension: int) -> Cost:
+    """`fused_step` with the exponentials kept in bf16."""
+    nc, cd, ncd = rows * classes, classes * dimension, rows * classes * dimension
+    return Cost((*_keeping_sweep(nc, cd, ncd), *_kept_class_sweep("update", nc, cd, ncd, 12 * cd, update_flops=6 * cd)))
+
+
+def fused_step_kept_exact(rows: int, classes: int, dimension: int) -> Cost:
+    """`fused_step` with the exponentials kept in float32."""
+    nc, cd, ncd = rows * classes, classes * dimension, rows * classes * dimension
+    kept = _kept_class_sweep("update", nc, cd, ncd, 12 * cd, update_flops=6 * cd, width=4)
+    return Cost((*_keeping_sweep(nc, cd, ncd, width=4), *kept))
+
+
 def _normalised_logits(rows: int, classes: int, dimension: int) -> tuple[Term, ...]:
     nc, cd, nd, ncd = rows * classes, classes * dimension, rows * dimension, rows * classes * dimension
     return (
@@ -165,6 +184,21 @@ def _class_sweep(phase: str, nc: int, cd: int, ncd: int, written: int, update_fl
         Term(phase, "|W_j| and logits again: read W", 2 * ncd, 4 * cd, True),
         Term(phase, "|W_j|", 2 * cd, 0),
         Term(phase, "exp, slope", 5 * nc, 0),
+        Term(phase, "dP = G^T x^: in cache", 2 * ncd, 0, True),
+        Term(phase, "chain through |W_j|, result", 5 * cd + update_flops, written),
+    )
+
+
+def _keeping_sweep(nc: int, cd: int, ncd: int, width: int = 2) -> tuple[Term, ...]:
+    return (*_forward_sweep(nc, cd, ncd), Term("forward", "exponentials: write", 0, width * nc))
+
+
+def _kept_class_sweep(
+    phase: str, nc: int, cd: int, ncd: int, written: int, update_flops: int = 0, width: int = 2
+) -> tuple[Term, ...]:
+    return (
+        Term(phase, "|W_j|, chain: read W", 2 * cd, 4 * cd),
+        Term(phase, "exponentials: read; slope", 2 * nc, width * nc),
         Term(phase, "dP = G^T x^: in cache", 2 * ncd, 0, True),
         Term(phase, "chain through |W_j|, result", 5 * cd + update_flops, written),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 import re
@@ -54,11 +55,13 @@ def slug() -> str:
     return re.sub(r"[^a-z0-9]+", "-", f"{cpu_name()} {os.cpu_count()}core".lower()).strip("-")
 
 
+@functools.cache
 def commit() -> str:
-    """Commit of the source tree, "+changes" when it is not clean; "unknown" outside a checkout."""
+    """Commit of the source tree, "+changes" when it is not clean (stored results apart); "unknown" outside a checkout."""
+    status = ("status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)benchmarks/results")
     try:
         run = [subprocess.run(["git", *a], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-               for a in (("rev-parse", "--short=12", "HEAD"), ("status", "--porcelain", "--untracked-files=no"))]  # fmt: skip
+               for a in (("rev-parse", "--short=12", "HEAD"), status)]  # fmt: skip
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return run[0] + ("+changes" if run[1] else "")
@@ -70,6 +73,7 @@ def describe() -> dict[str, str]:
         "device": f"{cpu_name()}, {os.cpu_count()} cores, one thread used",
         "recog_fast": recog_fast.__version__,
         "commit": commit(),
+        "bf16_instructions": "yes" if has_bf16() else "no",
         "backend": recog_fast.backends()["cpu"],
         "torch": torch.__version__,
         "numpy": numpy.__version__,

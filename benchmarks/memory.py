@@ -63,16 +63,20 @@ def measure_here(name: str, rows: int, classes: int, dimension: int) -> list[Pea
     """Peaks of forward+backward and of the full step of the contender `name`, in this process."""
     import torch
 
-    from .contenders import ALL, Arena
+    from .contenders import Arena
     from .problems import make_problem
+    from .protocol import run_once
+    from .suite import kind_named
 
     torch.set_num_threads(1)
-    kind = next(k for k in ALL if k.name == name)
+    kind = kind_named(name)
     # loads code and starts libraries; so small that no buffer of the real size is left behind by it
     small = kind(Arena(make_problem("R0", 2, 16, 8)))
-    torch.autograd.backward(small.forward())
-    small.update()
+    run_once(small)
     contender = kind(Arena(make_problem("R0", rows, classes, dimension), restore=False))
+    if kind.compiles or kind.adam:  # the compiler's own memory and the optimizer's first allocation are no part of a step
+        run_once(contender)
+        contender.restore()
     peaks = []
     before, method = _start()
     torch.autograd.backward(contender.forward())
@@ -83,6 +87,16 @@ def measure_here(name: str, rows: int, classes: int, dimension: int) -> list[Pea
         held = 0 if gradient is None else gradient.numel() * gradient.element_size()
         peaks.append(Peak(name, phase, rows, classes, dimension, (_peak(method) - before) / 1e6, held / 1e6, method))
     return peaks
+
+
+def fits(name: str, classes: int, dimension: int) -> bool:
+    """Whether a step is likely to fit into free memory: W, velocity, dW and, for those that materialise, 20 B per element of W."""
+    needed = classes * dimension * (12.0 if name.startswith("ours") else 30.0) * 1.1
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return True
+    return any(int(line.split()[1]) * 1024 > needed for line in lines if line.startswith("MemAvailable:"))
 
 
 def measure(name: str, rows: int, classes: int, dimension: int) -> list[Peak]:

@@ -12,13 +12,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .contenders import DECAY, LR, MOMENTUM, Arena, Contender
+from recog_fast import native
+
+from .contenders import Arena, Contender
 from .problems import Problem
 from .truth import Gate, Truth, compute_truth, relative
 
 STEPS = ("forward", "forward+backward", "full step")
-# W after the step must be W - lr v to the rounding of float32, a few units of its largest element
+# W after the step must be where its optimizer puts it to the rounding of float32, a few units of its largest element
 _STEP_LIMIT = 1e-6
+_RATE_SECONDS = 0.03  # of the in-cache micro-kernel before each run of a contender that uses it
 
 
 @dataclass
@@ -28,6 +31,7 @@ class Times:
     cpu: dict[str, list[float]] = field(default_factory=lambda: {s: [] for s in STEPS})
     wall: dict[str, list[float]] = field(default_factory=lambda: {s: [] for s in STEPS})
     losses: list[float] = field(default_factory=list)
+    rates: list[float] = field(default_factory=list)  # micro-kernel just before each round, operations per second
 
 
 @dataclass(frozen=True)
@@ -61,9 +65,17 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def kernel_rate(arithmetic: str, seconds: float = _RATE_SECONDS) -> float | None:
+    """Operations per second of the active ISA's micro-kernel on in-cache data, now; None where nothing measures it."""
+    module, _ = native.load()
+    measure = getattr(module, "micro_kernel_rate", None)
+    return float(measure(arithmetic, seconds)) if measure is not None and arithmetic else None
+
+
 def run_once(contender: Contender, into: Times | None = None) -> Tensor:
     """One full step from restored inputs; the loss, detached."""
-    contender.arena.reset()
+    contender.restore()
+    rate = kernel_rate(contender.arithmetic) if into is not None else None
     marks = [(time.process_time(), time.perf_counter())]
     loss = contender.forward()
     marks.append((time.process_time(), time.perf_counter()))
@@ -76,11 +88,17 @@ def run_once(contender: Contender, into: Times | None = None) -> Tensor:
             into.cpu[step].append(cpu - marks[0][0])
             into.wall[step].append(wall - marks[0][1])
         into.losses.append(float(loss.detach()))
+        if rate is not None:
+            into.rates.append(rate)
     return loss.detach()
 
 
 class TooSlow(Exception):
-    """A contender whose full step takes longer than the case allows."""
+    """A contender whose full step takes longer than the case allows; `seconds` of CPU time."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(f"slow: one full step took {seconds:.1f} s of CPU time; not repeated")
+        self.seconds = seconds
 
 
 def _quick(contender: Contender, slow: float, times: Times) -> Tensor:
@@ -88,45 +106,47 @@ def _quick(contender: Contender, slow: float, times: Times) -> Tensor:
     loss = run_once(contender, times)
     seconds = times.cpu[STEPS[-1]][-1]
     if seconds > slow and not (contender.compiles and len(times.losses) == 1):
-        raise TooSlow(f"slow: one full step took {seconds:.1f} s of CPU time; not repeated")
+        raise TooSlow(seconds)
     return loss
 
 
-def check(contender: Contender, truths: dict[str, Truth], slow: float, times: Times) -> Gate:
-    """Two runs (the first compiles), kept in `times`; TooSlow where they are: errors of the first against float64 on a sample of classes, and the bits of the second against the first.
+Errors = tuple[float, float, float, float, float]  # loss, dx, dW, dW of negatives, step; in the order of Gate
 
-    dW is read from the velocity after the step, v = mu v0 + dW + wd W0, so that a contender without a gradient tensor is
-    judged by the same numbers.
+
+def errors(contender: Contender, truth: Truth, loss: Tensor, weight: Tensor, velocity: Tensor) -> Errors:
+    """Of a full step just made: loss, dx, dW on the sample, dW on its negatives, the step; relative to float64.
+
+    weight, velocity (S, D) float64: the rows `truth.sample` of W and of the velocity before the step.
     """
+    embeddings = contender.arena.embeddings
+    assert embeddings.grad is not None
+    d_weight = contender.gradient(truth.sample, weight, velocity)
+    moved = contender.result()[0][truth.sample].double() - contender.stepped(d_weight, weight, velocity)
+    step = float(moved.abs().max()) / float(weight.abs().max())
+    at = truth.targets
+    return (
+        abs(float(loss) - truth.loss) / max(abs(truth.loss), 1e-3),
+        relative(embeddings.grad, truth.d_embeddings),
+        relative(d_weight, truth.d_weight),
+        relative(d_weight[at:], truth.d_weight[at:]),
+        step if not step <= _STEP_LIMIT else 0.0,
+    )
+
+
+def check(contender: Contender, truths: dict[str, Truth], slow: float, times: Times) -> Gate:
+    """Two runs (the first compiles), kept in `times`; TooSlow where they are. Errors of the first against float64 on a
+    sample of classes, and the bits of the second against the first."""
     arena, problem = contender.arena, contender.arena.problem
     loss = _quick(contender, slow, times)
     truth = _truth_of(contender, problem, truths)
+    weight, velocity = problem.weight[truth.sample].double(), problem.velocity[truth.sample].double()
+    found = errors(contender, truth, loss, weight, velocity)
     assert arena.embeddings.grad is not None
-    d_embeddings = arena.embeddings.grad.clone()
-    start = problem.weight[truth.sample].double()
-    velocity = arena.velocity[truth.sample].double()
-    d_weight = velocity - MOMENTUM * problem.velocity[truth.sample].double() - DECAY * start
-    moved = arena.weight.detach()[truth.sample].double() - (start - LR * velocity)
-    step = float(moved.abs().max()) / float(start.abs().max())
-    at = truth.targets
-    errors = (
-        abs(float(loss) - truth.loss) / max(abs(truth.loss), 1e-3),
-        relative(d_embeddings, truth.d_embeddings),
-        relative(d_weight, truth.d_weight),
-        relative(d_weight[at:], truth.d_weight[at:]),
-        step if step > _STEP_LIMIT else 0.0,
-    )
-    kept = [arena.velocity.clone(), arena.weight.detach().clone()]
+    kept = [loss, arena.embeddings.grad.clone(), *(t.clone() for t in contender.result())]
     again = _quick(contender, slow, times)
     assert arena.embeddings.grad is not None
-    pairs = [
-        (loss, again),
-        (d_embeddings, arena.embeddings.grad),
-        (kept[0], arena.velocity),
-        (kept[1], arena.weight.detach()),
-    ]
-    same = all(torch.equal(a, b) for a, b in pairs)
-    return Gate(*errors, same_bits=same, limit=contender.limit, needs_same_bits=contender.same_bits)
+    same = all(map(torch.equal, kept, [again, arena.embeddings.grad, *contender.result()]))
+    return Gate(*found, same, contender.limit, contender.same_bits)
 
 
 def margin_key(margin: float) -> str:
@@ -190,11 +210,11 @@ class Scaling:
     step: str
     classes: list[int]
     nanoseconds: list[Spread]
-    flatness: Spread  # largest C over smallest listed C >= 100k, or over the smallest: per-class time, paired
+    flatness: Spread  # largest C over the smallest: per-class time, paired
 
 
 def per_class(kind: type[Contender], problems: Sequence[Problem], rounds: int, restore: bool) -> list[Scaling]:
-    """Time per class as C grows; the problems share N and D."""
+    """Time per class as C grows; the problems, by C, share N and D."""
     running = [kind(Arena(p, restore)) for p in problems]
     times = [Times() for _ in running]
     for contender in running:
@@ -205,9 +225,8 @@ def per_class(kind: type[Contender], problems: Sequence[Problem], rounds: int, r
         for index in order:
             run_once(running[index], times[index])
     sizes = [p.shape[1] for p in problems]
-    first = next((k for k, c in enumerate(sizes) if c >= 100_000 and c < max(sizes)), 0)
     result = []
     for step in STEPS[1:]:
         cost = [[1e9 * s / c for s in t.cpu[step]] for t, c in zip(times, sizes, strict=True)]
-        result.append(Scaling(kind.name, step, sizes, [spread(c) for c in cost], paired_ratio(cost[-1], cost[first])))
+        result.append(Scaling(kind.name, step, sizes, [spread(c) for c in cost], paired_ratio(cost[-1], cost[0])))
     return result

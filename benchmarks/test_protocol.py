@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from . import report, suite
-from .contenders import Arena, Contender, Eager, eager_loss
+from . import protocol, report, suite
+from .contenders import Arena, Contender, Unsuitable
+from .ours import FusedStep
+from .peers import Eager, eager_loss
 from .problems import make_problem
 from .protocol import STEPS, interleave, paired_ratio, spread
 
@@ -63,7 +65,7 @@ class _Absent(Contender):
     name = "absent"
 
     def forward(self) -> Tensor:
-        raise RuntimeError("this PyTorch has no such function")
+        raise Unsuitable("this PyTorch has no such function")
 
 
 class _Slow(Eager):
@@ -85,7 +87,7 @@ def test_contenders_that_fail_their_gate_get_no_time() -> None:
     for kind in (_WrongGradient, _WrongStep, _NoNumber, _Irreproducible):
         assert "steps" not in rows[kind.name], kind.name
         assert str(rows[kind.name]["skipped"]).startswith("gate failed"), rows[kind.name]
-    assert rows[_Absent.name]["skipped"] == "RuntimeError: this PyTorch has no such function"
+    assert rows[_Absent.name]["skipped"] == "this PyTorch has no such function"
 
 
 def test_slow_contenders_are_named_and_not_repeated() -> None:
@@ -106,3 +108,27 @@ def test_every_round_starts_from_the_same_inputs() -> None:
     assert len({loss for t in times for loss in t.losses}) == 1
     assert all(len(t.cpu[s]) == 5 for t in times for s in STEPS)
     assert torch.equal(arena.weight.detach(), problem.weight)
+
+
+def test_shares_are_of_the_rate_measured_before_each_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """3 GFLOP/s invented: the share of a recomputing step is 8NCD over its seconds times that, 4NCD for its forward."""
+    monkeypatch.setattr(protocol, "kernel_rate", lambda arithmetic: 3e9 if arithmetic else None)
+    measured = suite.run_case(suite.Case("R0", 4, 60, 128, (Eager, FusedStep), rounds=5))
+    eager, ours = measured["rows"]
+    assert "share_of_peak" not in eager["steps"]["full step"]
+    for step, products, least in (("forward", 4, 2), ("full step", 8, 6)):
+        got = ours["steps"][step]
+        own = products * 4 * 60 * 128 / (got["cpu_s"]["median"] * 3e9)
+        assert got["share_of_peak"]["median"] == pytest.approx(own, rel=1e-9)
+        assert got["least_share_of_peak"]["median"] == pytest.approx(own * least / products, rel=1e-9)
+
+
+def test_a_missing_option_is_a_reason_and_not_a_time() -> None:
+    class Imaginary(FusedStep):
+        """Asks MarginHead for what it does not have."""
+
+        name = "imaginary"
+        options: ClassVar[dict[str, object]] = {"no_such_option": True}
+
+    row = _rows((Imaginary,))["imaginary"]
+    assert "no option no_such_option" in str(row["skipped"]) and "steps" not in row

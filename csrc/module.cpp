@@ -53,12 +53,12 @@ PYBIND11_MODULE(_native, m) {
   m.def("pair_format", &cpu::pair_format);
   m.def("micro_kernel_rate", &micro_kernel_rate, py::arg("arithmetic"), py::arg("seconds"), py::call_guard<py::gil_scoped_release>());
 
-  py::class_<cpu::Classes>(m, "Classes")
+  py::class_<cpu::Classes>(m, "Classes", py::module_local())
       .def(py::init(&classes), py::kw_only(), py::arg("weight"), py::arg("memory_rows"), py::arg("strength"), py::arg("slot"),
            py::arg("C"), py::arg("K"), py::arg("D"), py::arg("S"), py::arg("unit"), py::arg("memory_bf16"), py::arg("renormalize"));
-  py::class_<cpu::Rows>(m, "Rows").def(py::init(&rows), py::kw_only(), py::arg("unit_embeddings"), py::arg("target"),
+  py::class_<cpu::Rows>(m, "Rows", py::module_local()).def(py::init(&rows), py::kw_only(), py::arg("unit_embeddings"), py::arg("target"),
                                        py::arg("rules"), py::arg("N"), py::arg("scale"), py::arg("half"));
-  py::class_<cpu::Kept>(m, "Kept").def(py::init(&kept), py::kw_only(), py::arg("address") = 0, py::arg("bytes") = 0,
+  py::class_<cpu::Kept>(m, "Kept", py::module_local()).def(py::init(&kept), py::kw_only(), py::arg("address") = 0, py::arg("bytes") = 0,
                                        py::arg("half") = false);
   m.def("kept_bytes", &cpu::kept_bytes, py::arg("classes"), py::arg("N"), py::arg("half"), py::arg("keep_half"));
 

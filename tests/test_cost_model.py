@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(ROOT))  # benchmarks/ is no part of the installed package
 
 import recog_fast as rf
-from benchmarks import contenders, cost_model, problems, truth
+from benchmarks import contenders, cost_model, peers, problems, truth
 from recog_fast import reference
 
 # N << C and C D far above N C: every kind of term shows, and a C x D pass cannot hide in a N x C one
@@ -70,7 +70,7 @@ def _arena() -> contenders.Arena:
 
 @pytest.mark.parametrize(
     ("kind", "cost"),
-    [(contenders.Eager, cost_model.eager), (contenders.PartialFC, cost_model.partial_fc)],
+    [(peers.Eager, cost_model.eager), (peers.PartialFC, cost_model.partial_fc)],
 )
 def test_matrix_flops_are_those_torch_counts(kind: type[contenders.Contender], cost: cost_model.CostModel) -> None:
     contender = kind(_arena())
@@ -99,9 +99,9 @@ def test_matrix_flops_of_ours_are_those_of_the_reference_schedule() -> None:
 @pytest.mark.parametrize(
     ("kind", "cost"),
     [
-        (contenders.Eager, cost_model.eager),
-        (contenders.PartialFC, cost_model.partial_fc),
-        (contenders.PartialFCSampled, cost_model.partial_fc_sampled),
+        (peers.Eager, cost_model.eager),
+        (peers.PartialFC, cost_model.partial_fc),
+        (peers.PartialFCSampled, cost_model.partial_fc_sampled),
     ],
 )
 def test_bytes_are_those_the_operations_touch(kind: type[contenders.Contender], cost: cost_model.CostModel) -> None:
@@ -120,6 +120,19 @@ def test_bytes_of_ours_are_four_streams_of_w_and_the_state() -> None:
     assert cost_model.recomputing(N, C, D).bytes("backward") == 12 * C * D
     assert cost_model.recomputing(N, C, D).bytes() == 32 * C * D
     assert cost_model.fused_step(N, C, D).bytes() == 20 * C * D
+
+
+def test_keeping_exponentials_saves_one_product_and_moves_them_twice_in_bf16() -> None:
+    for kept, recomputed in (
+        (cost_model.kept_exponentials, cost_model.recomputing),
+        (cost_model.fused_step_kept, cost_model.fused_step),
+    ):
+        assert kept(N, C, D).flops(matrix_only=True) == 6 * N * C * D
+        assert recomputed(N, C, D).flops(matrix_only=True) == 8 * N * C * D
+        assert kept(N, C, D).bytes() - recomputed(N, C, D).bytes() == 4 * N * C
+        assert kept(N, C, D).bytes("forward") - recomputed(N, C, D).bytes("forward") == 2 * N * C
+    exact, kept = cost_model.fused_step_kept_exact(N, C, D), cost_model.fused_step_kept(N, C, D)
+    assert exact.flops() == kept.flops() and exact.bytes() - kept.bytes() == 4 * N * C
 
 
 def test_truth_agrees_with_the_reference_in_float64() -> None:

@@ -235,6 +235,23 @@ def test_retained_graphs_read_the_buffer_again() -> None:
             assert relative(head.weight.grad, times * truth) <= 5e-7  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_another_isa_between_the_sweeps(fused: bool) -> None:
+    """Its tiles lie otherwise in the buffer: the exponentials are computed again."""
+    head, plain = make_head(True), make_head()
+    optimizers = [rf.HeadSGD(h, lr=0.5) for h in (head, plain)] if fused else []
+    x, labels = batch()
+    with NATIVE[0]():
+        losses = [h(x.clone().requires_grad_(), labels) for h in (head, plain)]
+    with Route("baseline", torch.float32, "auto", "baseline")():
+        for loss in losses:
+            loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+    ours, truth = (h.weight if fused else h.weight.grad for h in (head, plain))
+    assert torch.equal(ours, truth)  # type: ignore[arg-type]
+
+
 def test_a_dropped_graph_frees_the_buffer() -> None:
     head = make_head(True)
     with NATIVE[0]():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import sys
 
 from paths import ROOT
 
@@ -31,3 +33,12 @@ def test_every_public_margin_is_named() -> None:
     missing = [name for name in margins if name != "MarginFunction" and name not in TEXT]
     assert len(margins) > 5
     assert not missing
+
+
+def test_measured_table_is_that_of_stored_results() -> None:
+    """`python -m benchmarks.readme` wrote it from one of the results files, and nobody since."""
+    sys.path.insert(0, str(ROOT))  # benchmarks/ is no part of the installed package
+    from benchmarks import readme
+
+    tables = [readme.table(json.loads(path.read_text())) for path in (ROOT / "benchmarks" / "results").glob("*/full.json")]
+    assert any(readme.insert(TEXT, made) == TEXT for made in tables)

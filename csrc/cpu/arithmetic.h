@@ -1,11 +1,15 @@
 // The three GEMMs of a tile in float32 and in 16-bit pairs. Included only by kernels.inc, inside its ISA's namespace.
 //   cosines   cos (count, lanes) = P x^T        (P the tile's prototypes)
-//   pull      pull (N, depth)   += E^T P        (E (count, lanes) weighted by Tile::weight)
-//   gradient  dP (count, depth)  = G x          (G (count, lanes) logit gradients)
+//   pull      pull (N, stride)  += E^T P        (E (count, lanes) weighted by Tile::weight)
+//   gradient  dP (count, stride) = G x          (G (count, lanes) logit gradients)
 
 struct Float32 {
-  static void prepare(const Plan& plan, int64_t first, int64_t count, bool, Scratch& scratch, Tile& tile) {
+  static void prepare(const Plan& plan, int64_t first, int64_t count, bool forward, Scratch& scratch, Tile& tile) {
     recog_fast::cpu::RF_ISA::prepare(plan, first, count, scratch, tile);
+    if (!forward || plan.N < kCopyRows || tile.rows == scratch.rows) return;
+    for (int64_t j = 0; j < count; ++j) __builtin_memcpy(scratch.rows + j * plan.stride, tile.rows + j * tile.stride, sizeof(float) * plan.depth);
+    tile.rows = scratch.rows;
+    tile.stride = plan.stride;
   }
 
   static void cosines(const Plan& plan, const Tile& tile, const Scratch&, float* logits) {
@@ -14,14 +18,15 @@ struct Float32 {
 
   static void pull(const Plan& plan, const Tile& tile, const float* exponentials, const Scratch&, const KeptTile& kept, float* out) {
     if (kept.half != nullptr) keep_half(plan, tile, exponentials, kept);
+    Ahead ahead = next_rows(plan, plan.classes.weight, tile.first + tile.count, tile.count, plan.depth / kPanel * (plan.N / kRowsAtOnce));
     for (int64_t d = 0; d < plan.depth; d += kPanel)
-      gemm_panel(plan.N, exponentials, 1, plan.lanes, tile.rows + d, tile.stride, out + d, plan.depth, tile.count, true);
+      gemm_panel(plan.N, exponentials, 1, plan.lanes, tile.rows + d, tile.stride, out + d, plan.stride, tile.count, true, ahead);
   }
 
-  static void gradient(const Plan& plan, const Tile& tile, const float* slopes, Scratch& scratch) {
+  static void gradient(const Plan& plan, const Tile& tile, const float* slopes, Scratch& scratch, Ahead& ahead) {
     for (int64_t d = 0; d < plan.depth; d += kPanel)
-      gemm_panel(tile.count, slopes, plan.lanes, 1, plan.x_columns + d * plan.N, kPanel, scratch.gradient + d, plan.depth,
-                 plan.N, false);
+      gemm_panel(tile.count, slopes, plan.lanes, 1, plan.x_columns + d * plan.N, kPanel, scratch.gradient + d, plan.stride,
+                 plan.N, false, ahead);
   }
 
   // The kept pair (rows j and j + 1) of one vector of lanes.
@@ -57,10 +62,11 @@ struct Pairs {
 
   static void cosines(const Plan& plan, const Tile& tile, const Scratch& scratch, float* logits) {
     const int64_t half = plan.depth / 2, lanes = plan.lanes;
+    Ahead nothing;
     for (int64_t j = 0; j < tile.count; ++j) scratch.step[j] = tile.weight[j] * plan.x_step;
     for (int64_t n = 0; n < lanes; n += kPanel)
-      gemm_pairs(tile.count, scratch.row_pairs, half, 1, plan.x_pair_panels + n * half, kPanel, scratch.step, logits + n, lanes, half,
-                 false);
+      gemm_pairs(tile.count, scratch.row_pairs, plan.pair_stride, 1, plan.x_pair_panels + n * half, kPanel, scratch.step, logits + n, lanes, half,
+                 false, nothing);
   }
 
   static void pull(const Plan& plan, const Tile& tile, const float* exponentials, const Scratch& scratch, const KeptTile& kept,
@@ -68,12 +74,13 @@ struct Pairs {
     int32_t* pairs = kept.half != nullptr ? kept.half : scratch.coefficients;
     float* step = kept.half != nullptr ? kept.step : scratch.step;
     pack_exponentials(plan, tile, exponentials, pairs, step);
+    Ahead ahead = next_rows(plan, plan.classes.weight, tile.first + tile.count, tile.count, plan.depth / kPanel * (plan.N / kRowsAtOnce));
     for (int64_t d = 0; d < plan.depth; d += kPanel)
-      gemm_pairs(plan.N, pairs, 1, plan.lanes, scratch.class_pairs + d, plan.depth, step, out + d, plan.depth, (tile.count + 1) / 2,
-                 true);
+      gemm_pairs(plan.N, pairs, 1, plan.lanes, scratch.class_pairs + d, plan.stride, step, out + d, plan.stride, (tile.count + 1) / 2,
+                 true, ahead);
   }
 
-  static void gradient(const Plan& plan, const Tile& tile, const float* slopes, Scratch& scratch) {
+  static void gradient(const Plan& plan, const Tile& tile, const float* slopes, Scratch& scratch, Ahead& ahead) {
     const int64_t half = plan.lanes / 2;
     for (int64_t j = 0; j < tile.count; ++j) {
       const float step = pack_slopes(plan, slopes + j * plan.lanes, scratch.coefficients + j * half);
@@ -81,7 +88,7 @@ struct Pairs {
     }
     for (int64_t d = 0; d < plan.depth; d += kPanel)
       gemm_pairs(tile.count, scratch.coefficients, half, 1, plan.x_pair_columns + d * half, kPanel, scratch.step, scratch.gradient + d,
-                 plan.depth, half, false);
+                 plan.stride, half, false, ahead);
   }
 
   static vf kept_value(vi pair, bool odd) { return odd ? high_pair(pair) : low_pair(pair); }
@@ -120,13 +127,13 @@ struct Pairs {
   static void pack_rows(const Plan& plan, const float* a, const float* b, float even, float odd, int64_t j, bool both, bool forward,
                         Scratch& scratch) {
     const int64_t half = plan.depth / 2;
-    int32_t* rows = scratch.row_pairs + j * half;
-    int32_t* classes = scratch.class_pairs + j / 2 * plan.depth;
+    int32_t* rows = scratch.row_pairs + j * plan.pair_stride;
+    int32_t* classes = scratch.class_pairs + j / 2 * plan.stride;
     for (int64_t k = 0; k < half; k += kWidth) {
       const vf a0 = load(a + k) * even, a1 = load(a + k + half) * even;
       const vf b0 = load(b + k) * odd, b1 = load(b + k + half) * odd;
       store_int(rows + k, pack_pair(a0, a1));
-      if (both) store_int(rows + half + k, pack_pair(b0, b1));
+      if (both) store_int(rows + plan.pair_stride + k, pack_pair(b0, b1));
       if (!forward) continue;
       store_int(classes + k, pack_pair(a0, b0));
       store_int(classes + k + half, pack_pair(a1, b1));

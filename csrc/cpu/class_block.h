@@ -58,41 +58,74 @@ static Tile kept_rows(const Plan& plan, int64_t first, int64_t last, const KeptT
   return tile;
 }
 
-// dP (in place) -> dW of one row: through P = U/|U|, U = W^ + lam M, W^ = W/|W| (math.md 2).
-static void chain(const Classes& c, int64_t r, float* d, float* prototype) {
-  if (c.unit) return;
-  const float* w = c.weight + r * c.D;
-  const float inverse = inverse_norm(w, c.D);
-  const int64_t slot = memory_slot(c, r);
-  if (slot >= 0 && c.renormalize) {
-    const float scale = inject(c, r, slot, inverse, prototype);
-    if (scale != 0.0f) {
-      const float along = dot(d, prototype, c.D);
-      for (int64_t k = 0; k < c.D; ++k) d[k] = (d[k] - along * prototype[k]) * scale;
-    }
-  }
-  const float along = dot(d, w, c.D) * inverse * inverse;
-  for (int64_t k = 0; k < c.D; ++k) d[k] = (d[k] - along * w[k]) * inverse;
+// dP (in place) -> dL/dW^ of one row with memory: through P = U/|U|, U = W^ + lam M (math.md 2).
+static void memory_chain(const Classes& c, int64_t r, int64_t slot, float inverse, float* d, float* prototype) {
+  const float scale = inject(c, r, slot, inverse, prototype);
+  if (scale == 0.0f) return;
+  const float along = dot(d, prototype, c.D);
+  for (int64_t k = 0; k < c.D; ++k) d[k] = (d[k] - along * prototype[k]) * scale;
 }
 
-// torch.optim.SGD's update of one row, momentum buffer included.
-static void sgd_row(const ClassOutput& out, int64_t at, int64_t D, const float* d) {
+// dL/dW = (d - along w) inverse: through W^ = W/|W|; inverse 1 and along 0 where rows are unit by themselves.
+struct Chain {
+  float inverse = 1.0f, along = 0.0f;
+};
+
+static Chain weight_chain(const Classes& c, int64_t r, float* d, float* prototype) {
+  if (c.unit) return {};
+  const float* w = c.weight + r * c.D;
+  const int64_t slot = memory_slot(c, r);
+  vf own = splat(0.0f), along = own;
+  int64_t k = 0;
+  for (; k + kWidth <= c.D; k += kWidth) {
+    const vf value = load(w + k);
+    own += value * value;
+    along += value * load(d + k);
+  }
+  float squared = sum_lanes(own), product = sum_lanes(along);
+  for (; k < c.D; ++k) squared += w[k] * w[k], product += w[k] * d[k];
+  const float inverse = inverse_norm(w, c.D, squared);
+  if (slot >= 0 && c.renormalize) {
+    memory_chain(c, r, slot, inverse, d, prototype);
+    product = dot(d, w, c.D);
+  }
+  return {inverse, product * inverse * inverse};
+}
+
+// torch.optim.SGD's update of one row, momentum buffer included; the gradient is never stored.
+static void sgd_row(const ClassOutput& out, const Chain& chain, int64_t at, int64_t D, const float* d) {
   float* w = out.weight + at;
   float* v = out.velocity + at;
-  const float momentum = out.momentum, decay = out.weight_decay, lr = out.lr;
-  const bool nesterov = out.nesterov;
-  for (int64_t k = 0; k < D; ++k) {
-    const float g = d[k] + decay * w[k];
-    v[k] = momentum * v[k] + g;
-    w[k] -= lr * (nesterov ? g + momentum * v[k] : v[k]);
+  const float momentum = out.momentum, lr = out.lr, inverse = chain.inverse;
+  const float own = out.weight_decay - chain.along * inverse;
+  if (out.nesterov) {
+    along_row(D, [=](auto lanes, int64_t k) {
+      const auto now = lanes.get(w + k);
+      const auto g = lanes.get(d + k) * inverse + own * now;
+      const auto next = momentum * lanes.get(v + k) + g;
+      lanes.put(v + k, next);
+      lanes.put(w + k, now - lr * (g + momentum * next));
+    });
+    return;
   }
+  along_row(D, [=](auto lanes, int64_t k) {
+    const auto now = lanes.get(w + k);
+    const auto next = momentum * lanes.get(v + k) + (lanes.get(d + k) * inverse + own * now);
+    lanes.put(v + k, next);
+    lanes.put(w + k, now - lr * next);
+  });
 }
 
 static void finish_row(const Plan& plan, const ClassOutput& out, int64_t r, float* d, float* prototype) {
   const int64_t D = plan.classes.D;
-  if (out.mode != kPrototypeGradient) chain(plan.classes, r, d, prototype);
-  if (out.mode == kStep) sgd_row(out, r * D, D, d);
-  else __builtin_memcpy(out.gradient + r * D, d, sizeof(float) * D);
+  const Chain chain = out.mode == kPrototypeGradient ? Chain{} : weight_chain(plan.classes, r, d, prototype);
+  if (out.mode == kStep) return sgd_row(out, chain, r * D, D, d);
+  const float* w = plan.classes.weight + r * D;
+  float* gradient = out.gradient + r * D;
+  const float along = chain.along, inverse = chain.inverse;
+  along_row(D, [=](auto lanes, int64_t k) {
+    lanes.put(gradient + k, (lanes.get(d + k) - along * lanes.get(w + k)) * inverse);
+  });
 }
 
 template <class A>
@@ -109,9 +142,13 @@ static void class_block(const Plan& plan, const ClassOutput& out, int64_t first,
       logit_gradients(plan, tile, scratch.logits);
     }
     target_gradients(plan, tile, scratch.logits);
-    A::gradient(plan, tile, scratch.logits, scratch);
+    // This tile's momentum and, where W was not needed so far, its W: the optimizer's turn comes right after.
+    const bool fresh = kept.offset != nullptr;
+    const int64_t calls = plan.depth / kPanel * (tile.count / kRowsAtOnce) / (fresh && out.mode == kStep ? 2 : 1);
+    Ahead ahead = out.mode == kStep ? next_rows(plan, out.velocity, tile.first, tile.count, calls) : Ahead();
+    A::gradient(plan, tile, scratch.logits, scratch, ahead);
     for (int64_t j = 0; j < tile.count; ++j)
-      finish_row(plan, out, tile.first + j, scratch.gradient + j * plan.depth, scratch.rows);
+      finish_row(plan, out, tile.first + j, scratch.gradient + j * plan.stride, scratch.rows);
   }
 }
 

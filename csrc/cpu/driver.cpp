@@ -61,16 +61,16 @@ struct ThreadMemory {
   ThreadMemory(const Plan& plan, bool forward) {
     const int64_t tile = round_up(plan.tile_rows, 2);
     logits = Array<float>(tile * plan.lanes);
-    rows = Array<float>(tile * plan.depth);
+    rows = Array<float>(tile * plan.stride);
     lane = Array<float>(plan.lanes);
     inverse = Array<float>(tile);
     weight = Array<float>(tile);
     step = Array<float>(std::max(tile, plan.lanes));
-    if (!forward) gradient = Array<float>(tile * plan.depth);
+    if (!forward) gradient = Array<float>(tile * plan.stride);
     if (plan.pairs) {
-      row_pairs = Array<int32_t>(tile * plan.depth / 2);
+      row_pairs = Array<int32_t>(tile * plan.pair_stride);
       coefficients = Array<int32_t>(tile * plan.lanes / 2);
-      if (forward) class_pairs = Array<int32_t>(tile * plan.depth / 2);
+      if (forward) class_pairs = Array<int32_t>(tile / 2 * plan.stride);
     }
     scratch = {logits.get(), rows.get(),      gradient.get(),    lane.get(),        inverse.get(),
                weight.get(), step.get(),      row_pairs.get(),   class_pairs.get(), coefficients.get()};
@@ -81,7 +81,7 @@ struct ThreadMemory {
     sum = Array<double>(plan.lanes);
     mean = Array<double>(plan.lanes);
     mass = Array<double>(plan.lanes);
-    pull = Array<float>(plan.want_pull ? plan.lanes * plan.depth : 1);
+    pull = Array<float>(plan.want_pull ? plan.lanes * plan.stride : 1);
     partial = {offset.get(), sum.get(), mean.get(), mass.get(), nearest.get(), index.get(), pull.get()};
   }
 
@@ -92,7 +92,7 @@ struct ThreadMemory {
     std::fill_n(partial.sum, plan.lanes, 0.0);
     std::fill_n(partial.mean, plan.lanes, 0.0);
     std::fill_n(partial.mass, plan.lanes, 0.0);
-    if (plan.want_pull) std::memset(partial.pull, 0, sizeof(float) * size_t(plan.lanes * plan.depth));
+    if (plan.want_pull) std::memset(partial.pull, 0, sizeof(float) * size_t(plan.lanes * plan.stride));
   }
 };
 
@@ -132,7 +132,7 @@ struct Total {
 
   void add_pull(const Plan& plan, const Partial& part, int64_t n, double keep, double take) {
     double* to = pull.data() + n * plan.classes.D;
-    const float* from = part.pull + n * plan.depth;
+    const float* from = part.pull + n * plan.stride;
     for (int64_t d = 0; d < plan.classes.D; ++d) to[d] = to[d] * keep + double(from[d]) * take;
   }
 };

@@ -43,7 +43,7 @@ static void move_offset(const Plan& plan, int64_t n, float largest, Partial& out
   const float factor = old > -1e29f ? float(__builtin_exp(double(old) - double(largest))) : 0.0f;
   out.sum[n] *= factor;
   if (!plan.want_pull) return;
-  float* pull = out.pull + n * plan.depth;
+  float* pull = out.pull + n * plan.stride;
   for (int64_t d = 0; d < plan.depth; ++d) pull[d] *= factor;
 }
 

@@ -26,6 +26,22 @@ static inline float sum_lanes(vf v) {
   return total;
 }
 
+// Runs body(lanes, k) over a row of D floats, kWidth at a time and then one by one; lanes.get(p), lanes.put(p, value).
+struct Wide {
+  static vf get(const float* p) { return load(p); }
+  static void put(float* p, vf v) { store(p, v); }
+};
+struct Single {
+  static float get(const float* p) { return *p; }
+  static void put(float* p, float v) { *p = v; }
+};
+template <class Body>
+static inline void along_row(int64_t D, Body body) {
+  int64_t k = 0;
+  for (; k + kWidth <= D; k += kWidth) body(Wide(), k);
+  for (; k < D; ++k) body(Single(), k);
+}
+
 // e^x, relative error 1.2e-7 over [-87, 88]; 0 below, no infinities above (x is capped at 88).
 static inline vf exponential(vf x) {
   const vf capped = minimum(maximum(x, splat(-87.0f)), splat(88.0f));

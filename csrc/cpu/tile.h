@@ -26,13 +26,14 @@ static inline float dot(const float* a, const float* b, int64_t D) {
 
 // 1 / |row|; 0 for a zero row (|row| <= 1e-12): its prototype is 0 and its gradient 0; NaN where an element is not finite.
 // Rows whose squares leave float32 are summed in double.
-static inline float inverse_norm(const float* row, int64_t D) {
-  const float squared = dot(row, row, D);
+static inline float inverse_norm(const float* row, int64_t D, float squared) {
   if (squared > 1e-24f && squared < 1e36f) return 1.0f / __builtin_sqrtf(squared);
   double exact = 0.0;
   for (int64_t d = 0; d < D; ++d) exact += double(row[d]) * double(row[d]);
   return exact <= 1e-24 ? 0.0f : float(1.0 / __builtin_sqrt(exact) + 0.0 * exact);
 }
+
+static inline float inverse_norm(const float* row, int64_t D) { return inverse_norm(row, D, dot(row, row, D)); }
 
 static inline float memory_value(const Classes& c, int64_t at) {
   if (!c.memory_bf16) return static_cast<const float*>(c.memory_rows)[at];
@@ -83,7 +84,7 @@ static void prepare(const Plan& plan, int64_t first, int64_t count, Scratch& scr
   }
   if (!injected && D == plan.depth) return;
   for (int64_t j = 0; j < count; ++j) {
-    float* row = buffer + j * plan.depth;
+    float* row = buffer + j * plan.stride;
     const int64_t slot = memory_slot(c, first + j);
     if (slot >= 0) {
       inject(c, first + j, slot, tile.inverse[j], row);
@@ -94,17 +95,18 @@ static void prepare(const Plan& plan, int64_t first, int64_t count, Scratch& scr
     zero_tail(row, D, plan.depth);
   }
   tile.rows = buffer;
-  tile.stride = plan.depth;
+  tile.stride = plan.stride;
 }
 
 // cos[j][n] = <P_j, x_n>: (count, lanes)
 static void cosines(const Plan& plan, const Tile& tile, float* logits) {
+  Ahead nothing;
   const int64_t D = plan.classes.D, lanes = plan.lanes;
   for (int64_t k = 0; k < D; k += kDepth) {
     const int64_t depth = D - k < kDepth ? D - k : kDepth;
     for (int64_t n = 0; n < lanes; n += kPanel)
       gemm_panel(tile.count, tile.rows + k, tile.stride, 1, plan.x_panels + n * D + k * kPanel, kPanel, logits + n, lanes,
-                 depth, k > 0);
+                 depth, k > 0, nothing);
   }
   for (int64_t j = 0; j < tile.count; ++j) {
     const float inverse = tile.inverse[j];
@@ -148,6 +150,13 @@ static void mask_targets(const Plan& plan, const Tile& tile, float* logits) {
     const int64_t j = (plan.targets[t].row - tile.first) / K * K;
     for (int64_t k = 0; k < K; ++k) logits[(j + k) * plan.lanes + plan.targets[t].lane] = kMasked;
   }
+}
+
+// The next tile's rows of W (or another array of its shape), to be fetched during `calls` micro-kernel calls.
+static inline Ahead next_rows(const Plan& plan, const float* array, int64_t first, int64_t count, int64_t calls) {
+  const int64_t D = plan.classes.D, rows = plan.classes.C * plan.classes.K;
+  const int64_t last = first + count < rows ? first + count : rows;
+  return first < last ? Ahead(array + first * D, (last - first) * D * 4, calls) : Ahead();
 }
 
 // The rule of lane n at cosine c: f, and g = 0 where the cosine is clamped.

@@ -32,6 +32,8 @@ void shape_plan(const Classes& classes, int64_t N, const Kernels& kernels, bool 
   plan.N = N;
   plan.lanes = round_up(N, kernels.width);
   plan.depth = round_up(classes.D, kernels.width);
+  plan.stride = plan.depth + kSkew;
+  plan.pair_stride = plan.depth / 2 + kSkew;
   plan.pairs = pairs;
   plan.tile_classes = std::max<int64_t>(1, (pairs ? kPairTileRows : kTileRows) / classes.K);
   plan.tile_rows = plan.tile_classes * classes.K;

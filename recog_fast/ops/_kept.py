@@ -8,16 +8,27 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .. import native
 from . import _library
 
 BUDGET = 256 * 2**20  # bytes
+
+
+def _active() -> str:
+    module, reason = native.load()
+    return reason if module is None else str(module.active_isa())
 
 
 class Lease:
     """A buffer in use; it goes back to its pool when the last row record or autograd node lets go of it."""
 
     def __init__(self, buffer: Tensor) -> None:
-        self.buffer = buffer
+        self._buffer, self._isa = buffer, _active()
+
+    @property
+    def buffer(self) -> Tensor | None:
+        """The buffer; None once another build of the kernels was chosen (`native.select_isa`): it lays its tiles out otherwise."""
+        return self._buffer if self._isa == _active() else None
 
 
 @dataclass
