@@ -1,4 +1,4 @@
-"""One library, one schema table; who runs what is decided here and nowhere else.
+"""One library, one schema table; `_dispatch.TABLE` says who runs what, `compiled` asks it.
 
 Every operation has its reference on the fallback key (any device), the compiled CPU kernel on the CPU key, and a fake.
 A CPU kernel hands over to the reference for float64, without the extension, or under `use_backend("reference")`.
