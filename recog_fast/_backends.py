@@ -8,7 +8,7 @@ import importlib.util
 import torch
 
 from . import native
-from .ops import _library
+from .ops import _dispatch, _library
 
 
 def _cpu() -> str:
@@ -17,7 +17,8 @@ def _cpu() -> str:
         return "reference (use_backend)"
     if module is None:
         return f"reference: compiled kernels {reason}"
-    return f"native {module.active_isa()} (float32 arithmetic; bfloat16 requests run in it), {torch.get_num_threads()} threads"
+    pairs = _dispatch.PAIR_FORMATS[module.active_isa()]
+    return f"native {module.active_isa()} (float32; bfloat16 requests run in {pairs or 'float32'}), {torch.get_num_threads()} threads"
 
 
 def _cuda() -> str:
@@ -37,5 +38,6 @@ def _triton() -> str:
 
 
 def backends() -> dict[str, str]:
-    """ "cpu", "cuda", "triton" -> what runs (ISA, device, version) or why not."""
-    return {"cpu": _cpu(), "cuda": _cuda(), "triton": _triton()}
+    """ "cpu", "cuda", "triton" -> what runs (ISA, device, version) or why not; "dispatch" -> the table of which call runs
+    where, first line that holds. `recog_fast.native.select_isa` forces another build of the CPU kernels."""
+    return {"cpu": _cpu(), "cuda": _cuda(), "triton": _triton(), "dispatch": _dispatch.describe(_library.backend())}

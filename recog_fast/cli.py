@@ -165,7 +165,7 @@ def _doctor(_: argparse.Namespace, __: list[str]) -> int:
         f"recog_fast {__version__}   python {platform.python_version()}   torch {torch.__version__}   {platform.system()} {platform.machine()}"
     )
     for name, value in rf.backends().items():
-        print(f"{name:8} {value}")
+        print(f"{name:8} " + value.replace("\n", "\n" + " " * 9))
     for name in _LIBRARIES.split():
         if importlib.util.find_spec(name) is None:
             print(f"{name:8} not installed")

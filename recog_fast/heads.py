@@ -51,12 +51,14 @@ class MarginHead(nn.Module):
             same negatives, and its own class through the target cosine alone. Rows labelled -1 and all use outside training
             see every class. weight.grad is dense, 0 in the other rows. sample_seed: None takes torch.initial_seed().
         unknown_weight: weight of the UIR excess of rows labelled -1 (UIR: 0.1). compute_dtype: as `margin_softmax_loss`.
-        keep_exponentials: keep e^{s f(c) - offset} of the forward sweep for the class sweep, which then saves a third of its
-            operations: True (or torch.bfloat16) in 16 bits, 2NC bytes, with float32 arithmetic the mode fp32-Ebf16: dW of a
-            class that no row has as its target is within 4e-3 of exact, so it is off by default; torch.float32: 4NC bytes,
-            nothing lost. Classes beyond `keep_budget` bytes are computed again. Only for one forward per optimizer step.
+        keep_exponentials: keep e^{s f(c) - offset} of the forward sweep for the class sweep, which then saves its first product:
+            True (or torch.bfloat16) in 16 bits, 2NC bytes, with float32 arithmetic the mode fp32-Ebf16, not exact, so off by
+            default (dW of every class that is nobody's target within 4e-3; measured errors: math.md 1.4); torch.float32: 4NC
+            bytes, nothing lost. Classes beyond `keep_budget` bytes are computed again. With several forwards per HeadSGD
+            step all are computed again. Only the CPU kernels keep.
         drop_mass: leave the rows of least gradient mass w_i q_i, together at most this share of the batch's, out of dW (dx is
-            exact). Not exact, off by default; `RowStats.dropped_mass` holds q_i of each row left out.
+            exact). Not exact, off by default (measured errors: math.md 1.4); `RowStats.dropped_mass` holds q_i of each row left
+            out. With reduction "none" the upstream gradient of a row does not count in its mass.
     W is drawn from N(0, 0.01). Without `HeadSGD`, backward fills weight.grad; with it, backward leaves row records here
     and weight.grad stays None: clip the backbone's gradients only.
 

@@ -53,7 +53,7 @@ class RowStats(NamedTuple):
     target_probability  float32  p_y = 1 - sigmoid(lse - s t); 0 for unlabelled rows
     subcenter           int64    which sub-center of the target class won; 0 without sub-centers
     max_probability     float32  unlabelled rows: exp(s c_max - lse); labelled rows: 0
-    dropped_mass        float32  summed q of what skipping dropped, as a share of the row's q; 0 when nothing is skipped
+    dropped_mass        float32  q = 1 - p_y of a row that `drop_mass` left out of dW; 0 for every other row
     """
 
     lse: Tensor

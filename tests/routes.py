@@ -39,18 +39,32 @@ class Route:
             if self.isa:
                 native.select_isa("")
 
+    @property
+    def half(self) -> bool:
+        """Whether the sweeps are asked for 16-bit operands."""
+        return self.compute_dtype == torch.bfloat16
+
+
+PAIR_ISAS = ("avx512_bf16", "avx512_vnni", "avx512", "avx2", "emulated_bf16")  # builds with 16-bit operands
+
+
+def _half_routes() -> list[Route]:
+    """16-bit sweeps of the ISA that runs by itself and of the others this CPU can run."""
+    module, running = native.load()
+    others = [] if module is None else [isa for isa in PAIR_ISAS if isa != running and module.runs_isa(isa)]
+    named = [("native-bfloat16", ""), *((f"{isa}-bfloat16", isa) for isa in others)]
+    return [Route(name, torch.float32, "auto", isa, torch.bfloat16) for name, isa in named]
+
 
 FLOAT64 = Route("reference-float64", torch.float64, "reference")
-ROUTES = [
-    FLOAT64,
-    Route("reference-float32", torch.float32, "reference"),
+NATIVE = [
     Route("native-float32", torch.float32, "auto"),
-    Route("native-bfloat16", torch.float32, "auto", compute_dtype=torch.bfloat16),
     Route("native-avx512", torch.float32, "auto", "avx512"),
     Route("native-avx2", torch.float32, "auto", "avx2"),
     Route("native-baseline", torch.float32, "auto", "baseline"),
 ]
-NATIVE = [r for r in ROUTES if r.backend == "auto"]
+HALF = _half_routes()
+ROUTES = [FLOAT64, Route("reference-float32", torch.float32, "reference"), *NATIVE, *HALF]
 
 
 def each(routes: list[Route]) -> pytest.MarkDecorator:
@@ -63,3 +77,14 @@ def isas() -> list[str]:
     if not native.available_isas():
         pytest.skip(f"compiled kernels {native.load()[1]}", allow_module_level=True)
     return [*native.available_isas(), "emulated_bf16"]
+
+
+def pair_format(route: Route) -> str | None:
+    """ "int16" or "bfloat16" where the route's sweeps take 16-bit operands, else None."""
+    if not route.half:
+        return None
+    with route():
+        module = native.load()[0]
+        assert module is not None
+        found: str | None = module.pair_format()
+        return found

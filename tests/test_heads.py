@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from budgets import relative
 from routes import FLOAT64, NATIVE, Route, each
-from test_margin_softmax import relative
 from torch import Tensor
 
 import recog_fast as rf

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from routes import NATIVE, Route, each
+from routes import HALF, NATIVE, Route, each
 from torch import Tensor
 
 import recog_fast as rf
@@ -17,7 +17,7 @@ import recog_fast as rf
 C, D = 60, 12
 
 
-@each(NATIVE)
+@each([*NATIVE, *HALF])
 def test_threads_do_not_change_a_bit(route: Route) -> None:
     torch.manual_seed(5)
     x, w = torch.randn(33, 70), torch.randn(5000, 70)
@@ -29,7 +29,9 @@ def test_threads_do_not_change_a_bit(route: Route) -> None:
             torch.set_num_threads(threads)
             a, b = x.clone().requires_grad_(), w.clone().requires_grad_()
             with route():
-                loss, stats = rf.margin_softmax_loss(a, b, labels, unknown_weight=0.1, margin=rf.CurricularFace(), return_stats=True)
+                loss, stats = rf.margin_softmax_loss(
+                    a, b, labels, unknown_weight=0.1, margin=rf.CurricularFace(), compute_dtype=route.compute_dtype, return_stats=True
+                )
                 loss.backward()
             results.append((loss.detach(), *stats, a.grad, b.grad))
     finally:
@@ -48,13 +50,16 @@ torch.manual_seed(6)
 torch.set_num_threads(2)
 if sys.argv[2] == "poisoned":
     torch.use_deterministic_algorithms(True, warn_only=True)  # fills torch.empty with NaN; malloc's fill is in the environment
-for n, c, d, k in ((7, 200, 33, 1), (20, 1500, 64, 1), (5, 60, 16, 3)):
-    head = rf.MarginHead(c, d, subcenters=k, unknown_weight=0.1, memory=None if k > 1 else rf.PrototypeMemory(c, d, rf.VPL(start=0)))
+SHAPES = ((7, 200, 33, 1, None), (20, 1500, 64, 1, None), (5, 60, 16, 3, None), (7, 200, 33, 1, torch.bfloat16), (20, 1500, 64, 1, torch.bfloat16),
+          (5, 60, 16, 3, torch.bfloat16), (0, 100, 20, 1, torch.bfloat16))
+for n, c, d, k, half in SHAPES:
+    memory = None if k > 1 else rf.PrototypeMemory(c, d, rf.VPL(start=0))
+    head = rf.MarginHead(c, d, subcenters=k, unknown_weight=0.1, memory=memory, compute_dtype=half, keep_exponentials=n == 20)
     optimizer = rf.HeadSGD(head, lr=0.1)
     for _ in range(3):
         x, labels = torch.randn(n, d, requires_grad=True), torch.randint(-1, c, (n,))
         loss, stats = head(x, labels, keys=None if k > 1 else x.detach(), return_stats=True)
-        dense = torch.autograd.grad(rf.margin_softmax_loss(x, head.weight, labels), head.weight)[0]
+        dense = torch.autograd.grad(rf.margin_softmax_loss(x, head.weight, labels, compute_dtype=half), head.weight)[0]
         loss.backward()
         optimizer.step()
     for t in (loss, x.grad, dense, head.weight, *stats):
@@ -62,11 +67,10 @@ for n, c, d, k in ((7, 200, 33, 1), (20, 1500, 64, 1), (5, 60, 16, 3)):
 """
 
 
-@pytest.mark.parametrize("isa", ["avx512", "avx2", "baseline"])
+@pytest.mark.parametrize("isa", ["avx512", "avx2", "baseline", "emulated_bf16"])
 def test_uninitialised_memory_is_never_read(isa: str) -> None:
     """The same bits with torch.empty full of NaN and malloc's memory full of one byte as without."""
-    route = next(r for r in NATIVE if r.isa == isa)
-    with route():
+    with Route(isa, torch.float32, "auto", isa)():
         pass  # skips where this CPU has no such ISA
     script = _UNINITIALISED.format(tests=str(Path(__file__).parent))
     outputs = [

@@ -24,13 +24,13 @@ static inline float dot(const float* a, const float* b, int64_t D) {
   return total;
 }
 
-// 1 / |row|; 0 for a zero row (|row| <= 1e-12): its prototype is 0 and its gradient 0. Rows whose squares leave
-// float32 are summed in double.
+// 1 / |row|; 0 for a zero row (|row| <= 1e-12): its prototype is 0 and its gradient 0; NaN where an element is not finite.
+// Rows whose squares leave float32 are summed in double.
 static inline float inverse_norm(const float* row, int64_t D, float squared) {
   if (squared > 1e-24f && squared < 1e36f) return 1.0f / __builtin_sqrtf(squared);
   double exact = 0.0;
   for (int64_t d = 0; d < D; ++d) exact += double(row[d]) * double(row[d]);
-  return exact > 1e-24 ? float(1.0 / __builtin_sqrt(exact)) : 0.0f;
+  return exact <= 1e-24 ? 0.0f : float(1.0 / __builtin_sqrt(exact) + 0.0 * exact);
 }
 
 static inline float inverse_norm(const float* row, int64_t D) { return inverse_norm(row, D, dot(row, row, D)); }

@@ -9,17 +9,28 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .. import native
 from . import _library
 
 _POOLS = threading.Lock()  # taking a free buffer is one act
 BUDGET = 256 * 2**20  # bytes
 
 
+def _active() -> str:
+    module, reason = native.load()
+    return reason if module is None else str(module.active_isa())
+
+
 class Lease:
     """A buffer in use; it goes back to its pool when the last row record or autograd node lets go of it."""
 
     def __init__(self, buffer: Tensor) -> None:
-        self.buffer = buffer
+        self._buffer, self._isa = buffer, _active()
+
+    @property
+    def buffer(self) -> Tensor | None:
+        """The buffer; None once another build of the kernels was chosen (`native.select_isa`): it lays its tiles out otherwise."""
+        return self._buffer if self._isa == _active() else None
 
 
 @dataclass
@@ -34,7 +45,7 @@ class KeptExponentials:
     def lease(self, unit_embeddings: Tensor, weight: Tensor, half: bool) -> Lease | None:
         """Room for the sweep over these rows and classes; None where no kernel would use it."""
         module = _library.compiled(unit_embeddings, weight)
-        if module is None or unit_embeddings.device.type != "cpu" or unit_embeddings.shape[0] == 0:
+        if module is None or unit_embeddings.shape[0] == 0:
             return None
         subcenters = weight.shape[1] if weight.dim() == 3 else 1
         classes = module.Classes(

@@ -1,4 +1,4 @@
-"""One library, one schema table; who runs what is decided here and nowhere else.
+"""One library, one schema table; `_dispatch.TABLE` says who runs what, `compiled` asks it.
 
 Every operation has its reference on the fallback key (any device), the compiled CPU kernel on the CPU key, and a fake.
 A CPU kernel hands over to the reference for float64, without the extension, or under `use_backend("reference")`.
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import native
+from . import _dispatch
 
 _MEMORY = "Tensor? memory_rows, Tensor? strength, Tensor? slot"
 _MEMBERS = "Tensor? members=None"
@@ -83,12 +84,13 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def compiled(*operands: Tensor | None) -> ModuleType | None:
-    """The extension if these operands go to it, else None: then the caller runs the reference."""
-    if backend() == "reference" or any(t is not None and t.dtype == torch.float64 for t in operands):
+    """The extension if these operands go to it (`_dispatch.TABLE`), else None: then the caller runs the reference."""
+    call, module = _dispatch.call_of(backend(), operands)
+    rule = _dispatch.choose(call)
+    if rule.runs == _dispatch.REFERENCE:
+        if rule is _dispatch.MISSING:
+            native.warn_missing()
         return None
-    module, _ = native.load()
-    if module is None:
-        native.warn_missing()
     return module
 
 

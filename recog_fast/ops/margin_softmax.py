@@ -142,6 +142,13 @@ def _dropped(q: Tensor, labelled: Tensor, options: LossOptions) -> Tensor | None
     return least_mass(mass, options.drop_mass) & labelled
 
 
+def _with_exact_nearest(lse: Tensor, swept: Tensor, exact: Tensor, scale: float) -> Tensor:
+    """lse (N,) of 16-bit logits with the nearest class's replaced by the float32 one: what p_0 close to 1 leaves is
+    then as good as in float32 (math.md 3), and p_0 <= 1."""
+    before, after = (torch.exp(scale * cosine.double() - lse) for cosine in (swept, exact))
+    return lse + torch.log((1 - before).clamp_min(0) + after)
+
+
 def _sweep(unit: Tensor, norms: Tensor, weight: Tensor, labels: Tensor, options: LossOptions, half: bool) -> tuple[_Batch, RowStats]:
     """Target cosines, margin, forward sweep; rows' statistics."""
     margin = options.margin
@@ -163,8 +170,9 @@ def _sweep(unit: Tensor, norms: Tensor, weight: Tensor, labels: Tensor, options:
         *options.injection.arguments(), False, True, half, options.record, None if kept is None else kept.buffer, options.members,
     )  # fmt: skip
     if half:
-        exact, _, _ = target_prototypes(unit, weight, index, options.injection)
-        nearest = torch.where(index >= 0, exact, nearest)
+        swept = nearest
+        nearest = torch.where(index >= 0, target_prototypes(unit, weight, index, options.injection)[0], swept)
+        lse = torch.where(labelled, lse, _with_exact_nearest(lse, swept, nearest, options.scale))
     q = torch.where(labelled, torch.sigmoid(lse - options.scale * target.detach().double()), torch.zeros_like(lse))
     subcenters = weight.shape[1] if weight.dim() == 3 else 1
     targets = torch.where(labelled, labels * subcenters + sub, labels)
@@ -233,7 +241,8 @@ def _reject_double(batch: _Batch, weight: Tensor, options: LossOptions, at: Tens
     h = torch.expm1(p)
     top = p * (torch.where(mass < 0.5, mass, 1 - p) * h - mean)  # p (h - E), E = mean + p h
     remainder, mean = remainder + h - p, mean + p * h
-    rest = pull - p.unsqueeze(1) * top_prototype.double()
+    rest = pull - p.unsqueeze(1) * top_prototype.double()  # sum_{j != 0} p_j P_j, no longer than the mass: what is, is rounding
+    rest *= (mass / rest.norm(dim=1).clamp_min(1e-300)).clamp(0.0, 1.0).unsqueeze(1)
     d_logits = top.unsqueeze(1) * top_prototype.double() + push.double() - (mean - first_mean.double()).unsqueeze(1) * rest
     slope = double_slope(remainder, classes)
     d_unit = (options.scale * slope).unsqueeze(1) * d_logits
@@ -303,7 +312,9 @@ class _MarginSoftmax(torch.autograd.Function):
     def forward(ctx: Any, embeddings: Tensor, weight: Tensor, labels: Tensor, options: LossOptions, *parameters: Tensor) -> tuple[Tensor, ...]:
         with torch.autocast(embeddings.device.type, enabled=False):
             unit, norms = reference.unit_rows(embeddings.to(weight.dtype))
-            batch, stats = _sweep(unit, norms, weight, labels, options, options.compute_dtype == torch.bfloat16)
+            # the single softmax multiplies the error of lse by C: float32 whatever is asked for
+            half = options.compute_dtype == torch.bfloat16 and options.softmax == "double"
+            batch, stats = _sweep(unit, norms, weight, labels, options, half)
             unknown = _reject_unknown(batch, stats.nearest_index, weight, options)
             rows = _row_losses(batch, unknown, options)
             shares = _row_shares(batch, unknown, options)

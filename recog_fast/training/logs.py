@@ -12,6 +12,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from torch import Tensor
+
 logger = logging.getLogger("recog_fast.training")
 
 
@@ -32,6 +34,12 @@ class Meter:
         means = {name: total / count for name, (total, count) in self.state.items() if count}
         self.state = {}
         return means
+
+
+def dropped_share(labels: Tensor, stats: Any) -> dict[str, tuple[float, float]]:
+    """(sum, whole) of the gradient mass q that `drop_mass` left out of the head's gradient, over the labelled rows."""
+    mass = (1 - stats.target_probability.double())[labels >= 0]
+    return {"dropped_mass": (float(stats.dropped_mass.double().sum()), float(mass.sum()))}
 
 
 class Log:

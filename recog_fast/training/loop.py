@@ -34,7 +34,7 @@ from recog_fast.checkpoint import (
 )
 from recog_fast.training.config import TrainConfig, to_yaml
 from recog_fast.training.data import Batch, TrainingImages, step_loader
-from recog_fast.training.logs import Log, Meter
+from recog_fast.training.logs import Log, Meter, dropped_share
 from recog_fast.training.model import (
     MarginRamp,
     build_backbone,
@@ -328,6 +328,8 @@ def _forward_backward(run: Run, batch: Batch, labelled: int) -> float:
         _refuse_nonfinite(run, batch, "loss", rows if not bool(rows.all()) else torch.zeros_like(rows))
     loss.backward()
     run.meter.add(_statistics(embeddings.detach(), labels, stats))
+    if run.config.drop_mass:
+        run.meter.add(dropped_share(labels, stats))
     return float(loss.detach())
 
 

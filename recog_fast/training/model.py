@@ -98,6 +98,8 @@ def build_head(config: TrainConfig, num_classes: int) -> rf.MarginHead:
         subcenters=config.subcenters,
         memory=memory,
         unknown_weight=config.unknown_weight,
+        keep_exponentials=False if config.keep_exponentials is None else getattr(torch, config.keep_exponentials),
+        drop_mass=config.drop_mass,
     )
 
 

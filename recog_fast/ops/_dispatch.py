@@ -1,0 +1,96 @@
+"""The dispatch table: which operands, dtype and ISA run which code. `recog_fast.backends()["dispatch"]` prints it, every
+operation asks it, tests compare it with what runs.
+
+Shapes choose nothing: the kernels take every N >= 0 and C, K, D >= 1 (tails are padded), and below 4e6 multiply-adds
+one thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+
+from .. import native
+
+REFERENCE, NATIVE_FLOAT32, NATIVE_HALF = "reference", "native float32", "native 16-bit"
+
+# Format of the 16-bit operands of each build of the kernels; None: 16-bit requests run in float32.
+PAIR_FORMATS: dict[str, str | None] = {
+    "avx512_bf16": "bfloat16",
+    "avx512_vnni": "int16",
+    "avx512": "int16",
+    "avx2": "int16",
+    "baseline": None,
+    "emulated_bf16": "bfloat16",  # never chosen by itself: the logic of avx512_bf16 in plain vectors, for tests
+}
+WITHOUT_HALF = ("effective_prototypes",)  # operations whose kernels are float32 whatever is asked for
+TORCH_ONLY = ("memory_write",)  # operations that are a few torch calls, on any device
+
+
+@dataclass(frozen=True)
+class Call:
+    """What the choice depends on. isa: the kernels' build that would run, None where there is none."""
+
+    backend: str  # of `use_backend`
+    devices: frozenset[str]
+    dtypes: frozenset[torch.dtype]
+    isa: str | None
+    half: bool = False  # 16-bit operands asked for
+    operation: str = ""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One line of the table."""
+
+    when: str
+    runs: str
+    holds: Callable[[Call], bool]
+
+
+MISSING = Rule("extension not built", REFERENCE, lambda c: c.isa is None)
+# The first that holds decides.
+TABLE: tuple[Rule, ...] = (
+    Rule("memory_write", REFERENCE, lambda c: c.operation in TORCH_ONLY),
+    Rule('use_backend("reference")', REFERENCE, lambda c: c.backend == "reference"),
+    Rule("a tensor on another device than the CPU", REFERENCE, lambda c: c.devices != {"cpu"}),
+    Rule("a float64 operand", REFERENCE, lambda c: torch.float64 in c.dtypes),
+    MISSING,
+    Rule("effective_prototypes", NATIVE_FLOAT32, lambda c: c.operation in WITHOUT_HALF),
+    Rule("bfloat16 asked for, ISA with 16-bit operands", NATIVE_HALF, lambda c: c.half and PAIR_FORMATS[str(c.isa)] is not None),
+    Rule("anything else", NATIVE_FLOAT32, lambda c: True),
+)
+
+
+def choose(call: Call) -> Rule:
+    """The line of the table that decides this call."""
+    return next(rule for rule in TABLE if rule.holds(call))
+
+
+def call_of(
+    backend: str, operands: Iterable[torch.Tensor | None], *, half: bool = False, operation: str = ""
+) -> tuple[Call, ModuleType | None]:
+    """The call these operands make, and the extension."""
+    module, _ = native.load()
+    there = [t for t in operands if t is not None]
+    isa = None if module is None else str(module.active_isa())
+    devices, dtypes = frozenset(t.device.type for t in there), frozenset(t.dtype for t in there)
+    return Call(backend, devices or frozenset({"cpu"}), dtypes, isa, half, operation), module
+
+
+def describe(backend: str) -> str:
+    """The lines of the table that can hold here, with this machine's ISA; "<- now" marks a line that holds for every call."""
+    module, reason = native.load()
+    isa = None if module is None else str(module.active_isa())
+    lines = []
+    for rule in TABLE:
+        if rule.runs == REFERENCE:
+            now = (rule is MISSING and isa is None) or rule.holds(Call(backend, frozenset({"cpu"}), frozenset(), "baseline"))
+            if rule is not MISSING or isa is None:
+                lines.append(f"{rule.when}: {REFERENCE}{' <- now' if now else ''}{f' ({reason})' if rule is MISSING else ''}")
+        elif isa is not None and (rule.runs == NATIVE_FLOAT32 or PAIR_FORMATS[isa] is not None):
+            lines.append(f"{rule.when}: {isa}, {'float32' if rule.runs == NATIVE_FLOAT32 else PAIR_FORMATS[isa]}")
+    return "\n".join(lines)
