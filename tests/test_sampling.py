@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from budgets import relative
 from golden import Case, build_margin, cases, load
 from routes import FLOAT64, NATIVE, ROUTES, Route, each
-from test_margin_softmax import check_loss, relative
+from test_margin_softmax_golden import check_loss
 from torch import Tensor
 
 import recog_fast as rf

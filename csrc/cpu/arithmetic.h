@@ -18,15 +18,14 @@ struct Float32 {
 
   static void pull(const Plan& plan, const Tile& tile, const float* exponentials, const Scratch&, const KeptTile& kept, float* out) {
     if (kept.half != nullptr) keep_half(plan, tile, exponentials, kept);
-    Ahead ahead = next_rows(plan, plan.classes.weight, tile.first + tile.count, tile.count, plan.depth / kPanel * (plan.N / kRowsAtOnce));
     for (int64_t d = 0; d < plan.depth; d += kPanel)
-      gemm_panel(plan.N, exponentials, 1, plan.lanes, tile.rows + d, tile.stride, out + d, plan.stride, tile.count, true, ahead);
+      gemm_panel(plan.N, exponentials, 1, plan.lanes, tile.rows + d, tile.stride, out + d, plan.stride, tile.count, true);
   }
 
-  static void gradient(const Plan& plan, const Tile& tile, const float* slopes, Scratch& scratch, Ahead& ahead) {
+  static void gradient(const Plan& plan, const Tile& tile, const float* slopes, Scratch& scratch) {
     for (int64_t d = 0; d < plan.depth; d += kPanel)
       gemm_panel(tile.count, slopes, plan.lanes, 1, plan.x_columns + d * plan.N, kPanel, scratch.gradient + d, plan.stride,
-                 plan.N, false, ahead);
+                 plan.N, false);
   }
 
   // The kept pair (rows j and j + 1) of one vector of lanes.
@@ -62,11 +61,10 @@ struct Pairs {
 
   static void cosines(const Plan& plan, const Tile& tile, const Scratch& scratch, float* logits) {
     const int64_t half = plan.depth / 2, lanes = plan.lanes;
-    Ahead nothing;
     for (int64_t j = 0; j < tile.count; ++j) scratch.step[j] = tile.weight[j] * plan.x_step;
     for (int64_t n = 0; n < lanes; n += kPanel)
       gemm_pairs(tile.count, scratch.row_pairs, plan.pair_stride, 1, plan.x_pair_panels + n * half, kPanel, scratch.step, logits + n, lanes, half,
-                 false, nothing);
+                 false);
   }
 
   static void pull(const Plan& plan, const Tile& tile, const float* exponentials, const Scratch& scratch, const KeptTile& kept,
@@ -74,13 +72,12 @@ struct Pairs {
     int32_t* pairs = kept.half != nullptr ? kept.half : scratch.coefficients;
     float* step = kept.half != nullptr ? kept.step : scratch.step;
     pack_exponentials(plan, tile, exponentials, pairs, step);
-    Ahead ahead = next_rows(plan, plan.classes.weight, tile.first + tile.count, tile.count, plan.depth / kPanel * (plan.N / kRowsAtOnce));
     for (int64_t d = 0; d < plan.depth; d += kPanel)
       gemm_pairs(plan.N, pairs, 1, plan.lanes, scratch.class_pairs + d, plan.stride, step, out + d, plan.stride, (tile.count + 1) / 2,
-                 true, ahead);
+                 true);
   }
 
-  static void gradient(const Plan& plan, const Tile& tile, const float* slopes, Scratch& scratch, Ahead& ahead) {
+  static void gradient(const Plan& plan, const Tile& tile, const float* slopes, Scratch& scratch) {
     const int64_t half = plan.lanes / 2;
     for (int64_t j = 0; j < tile.count; ++j) {
       const float step = pack_slopes(plan, slopes + j * plan.lanes, scratch.coefficients + j * half);
@@ -88,7 +85,7 @@ struct Pairs {
     }
     for (int64_t d = 0; d < plan.depth; d += kPanel)
       gemm_pairs(tile.count, scratch.coefficients, half, 1, plan.x_pair_columns + d * half, kPanel, scratch.step, scratch.gradient + d,
-                 plan.stride, half, false, ahead);
+                 plan.stride, half, false);
   }
 
   static vf kept_value(vi pair, bool odd) { return odd ? high_pair(pair) : low_pair(pair); }

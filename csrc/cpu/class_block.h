@@ -164,11 +164,7 @@ static void class_block(const Plan& plan, const ClassOutput& out, int64_t first,
     }
     if (plan.classes.seen != nullptr) hide_unseen(plan, tile, scratch.logits);
     target_gradients(plan, tile, scratch.logits);
-    // This tile's momentum: the optimizer's turn comes right after.
-    const bool moving = out.mode == kStep && out.velocity != nullptr;
-    const int64_t calls = plan.depth / kPanel * (tile.count / kRowsAtOnce);
-    Ahead ahead = moving ? next_rows(plan, out.velocity, tile.first, tile.count, calls) : Ahead();
-    A::gradient(plan, tile, scratch.logits, scratch, ahead);
+    A::gradient(plan, tile, scratch.logits, scratch);
     for (int64_t j = 0; j < tile.count; ++j)
       finish_row(plan, out, weight_row(plan.classes, tile.first + j), scratch.gradient + j * plan.stride, scratch.rows);
   }

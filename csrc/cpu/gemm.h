@@ -32,27 +32,11 @@ static void micro_tail(int64_t count, const float* a, int64_t row, int64_t colum
   if constexpr (M > 1) micro_tail<M - 1>(count, a, row, column, b, stride, c, ldc, depth, accumulate);
 }
 
-// Memory that is wanted soon, fetched a few cache lines per micro-kernel call: a GEMM leaves the memory bus idle.
-struct Ahead {
-  const char* at = nullptr;
-  const char* end = nullptr;
-  int64_t lines = 0;  // per call
-
-  Ahead() = default;
-  // `bytes` from `from`, spread over `calls` micro-kernel calls.
-  Ahead(const float* from, int64_t bytes, int64_t calls)
-      : at(reinterpret_cast<const char*>(from)), end(at + bytes), lines((bytes / 64 + calls) / (calls > 0 ? calls : 1)) {}
-
-  void fetch() {
-    for (int64_t i = 0; i < lines && at < end; ++i, at += 64) __builtin_prefetch(at, 0, 2);
-  }
-};
-
 // One panel of C: rows [0, count) in groups of kRowsAtOnce.
 static inline void gemm_panel(int64_t count, const float* a, int64_t row, int64_t column, const float* b, int64_t stride,
-                              float* c, int64_t ldc, int64_t depth, bool accumulate, Ahead& ahead) {
+                              float* c, int64_t ldc, int64_t depth, bool accumulate) {
   int64_t m = 0;
-  for (; m + kRowsAtOnce <= count; m += kRowsAtOnce, ahead.fetch())
+  for (; m + kRowsAtOnce <= count; m += kRowsAtOnce)
     micro<kRowsAtOnce>(a + m * row, row, column, b, stride, c + m * ldc, ldc, depth, accumulate);
   if (m < count)
     micro_tail<kRowsAtOnce - 1>(count - m, a + m * row, row, column, b, stride, c + m * ldc, ldc, depth, accumulate);

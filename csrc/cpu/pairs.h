@@ -111,13 +111,13 @@ static void micro_pairs_tail(int64_t count, const int32_t* a, int64_t row, int64
 
 // One panel of C, sliced along k so that a panel of B stays in L1 (and int32 sums of N > 512 rows in range).
 static inline void gemm_pairs(int64_t count, const int32_t* a, int64_t row, int64_t column, const int32_t* b, int64_t stride,
-                              const float* step, float* c, int64_t ldc, int64_t depth, bool accumulate, Ahead& ahead) {
+                              const float* step, float* c, int64_t ldc, int64_t depth, bool accumulate) {
   for (int64_t k = 0; k == 0 || k < depth; k += kDepth) {  // depth 0 (no rows) writes zeros
     const int64_t slice = depth - k < kDepth ? depth - k : kDepth;
     const int32_t* left = a + k * column;
     const int32_t* right = b + k * stride;
     int64_t m = 0;
-    for (; m + kRowsAtOnce <= count; m += kRowsAtOnce, ahead.fetch())
+    for (; m + kRowsAtOnce <= count; m += kRowsAtOnce)
       micro_pairs<kRowsAtOnce>(left + m * row, row, column, right, stride, step + m, c + m * ldc, ldc, slice, accumulate || k > 0);
     if (m < count)
       micro_pairs_tail<kRowsAtOnce - 1>(count - m, left + m * row, row, column, right, stride, step + m, c + m * ldc, ldc, slice,

@@ -106,13 +106,12 @@ static void prepare(const Plan& plan, int64_t first, int64_t count, Scratch& scr
 
 // cos[j][n] = <P_j, x_n>: (count, lanes)
 static void cosines(const Plan& plan, const Tile& tile, float* logits) {
-  Ahead nothing;
   const int64_t D = plan.classes.D, lanes = plan.lanes;
   for (int64_t k = 0; k < D; k += kDepth) {
     const int64_t depth = D - k < kDepth ? D - k : kDepth;
     for (int64_t n = 0; n < lanes; n += kPanel)
       gemm_panel(tile.count, tile.rows + k, tile.stride, 1, plan.x_panels + n * D + k * kPanel, kPanel, logits + n, lanes,
-                 depth, k > 0, nothing);
+                 depth, k > 0);
   }
   for (int64_t j = 0; j < tile.count; ++j) {
     const float inverse = tile.inverse[j];
@@ -156,13 +155,6 @@ static void mask_targets(const Plan& plan, const Tile& tile, float* logits) {
     const int64_t j = (plan.targets[t].row - tile.first) / K * K;
     for (int64_t k = 0; k < K; ++k) logits[(j + k) * plan.lanes + plan.targets[t].lane] = kMasked;
   }
-}
-
-// The next tile's rows of W (or another array of its shape), to be fetched during `calls` micro-kernel calls.
-static inline Ahead next_rows(const Plan& plan, const float* array, int64_t first, int64_t count, int64_t calls) {
-  const int64_t D = plan.classes.D, rows = plan.classes.C * plan.classes.K;
-  const int64_t last = first + count < rows ? first + count : rows;
-  return first < last ? Ahead(array + first * D, (last - first) * D * 4, calls) : Ahead();
 }
 
 // The rule of lane n at cosine c: f, and g = 0 where the cosine is clamped.
