@@ -238,6 +238,23 @@ def test_realistic_sizes_against_the_ideal_path(route: Route, unknown: float) ->
 
 
 @each(HALF)
+@pytest.mark.parametrize("n", [64, 512, 3000])
+def test_the_class_gradient_does_not_coarsen_with_the_batch(route: Route, n: int) -> None:
+    """int16: the step of a class's slopes follows the largest sum of 512 rows, not of all: 1e-3 of dW of classes that are
+    nobody's target at any N. bfloat16: 5e-3 sqrt(512/D)."""
+    g = torch.Generator().manual_seed(8)
+    x, w, labels = torch.randn(n, 64, generator=g), torch.randn(300, 64, generator=g), torch.randint(0, 10, (n,), generator=g)
+    exact = w.double().requires_grad_()
+    rf.margin_softmax_loss(x.double(), exact, labels, scale=16.0).backward()
+    ours = w.clone().requires_grad_()
+    with route():
+        rf.margin_softmax_loss(x, ours, labels, scale=16.0, compute_dtype=torch.bfloat16).backward()
+    allowed = 1e-3 if pair_format(route) == "int16" else 5e-3 * (512 / 64) ** 0.5
+    assert exact.grad is not None and ours.grad is not None
+    assert relative(ours.grad[10:], exact.grad[10:]) <= allowed
+
+
+@each(HALF)
 def test_nearest_negatives_of_many_rows(route: Route) -> None:
     """Random unit rows, the hardest case for a nearest neighbour: >= 99 % of rows at D = 512."""
     torch.manual_seed(13)

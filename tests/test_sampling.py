@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from budgets import relative
+from budgets import budget, relative
 from golden import Case, build_margin, cases, load
 from routes import FLOAT64, NATIVE, ROUTES, Route, each
 from test_margin_softmax_golden import check_loss
@@ -123,8 +123,8 @@ def test_golden_through_the_operations(name: str, route: Route) -> None:
     case = load(name)
     loss, stats, d_x, d_w = _run_members(case, route)
     check_loss(loss, case, route, torch.ones_like(loss, dtype=torch.bool))
-    assert torch.equal(stats.nearest_index, case["out_nn_idx"])
-    allowed = 1e-9 if route.dtype == torch.float64 else 5e-5
+    assert route.half or torch.equal(stats.nearest_index, case["out_nn_idx"])
+    allowed = budget(route, case.kwargs["s"], case["in_X"].shape[1]).gradient
     assert relative(d_x, case["grad_dX"]) <= allowed
     assert relative(d_w, case["grad_dW"]) <= allowed
     left_out = torch.ones(len(d_w), dtype=torch.bool)
@@ -139,14 +139,16 @@ def _run_members(case: Case, route: Route) -> tuple[Tensor, rf.RowStats, Tensor,
     if isinstance(margin, torch.nn.Module):
         margin.to(route.dtype)
     x, w = case["in_X"].to(route.dtype).requires_grad_(), case["in_W"].to(route.dtype).requires_grad_()
-    options = LossOptions(margin=margin, scale=case.kwargs["s"], reduction="none", members=case["in_class_index"])
+    options = LossOptions(
+        margin=margin, scale=case.kwargs["s"], reduction="none", members=case["in_class_index"], compute_dtype=route.compute_dtype
+    )
     with route():
         loss, stats = margin_softmax(x, w, case["in_y"], options)
         d_x, d_w = torch.autograd.grad((loss * case["in_gout"].to(loss.dtype)).sum(), (x, w))
     return loss.detach(), stats, d_x, d_w
 
 
-@each(ROUTES)
+@each([route for route in ROUTES if not route.half])  # 16 bits: test_sampled_kept.py
 @pytest.mark.parametrize("subcenters", [1, 3])
 def test_a_sampled_loss_and_its_gradients(route: Route, subcenters: int) -> None:
     head = make_head(route, subcenters=subcenters)

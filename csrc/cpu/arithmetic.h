@@ -157,18 +157,24 @@ struct Pairs {
     }
   }
 
-  // One class's slopes as operands; returns their step.
+  // One class's slopes as operands; returns their step: int32 sums are over a k-slice of gemm_pairs, so the largest slice counts.
   static float pack_slopes(const Plan& plan, const float* slopes, int32_t* pairs) {
     const int64_t half = plan.lanes / 2;
-    vf largest = splat(0.0f), total = largest;
-    for (int64_t n = 0; n < plan.lanes; n += kWidth) {
-      const vf size = magnitude(load(slopes + n));
-      largest = maximum(size, largest);
-      total += size;
+    vf largest = splat(0.0f);
+    float total = 0.0f;
+    for (int64_t k = 0; k < half; k += kDepth) {
+      vf slice = splat(0.0f);
+      for (int64_t n = k; n < half && n < k + kDepth; n += kWidth) {
+        const vf low = magnitude(load(slopes + n)), high = magnitude(load(slopes + n + half));
+        largest = maximum(high, maximum(low, largest));
+        slice += low + high;
+      }
+      const float sum = sum_lanes(slice);
+      if (total == total && !(sum <= total)) total = sum;  // a NaN stays
     }
     float most = largest[0];
     for (int64_t i = 1; i < kWidth; ++i) most = largest[i] > most ? largest[i] : most;
-    const float step = step_of(splat(most), splat(sum_lanes(total)))[0];
+    const float step = step_of(splat(most), splat(total))[0];
     const float scale = step > 0.0f ? 1.0f / step : 0.0f;
     for (int64_t n = 0; n < half; n += kWidth) store_int(pairs + n, pack_pair(load(slopes + n) * scale, load(slopes + n + half) * scale));
     return step;
