@@ -40,6 +40,7 @@ std::string select_isa(const std::string& force) {
 double micro_kernel_rate(const std::string& arithmetic, double seconds) {
   if (arithmetic != "float32" && arithmetic != "bfloat16")
     throw py::value_error("micro_kernel_rate: expected arithmetic 'float32' or 'bfloat16', got '" + arithmetic + "'");
+  if (!(seconds > 0.0 && seconds < 1e6)) throw py::value_error("micro_kernel_rate: expected 0 < seconds < 1e6, got " + std::to_string(seconds));
   return cpu::micro_kernel_rate(arithmetic == "bfloat16", seconds);
 }
 

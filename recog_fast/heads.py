@@ -27,7 +27,7 @@ _CHUNK = 16384  # classes whose cosines `topk` holds at a time
 
 def kept_exponentials(choice: bool | torch.dtype, budget: int) -> KeptExponentials | None:
     """The pool for `keep_exponentials`: True is bfloat16. Raises ValueError naming the argument."""
-    _checks.expect(choice in (False, True, torch.float32, torch.bfloat16), "MarginHead", "keep_exponentials False, True, torch.float32 or torch.bfloat16", choice)
+    _checks.expect(isinstance(choice, bool) or choice in (torch.float32, torch.bfloat16), "MarginHead", "keep_exponentials False, True, torch.float32 or torch.bfloat16", choice)
     _checks.expect(isinstance(budget, int) and budget > 0, "MarginHead", "keep_budget > 0 bytes", budget)
     if choice is False:
         return None

@@ -153,6 +153,10 @@ class HeadSGD(torch.optim.Optimizer):
         members = batch.members
         if members is None and self.head.sample_rate < 1:  # attached cosines alone: they reach their own classes
             members = (batch.targets // self.head.subcenters).unique()
+            if members.numel() == 0:  # of no rows: a gradient of 0
+                if group["unsampled"] == "sparse":
+                    return
+                members = None
         torch.ops.recog_fast.class_step(
             batch.unit_embeddings, batch.targets, batch.terms, weight.detach(), self._velocity(weight, group), batch.scale,
             batch.rules, *batch.injection.arguments(), True, float(group["lr"]), group["momentum"], group["weight_decay"],

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from budgets import relative
 from routes import FLOAT64, NATIVE, Route, each
 from test_heads import C, D, N, batch, make_head, memory
-from test_margin_softmax import relative
 from torch import Tensor
 from torch.optim import lr_scheduler
 

@@ -320,6 +320,7 @@ def test_nothing_is_kept_where_no_kernel_runs() -> None:
     ("change", "message"),
     [
         ({"keep_exponentials": torch.float16}, "keep_exponentials False, True, torch.float32 or torch.bfloat16"),
+        ({"keep_exponentials": 1}, "keep_exponentials False, True, torch.float32 or torch.bfloat16, got 1"),
         ({"keep_exponentials": True, "keep_budget": 0}, "keep_budget > 0 bytes, got 0"),
         ({"keep_exponentials": True, "keep_budget": 1e9}, "keep_budget > 0 bytes"),
         ({"keep_exponentials": True, "drop_mass": 0.1}, "drop_mass or keep_exponentials, not both"),

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from routes import NATIVE, Route, each
 from test_margin_softmax import relative
 from test_ops import calls, compare, sample
-from test_sampling import BOTH, C, D, N, batch, make_head
+from test_sampling import BOTH, C, D, N, batch, make_head, tolerance
 from torch import Tensor
 
 import recog_fast as rf
@@ -78,6 +78,20 @@ def test_attached_cosines_alone_touch_their_own_classes(route: Route) -> None:
         optimizer.step()
     moved = (head.weight != start).any(1)
     assert torch.equal(moved.nonzero().squeeze(1), labels.unique())
+
+
+@each(BOTH)
+@pytest.mark.parametrize("unsampled", ["dense", "sparse"])
+def test_attached_cosines_of_no_rows_are_a_gradient_of_0(route: Route, unsampled: str) -> None:
+    head = make_head(route)
+    optimizer = rf.HeadSGD(head, lr=0.1, momentum=0.0, weight_decay=0.5, unsampled=unsampled)  # type: ignore[arg-type]
+    start = head.weight.detach().clone()
+    x, labels = batch(route, n=0)
+    with route():
+        head.cosine(x.requires_grad_(), labels).sum().backward()
+        assert len(head._pending) == 1  # the case meant
+        optimizer.step()
+    assert relative(head.weight, start if unsampled == "sparse" else 0.95 * start) <= tolerance(route)
 
 
 @each(BOTH)

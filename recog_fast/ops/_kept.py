@@ -42,14 +42,14 @@ class KeptExponentials:
     _buffer: Tensor | None = None
     _user: weakref.ref[Lease] | None = None
 
-    def lease(self, unit_embeddings: Tensor, weight: Tensor, half: bool) -> Lease | None:
-        """Room for the sweep over these rows and classes; None where no kernel would use it."""
+    def lease(self, unit_embeddings: Tensor, weight: Tensor, half: bool, count: int) -> Lease | None:
+        """Room for the sweep over these rows and `count` of the classes; None where no kernel would use it."""
         module = _library.compiled(unit_embeddings, weight)
         if module is None or unit_embeddings.shape[0] == 0:
             return None
         subcenters = weight.shape[1] if weight.dim() == 3 else 1
         classes = module.Classes(
-            weight=0, memory_rows=0, strength=0, slot=0, C=weight.shape[0], K=subcenters, D=weight.shape[-1], S=0,
+            weight=0, memory_rows=0, strength=0, slot=0, C=count, K=subcenters, D=weight.shape[-1], S=0,
             unit=False, memory_bf16=False, renormalize=True,
         )  # fmt: skip
         size = self.dtype.itemsize

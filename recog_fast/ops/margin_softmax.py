@@ -164,7 +164,8 @@ def _sweep(unit: Tensor, norms: Tensor, weight: Tensor, labels: Tensor, options:
     apart = options.members is not None and not bool(labelled.all())
     wanted = apart and (options.unknown_stats or options.unknown_weight > 0)
     keep = options.keep if options.record and not wanted else None  # one forward sweep for one class sweep
-    kept = None if keep is None else keep.lease(unit, weight, half)
+    count = weight.shape[0] if options.members is None else options.members.numel()
+    kept = None if keep is None else keep.lease(unit, weight, half, count)
     lse, nearest, index, pull = torch.ops.recog_fast.negative_logsumexp(
         unit, weight, torch.where(labelled, labels, -2) if apart and not wanted else labels, options.scale, rules,
         *options.injection.arguments(), False, True, half, options.record, None if kept is None else kept.buffer, options.members,
