@@ -163,15 +163,24 @@ struct Pairs {
   // One class's slopes as operands; returns their step.
   static float pack_slopes(const Plan& plan, const float* slopes, int32_t* pairs) {
     const int64_t half = plan.lanes / 2;
-    vf largest = splat(0.0f), total = largest;
-    for (int64_t n = 0; n < plan.lanes; n += kWidth) {
-      const vf size = magnitude(load(slopes + n));
-      largest = maximum(size, largest);
-      total += size;
+    vf largest = splat(0.0f);
+    float sum = 0.0f;  // of the slice of lanes that int32 adds up (gemm_pairs) where it is largest: all N would cost bits for nothing
+    for (int64_t k = 0; k < half; k += kDepth) {
+      const int64_t slice = half - k < kDepth ? half - k : kDepth;
+      vf total = splat(0.0f);
+      for (int64_t side = k; side < plan.lanes; side += half)
+        for (int64_t n = side; n < side + slice; n += kWidth) {
+          const vf size = magnitude(load(slopes + n));
+          largest = maximum(size, largest);
+          total += size;
+        }
+      const float here = sum_lanes(total);
+      sum = here <= sum ? sum : here;  // a NaN stays
+      if (here != here) break;
     }
     float most = largest[0];
     for (int64_t i = 1; i < kWidth; ++i) most = largest[i] > most ? largest[i] : most;
-    const float step = step_of(splat(most), splat(sum_lanes(total)))[0];
+    const float step = step_of(splat(most), splat(sum))[0];
     const float scale = step > 0.0f ? 1.0f / step : 0.0f;
     for (int64_t n = 0; n < half; n += kWidth) store_int(pairs + n, pack_pair(load(slopes + n) * scale, load(slopes + n + half) * scale));
     return step;

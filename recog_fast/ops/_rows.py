@@ -27,6 +27,18 @@ class Injection:
         """As the operations take them."""
         return self.rows, self.strength, self.slot
 
+    def versions(self) -> tuple[int, ...]:
+        """Changes with every write into the memory."""
+        return tuple(-1 if t is None or t.is_inference() else t._version for t in self.arguments())
+
+    def check_versions(self, versions: tuple[int, ...]) -> None:
+        """RuntimeError where the memory was written since `versions`: a class sweep would see other prototypes than forward."""
+        if versions != self.versions():
+            raise RuntimeError(
+                "margin softmax: expected backward before the memory changes, got one after a write (a memory's flush: with an "
+                "ordinary optimizer the next training forward); call backward after each forward, or use HeadSGD"
+            )
+
     def of(self, ids: Tensor) -> Injection:
         """The same for the classes `ids` alone: one row per id."""
         if self.rows is None or self.strength is None:
