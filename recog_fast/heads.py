@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator
-from typing import Any, Literal, SupportsIndex, overload
+from typing import Any, Literal, SupportsFloat, SupportsIndex, overload
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,8 @@ _CHUNK = 16384  # classes whose cosines `topk` holds at a time
 
 def kept_exponentials(choice: bool | torch.dtype, budget: int) -> KeptExponentials | None:
     """The pool for `keep_exponentials`: True is bfloat16. Raises ValueError naming the argument."""
-    _checks.expect(isinstance(choice, bool) or choice in (torch.float32, torch.bfloat16), "MarginHead", "keep_exponentials False, True, torch.float32 or torch.bfloat16", choice)
+    known = isinstance(choice, bool) or (isinstance(choice, torch.dtype) and choice in (torch.float32, torch.bfloat16))
+    _checks.expect(known, "MarginHead", "keep_exponentials False, True, torch.float32 or torch.bfloat16", choice)
     _checks.expect(isinstance(budget, int) and budget > 0, "MarginHead", "keep_budget > 0 bytes", budget)
     if choice is False:
         return None
@@ -47,7 +48,7 @@ class MarginHead(nn.Module):
             `memory.write(embeddings, labels, step)` after backward. The head owns its clock: writes take effect after the optimizer step (without HeadSGD: at the next training forward).
         sample_rate: share of the classes that serve as negatives of a training step (Partial FC): the batch's own classes,
             and others drawn by (sample_seed, step) until there are int(sample_rate * C); `last_sampled` has their ids. The
-            first forward of an optimizer step draws them for all its micro-batches: a later row of another class meets the
+            first forward of a HeadSGD step (without HeadSGD: every training forward) draws them for all its micro-batches: a later row of another class meets the
             same negatives, and its own class through the target cosine alone. Rows labelled -1 and all use outside training
             see every class. weight.grad is dense, 0 in the other rows. sample_seed: None takes torch.initial_seed().
         unknown_weight: weight of the UIR excess of rows labelled -1 (UIR: 0.1). compute_dtype: as `margin_softmax_loss`.
@@ -91,7 +92,8 @@ class MarginHead(nn.Module):
             _checks.expect(isinstance(value, SupportsIndex) and operator.index(value) >= 1, "MarginHead", f"{name} >= 1", value)
         _checks.check_margin(margin, "MarginHead")
         check_options("MarginHead", torch.empty(0, 1), scale, "mean", unknown_weight, None, None, compute_dtype)
-        _checks.expect(0 < sample_rate <= 1, "MarginHead", "sample_rate in (0, 1]", sample_rate)
+        _checks.expect(isinstance(sample_rate, SupportsFloat) and 0 < float(sample_rate) <= 1, "MarginHead", "sample_rate in (0, 1]", repr(sample_rate))
+        _checks.expect(sample_seed is None or isinstance(sample_seed, SupportsIndex), "MarginHead", "sample_seed an integer or None", repr(sample_seed))
         shape = (num_classes, embedding_dim) if subcenters == 1 else (num_classes, subcenters, embedding_dim)
         self.num_classes, self.embedding_dim, self.subcenters = map(operator.index, (num_classes, embedding_dim, subcenters))
         self.margin, self.scale, self.unknown_weight, self.compute_dtype = margin, float(scale), unknown_weight, compute_dtype
@@ -110,7 +112,7 @@ class MarginHead(nn.Module):
         self.last_sampled: Tensor | None = None  # (M,) int64 sorted ids of the last training forward's classes; None: all
         self._gradients = GradientBuffers()
         self.keep = kept_exponentials(keep_exponentials, keep_budget)
-        _checks.expect(0 <= drop_mass < 1, "MarginHead", "drop_mass in [0, 1)", drop_mass)
+        _checks.expect(isinstance(drop_mass, SupportsFloat) and 0 <= float(drop_mass) < 1, "MarginHead", "drop_mass in [0, 1)", repr(drop_mass))
         _checks.expect(drop_mass == 0 or self.keep is None, "MarginHead", "drop_mass or keep_exponentials, not both", drop_mass)
         self.drop_mass = float(drop_mass)
 

@@ -52,6 +52,7 @@ class Operands:
     ) -> None:
         self.module = module
         _checks.expect(weight.dim() in (2, 3), "recog_fast", "weight of shape (C, D) or (C, K, D)", tuple(weight.shape))
+        _checks.expect(weight.dim() == 2 or weight.shape[1] >= 1, "recog_fast", "weight (C, K, D) with K >= 1", tuple(weight.shape))
         self.weight = float_rows(weight)
         self.memory = self._memory(memory_rows, strength, slot)
         self.subcenters = weight.shape[1] if weight.dim() == 3 else 1

@@ -27,6 +27,18 @@ class Injection:
         """As the operations take them."""
         return self.rows, self.strength, self.slot
 
+    def versions(self) -> tuple[int, ...]:
+        """Changes with every write into the memory."""
+        return tuple(-1 if t is None or t.is_inference() else t._version for t in self.arguments())
+
+    def check_versions(self, versions: tuple[int, ...]) -> None:
+        """RuntimeError where the memory was written since `versions`: a class sweep would see other prototypes than forward."""
+        if versions != self.versions():
+            raise RuntimeError(
+                "margin softmax: expected backward before the memory changes, got one after a write (a memory's flush: with an "
+                "ordinary optimizer the next training forward); call backward after each forward, or use HeadSGD"
+            )
+
     def of(self, ids: Tensor) -> Injection:
         """The same for the classes `ids` alone: one row per id."""
         if self.rows is None or self.strength is None:
@@ -90,3 +102,10 @@ def without(record: RowRecords, dropped: Tensor) -> RowRecords:
         record, unit_embeddings=record.unit_embeddings[at], targets=record.targets[at], terms=record.terms[:, at].contiguous(),
         rules=rules, kept=None,
     )  # fmt: skip
+
+
+def least_mass(mass: Tensor, share: float) -> Tensor:
+    """(N,) bool: the rows of least mass whose masses together are at most `share` of the whole; none where that is not finite."""
+    order, whole = torch.argsort(mass, stable=True), mass.sum()
+    inside = (torch.cumsum(mass[order], 0) <= share * whole) & torch.isfinite(whole)
+    return torch.zeros_like(inside).scatter(0, order, inside)

@@ -40,7 +40,7 @@ class _AttachedCosine(torch.autograd.Function):
         unit, norms = reference.unit_rows(embeddings.to(weight.dtype))
         cosine, sub, rows = target_prototypes(unit, weight, ids, options.injection)
         ctx.save_for_backward(weight, ids, sub, unit, norms, rows)
-        ctx.options, ctx.dtype = options, embeddings.dtype
+        ctx.options, ctx.dtype, ctx.versions = options, embeddings.dtype, options.injection.versions()
         return cosine
 
     @staticmethod
@@ -49,13 +49,14 @@ class _AttachedCosine(torch.autograd.Function):
         weight, ids, sub, unit, norms, rows = ctx.saved_tensors
         d_embeddings = reference.through_normalisation(d_cosine.unsqueeze(1) * rows, unit, norms)
         d_weight, options = None, ctx.options
-        wanted = weight_wanted(ctx, 1)
+        wanted = weight_wanted(ctx, 1, options.on_rows)
         if wanted and options.on_rows is not None:
             terms = unit.new_zeros(reference.TERM_ROWS, ids.numel())
             terms[0], terms[2] = _NO_NEGATIVES, d_cosine
             targets = ids * (weight.shape[1] if weight.dim() == 3 else 1) + sub
             options.on_rows(RowRecords(unit, targets, terms, None, options.scale, options.injection, options.key))
         elif wanted:
+            options.injection.check_versions(ctx.versions)
             d_weight = _scatter_rows(weight, ids, sub, d_cosine.unsqueeze(1) * unit, options.injection)
         return d_embeddings.to(ctx.dtype), d_weight, None, None
 

@@ -15,7 +15,7 @@ from ..rules import RowStats, pack_rules
 from . import _library
 from ._buffers import GradientBuffers
 from ._kept import KeptExponentials, Lease
-from ._rows import Injection, Key, RowRecords, without
+from ._rows import Injection, Key, RowRecords, least_mass, without
 from .class_gradient import recycled_class_gradient
 from .unknown_rejection import double_slope, excess_double
 
@@ -127,19 +127,12 @@ def wants_half(embeddings: Tensor, compute_dtype: torch.dtype | None) -> bool:
     return embeddings.dtype in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled(embeddings.device.type)
 
 
-def least_mass(mass: Tensor, share: float) -> Tensor:
-    """(N,) bool: the rows of least mass whose masses together are at most `share` of the whole."""
-    order = torch.argsort(mass, stable=True)
-    inside = torch.cumsum(mass[order], 0) <= share * mass.sum()
-    return torch.zeros_like(inside).scatter(0, order, inside)
-
-
 def _dropped(q: Tensor, labelled: Tensor, options: LossOptions) -> Tensor | None:
     """Rows left out of the class sweep by `drop_mass`: their mass is w_i q_i, the whole that of all labelled rows."""
     if options.drop_mass == 0 or not options.record:
         return None
     mass = q if options.sample_weight is None else q * options.sample_weight.double().abs()
-    return least_mass(mass, options.drop_mass) & labelled
+    return least_mass(torch.where(labelled, mass, torch.zeros_like(mass)), options.drop_mass) & labelled
 
 
 def _with_exact_nearest(lse: Tensor, swept: Tensor, exact: Tensor, scale: float) -> Tensor:
@@ -163,7 +156,10 @@ def _sweep(unit: Tensor, norms: Tensor, weight: Tensor, labels: Tensor, options:
     # Under sampling, rows labelled -1 cost a sweep over all classes: label -2 (see the members) where nobody wants it.
     apart = options.members is not None and not bool(labelled.all())
     wanted = apart and (options.unknown_stats or options.unknown_weight > 0)
-    keep = options.keep if options.record and not wanted else None  # one forward sweep for one class sweep
+    # One forward sweep for one class sweep; in 16 bits a saturated unlabelled row's nearest class would hide its tile mates.
+    coarse = half and options.unknown_weight > 0 and not bool(labelled.all())
+    keep = options.keep if options.record and not wanted else None
+    keep = None if keep is not None and coarse and keep.dtype == torch.bfloat16 else keep
     count = weight.shape[0] if options.members is None else options.members.numel()
     kept = None if keep is None else keep.lease(unit, weight, half, count)
     lse, nearest, index, pull = torch.ops.recog_fast.negative_logsumexp(
@@ -323,6 +319,7 @@ class _MarginSoftmax(torch.autograd.Function):
         ctx.save_for_backward(weight)
         ctx.batch, ctx.unknown, ctx.shares, ctx.options = batch, unknown, shares, options
         ctx.parameters, ctx.dtype, ctx.backend = parameters, embeddings.dtype, _library.backend()
+        ctx.versions = options.injection.versions()
         ctx.mark_non_differentiable(*stats)
         return loss.to(weight.dtype), *stats
 
@@ -332,7 +329,7 @@ class _MarginSoftmax(torch.autograd.Function):
         (weight,) = ctx.saved_tensors
         with torch.autocast(d_loss.device.type, enabled=False), _library.use_backend(ctx.backend):
             d_embeddings, record, d_parameters = _backward_rows(ctx, d_loss)
-            d_weight = _class_gradient(weight, record, ctx.options) if weight_wanted(ctx, 1) else None
+            d_weight = _class_gradient(weight, record, ctx.options, ctx.versions) if weight_wanted(ctx, 1, ctx.options.on_rows) else None
         return d_embeddings.to(ctx.dtype), d_weight, None, None, *d_parameters
 
 
@@ -361,23 +358,30 @@ def _backward_rows(ctx: Any, d_loss: Tensor) -> tuple[Tensor, RowRecords, list[T
     return d_embeddings, record if batch.dropped is None else without(record, batch.dropped), d_parameters
 
 
-def weight_wanted(ctx: Any, position: int) -> bool:
+def weight_wanted(ctx: Any, position: int, on_rows: Callable[[RowRecords], None] | None = None) -> bool:
     """Whether this backward pass is to reach the weight, input number `position` of the node: torch.autograd.grad(loss,
-    embeddings) is not, and must leave no rows for the fused optimizer."""
+    embeddings) is not, and must leave no rows for the fused optimizer. RuntimeError for torch.autograd.grad(loss, weight)
+    where rows are all there is: they would stay for the next step."""
     if not ctx.needs_input_grad[position]:
         return False
     node = ctx.next_functions[position][0]
     try:
         return node is None or bool(torch._C._will_engine_execute_node(node))
     except RuntimeError:  # the weight itself was asked for: autograd.grad(loss, weight)
-        return True
+        if on_rows is None:
+            return True
+    raise RuntimeError(
+        "MarginHead: expected backward() with HeadSGD, got torch.autograd.grad(..., head.weight): no gradient tensor is made "
+        "then; use margin_softmax_loss on a copy of the weight, or another optimizer"
+    )
 
 
-def _class_gradient(weight: Tensor, record: RowRecords, options: LossOptions) -> Tensor | None:
-    """dW, or None where a fused optimizer takes the rows instead."""
+def _class_gradient(weight: Tensor, record: RowRecords, options: LossOptions, versions: tuple[int, ...]) -> Tensor | None:
+    """dW, or None where a fused optimizer takes the rows instead (its step compares the memory's epoch)."""
     if options.on_rows is not None:
         options.on_rows(record)
         return None
+    options.injection.check_versions(versions)
     arguments = (
         record.unit_embeddings, record.targets, record.terms, weight, record.scale, record.rules,
         *record.injection.arguments(), False, True, record.half, None if record.kept is None else record.kept.buffer,
@@ -391,6 +395,8 @@ def _class_gradient(weight: Tensor, record: RowRecords, options: LossOptions) ->
 def margin_softmax(embeddings: Tensor, weight: Tensor, labels: Tensor, options: LossOptions) -> tuple[Tensor, RowStats]:
     """Loss and statistics of checked inputs; what `margin_softmax_loss`, `unknown_rejection_loss` and `MarginHead` share."""
     dtype = torch.bfloat16 if wants_half(embeddings, options.compute_dtype) else torch.float32
-    options = dataclasses.replace(options, record=torch.is_grad_enabled(), compute_dtype=dtype)
-    loss, *stats = _MarginSoftmax.apply(embeddings, weight, labels.long(), options, *options.parameters())
+    # copies: backward reads both, and who reuses a buffer of labels or weights must not change its gradient
+    sample_weight = None if options.sample_weight is None else options.sample_weight.detach().clone()
+    options = dataclasses.replace(options, record=torch.is_grad_enabled(), compute_dtype=dtype, sample_weight=sample_weight)
+    loss, *stats = _MarginSoftmax.apply(embeddings, weight, labels.to(torch.int64, copy=True), options, *options.parameters())
     return loss, RowStats(*stats)
