@@ -39,7 +39,7 @@ def test_results_are_complete_numbers(output: Path) -> None:
             assert list(result["tar"]) == ["0.1", "0.01", "0.001"]
             assert len(result["per_fold"]) == 10
             assert result["pairs"] == {"genuine": 50, "impostor": 50}
-    assert set(numbers["backends"]) == {"cpu", "cuda", "triton"}
+    assert set(numbers["backends"]) == {"cpu", "cuda", "triton", "dispatch"}
     assert numbers["config"]["data"]["options"]["num_identities"] == demo.QUICK.identities + demo.QUICK.holdout
 
 

@@ -14,7 +14,7 @@ from training_data import make_folder, settings
 
 import recog_fast as rf
 from recog_fast.evaluation.report import read_metrics
-from recog_fast.ops.margin_softmax import least_mass
+from recog_fast.ops._rows import least_mass
 from recog_fast.training.loop import train
 
 C, D, N = 400, 32, 64

@@ -109,3 +109,10 @@ def least_mass(mass: Tensor, share: float) -> Tensor:
     order, whole = torch.argsort(mass, stable=True), mass.sum()
     inside = (torch.cumsum(mass[order], 0) <= share * whole) & torch.isfinite(whole)
     return torch.zeros_like(inside).scatter(0, order, inside)
+
+
+def wants_half(embeddings: Tensor, compute_dtype: torch.dtype | None) -> bool:
+    """Whether the sweeps take 16-bit operands: asked for, or half-precision embeddings, or autocast."""
+    if compute_dtype is not None:
+        return compute_dtype == torch.bfloat16
+    return embeddings.dtype in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled(embeddings.device.type)

@@ -15,7 +15,7 @@ from ..rules import RowStats, pack_rules
 from . import _library
 from ._buffers import GradientBuffers
 from ._kept import KeptExponentials, Lease
-from ._rows import Injection, Key, RowRecords, least_mass, without
+from ._rows import Injection, Key, RowRecords, least_mass, wants_half, without
 from .class_gradient import recycled_class_gradient
 from .unknown_rejection import double_slope, excess_double
 
@@ -120,13 +120,6 @@ def _run_margin(options: LossOptions, cosine: Tensor, norms: Tensor) -> tuple[Te
     return c, n, target, penalty
 
 
-def wants_half(embeddings: Tensor, compute_dtype: torch.dtype | None) -> bool:
-    """Whether the sweeps take 16-bit operands: asked for, or half-precision embeddings, or autocast."""
-    if compute_dtype is not None:
-        return compute_dtype == torch.bfloat16
-    return embeddings.dtype in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled(embeddings.device.type)
-
-
 def _dropped(q: Tensor, labelled: Tensor, options: LossOptions) -> Tensor | None:
     """Rows left out of the class sweep by `drop_mass`: their mass is w_i q_i, the whole that of all labelled rows."""
     if options.drop_mass == 0 or not options.record:
@@ -157,9 +150,9 @@ def _sweep(unit: Tensor, norms: Tensor, weight: Tensor, labels: Tensor, options:
     apart = options.members is not None and not bool(labelled.all())
     wanted = apart and (options.unknown_stats or options.unknown_weight > 0)
     # One forward sweep for one class sweep; in 16 bits a saturated unlabelled row's nearest class would hide its tile mates.
-    coarse = half and options.unknown_weight > 0 and not bool(labelled.all())
     keep = options.keep if options.record and not wanted else None
-    keep = None if keep is not None and coarse and keep.dtype == torch.bfloat16 else keep
+    if keep is not None and half and keep.dtype == torch.bfloat16 and options.unknown_weight > 0 and not bool(labelled.all()):
+        keep = None
     count = weight.shape[0] if options.members is None else options.members.numel()
     kept = None if keep is None else keep.lease(unit, weight, half, count)
     lse, nearest, index, pull = torch.ops.recog_fast.negative_logsumexp(
