@@ -6,6 +6,7 @@ no tensor, and where each tensor belongs) and `manifest.json` (size and CRC-32 o
 
 from __future__ import annotations
 
+import enum
 import io
 import json
 import os
@@ -338,6 +339,12 @@ def _read_metadata(folder: Path) -> Any:
     return metadata
 
 
+def _enum_member(kind: Any, name: str) -> Any:
+    if not (isinstance(kind, type) and issubclass(kind, enum.Enum) and name in kind.__members__):
+        raise pickle.UnpicklingError(f"{kind!r}.{name} does not belong in a checkpoint")
+    return kind[name]
+
+
 class _MetadataUnpickler(pickle.Unpickler):
     _METADATA = (
         "Metadata TensorStorageMetadata BytesStorageMetadata ChunkStorageMetadata TensorProperties MetadataIndex StorageMeta _MEM_FORMAT_ENCODING"
@@ -354,6 +361,8 @@ class _MetadataUnpickler(pickle.Unpickler):
     )
 
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):
+            return _enum_member  # how Python 3.11.0 to 3.11.3 write a member of an Enum
         dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         metadata = module == "torch.distributed.checkpoint.metadata" and name in self._METADATA
         if not (dtype or metadata or (module, name) in self._OTHER):

@@ -181,3 +181,11 @@ def test_waiting_rows_and_writes_are_refused(tmp_path: Path) -> None:
         two.step()
     assert torch.equal(head.weight, other.weight)
     assert torch.equal(head.prototypes(), other.prototypes())
+
+
+def test_metadata_may_name_enum_members_only() -> None:
+    """Python 3.11.0 to 3.11.3 pickle an Enum's member as getattr(cls, name); nothing else may come in that way."""
+    assert checkpoint._enum_member(http.HTTPStatus, "OK") is http.HTTPStatus.OK
+    for kind, name in ((os, "system"), (http.HTTPStatus, "__class__"), (str, "format")):
+        with pytest.raises(pickle.UnpicklingError, match="does not belong"):
+            checkpoint._enum_member(kind, name)
