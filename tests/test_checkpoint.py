@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http
 import json
 import os
 import pickle
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 import recog_fast
+from recog_fast import checkpoint
 from recog_fast.checkpoint import (
     CheckpointError,
     checkpoint_path,
