@@ -102,7 +102,7 @@ def _lines(series: Series, title: str, ylabel: str, unit: str, note: str, path: 
     _label_ends(axes, series, unit)
     figure.text(0.01, 0.01, note, fontsize=7.5, color="#555555")
     figure.subplots_adjust(left=0.075, right=0.62, top=0.92, bottom=0.14)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=150, bbox_inches="tight")
     plt.close(figure)
 
 
@@ -159,7 +159,7 @@ def _roofline(bars: Sequence[_Bar], yardstick: str, note: str, path: Path) -> No
     axes.spines[["top", "right"]].set_visible(False)
     figure.text(0.01, 0.08 / height, note, fontsize=7.5, color="#555555")
     figure.subplots_adjust(left=0.40, right=0.97, top=1 - 0.5 / height, bottom=1.05 / height)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=150, bbox_inches="tight")
     plt.close(figure)
 
 
