@@ -14,6 +14,7 @@ from routes import HALF, NATIVE, Route, each, pair_format
 from torch import Tensor
 
 import recog_fast as rf
+from recog_fast import native
 from recog_fast.ops import _kept
 
 C, D, N = 2500, 40, 21  # three blocks of classes, an odd depth, lanes to pad
@@ -338,3 +339,17 @@ def test_the_operation_refuses_other_buffers(wrong: Tensor) -> None:
     x, w = torch.randn(3, 8), torch.randn(5, 8)
     with NATIVE[0](), pytest.raises(ValueError, match="kept as a contiguous 1-D float32 or bfloat16 tensor"):
         torch.ops.recog_fast.negative_logsumexp(x, w, torch.arange(3), 8.0, None, None, None, None, False, True, kept=wrong)
+
+
+@pytest.mark.parametrize("case", ["no pull", "mixed"])
+def test_the_operation_refuses_what_it_would_not_write(case: str) -> None:
+    """A sweep that leaves `kept` unwritten must not take it: the class sweep would read what was there before."""
+    if native.load()[0] is None:
+        pytest.skip(f"compiled kernels {native.load()[1]}")
+    unit, weight = torch.nn.functional.normalize(torch.randn(4, 8), dim=1), torch.randn(20, 8)
+    labels = torch.tensor([1, -1 if case == "mixed" else 2, 3, 4])
+    members = torch.arange(10) if case == "mixed" else None
+    with pytest.raises(ValueError, match="kept"):
+        torch.ops.recog_fast.negative_logsumexp(
+            unit, weight, labels, 8.0, None, None, None, None, False, True, False, case == "mixed", torch.empty(10_000), members
+        )

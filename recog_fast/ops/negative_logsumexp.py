@@ -42,8 +42,10 @@ def _cpu_kernel(
             unit_embeddings, weight, labels, scale, rules, memory_rows, strength, slot, unit, renormalize, half, want_pull, kept, members
         )
     if members is not None and bool((labels == -1).any()):
+        _checks.expect(kept is None, "recog_fast", "no kept with members and rows labelled -1 (two sweeps)", "kept")
         return _mixed(unit_embeddings, weight, labels, scale, rules, memory_rows, strength, slot, unit, renormalize, half, want_pull, members)
     members = None if members is None else _cpu.check_members(members, weight.shape[0])
+    _checks.expect(kept is None or want_pull, "recog_fast", "want_pull=True with kept (they are written in one pass)", want_pull)
     operands = _cpu.Operands(module, weight, memory_rows, strength, slot, unit=unit, renormalize=renormalize, members=members)
     rows = operands.rows(unit_embeddings, _target_rows(labels, weight), rules, scale, half)
     n, dimension = unit_embeddings.shape
