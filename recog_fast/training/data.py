@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import os
 import signal
+import threading
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -218,6 +220,14 @@ def collate(items: list[Item]) -> Batch:
 
 
 def _leave_signals_to_the_parent(_: int) -> None:
-    # A scheduler signals the whole process group; the parent decides when to stop and then ends its workers.
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
+    # A scheduler signals the whole process group; the parent decides when to stop and then ends its workers. At its own exit
+    # it terminates those still there and waits for them without end: SIGTERM from the parent, and from nobody else, counts.
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_end_with_the_parent, daemon=True).start()
+
+
+def _end_with_the_parent() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
