@@ -3,28 +3,40 @@
 //   pull      pull (N, stride)  += E^T P        (E (count, lanes) weighted by Tile::weight)
 //   gradient  dP (count, stride) = G x          (G (count, lanes) logit gradients)
 
+static inline int64_t panels(const Plan& plan) { return plan.depth / kPanel; }
+static inline int64_t groups(int64_t rows) { return (rows + kRowsAtOnce - 1) / kRowsAtOnce; }
+
+// The next tile's rows of W and of the momentum, a panel of the one and a panel of the other in turn.
+struct TwoFetches {
+  Fetch weight, velocity;
+
+  TwoFetches(const Plan& plan, const Tile& tile, const float* momentum, int64_t steps)
+      : weight(next_rows(plan, tile, plan.classes.weight, steps / 2)), velocity(next_rows(plan, tile, momentum, steps / 2)) {}
+  Fetch& at(int64_t d) { return d / kPanel % 2 == 0 ? weight : velocity; }
+};
+
 struct Float32 {
-  static void prepare(const Plan& plan, int64_t first, int64_t count, bool forward, Scratch& scratch, Tile& tile) {
+  static void prepare(const Plan& plan, int64_t first, int64_t count, bool, Scratch& scratch, Tile& tile) {
     recog_fast::cpu::RF_ISA::prepare(plan, first, count, scratch, tile);
-    if (!forward || plan.N < kCopyRows || tile.rows == scratch.rows) return;
-    for (int64_t j = 0; j < count; ++j) __builtin_memcpy(scratch.rows + j * plan.stride, tile.rows + j * tile.stride, sizeof(float) * plan.depth);
-    tile.rows = scratch.rows;
-    tile.stride = plan.stride;
   }
 
   static void cosines(const Plan& plan, const Tile& tile, const Scratch&, float* logits) {
     recog_fast::cpu::RF_ISA::cosines(plan, tile, logits);
   }
 
-  static void pull(const Plan& plan, const Tile& tile, const float* exponentials, const Scratch&, const KeptTile& kept, float* out) {
+  static void pull(const Plan& plan, const Tile& tile, const float* exponentials, const Scratch& scratch, const KeptTile& kept, float* out) {
     if (kept.half != nullptr) keep_half(plan, tile, exponentials, kept);
-    for (int64_t d = 0; d < plan.depth; d += kPanel)
-      gemm_panel(plan.N, exponentials, 1, plan.lanes, tile.rows + d, tile.stride, out + d, plan.stride, tile.count, true);
+    Fetch fetch = next_rows(plan, tile, plan.classes.weight, panels(plan) * groups(plan.N) * tile.count);
+    for (int64_t d = 0; d < plan.depth; d += kPanel) {
+      pack_panel(tile, d, scratch.panel);
+      gemm_panel(fetch, plan.N, exponentials, 1, plan.lanes, scratch.panel, kPanel, out + d, plan.stride, tile.count, true);
+    }
   }
 
-  static void gradient(const Plan& plan, const Tile& tile, const float* slopes, Scratch& scratch) {
+  static void gradient(const Plan& plan, const Tile& tile, const float* velocity, const float* slopes, Scratch& scratch) {
+    TwoFetches fetch(plan, tile, velocity, panels(plan) * groups(tile.count) * plan.N);
     for (int64_t d = 0; d < plan.depth; d += kPanel)
-      gemm_panel(tile.count, slopes, plan.lanes, 1, plan.x_columns + d * plan.N, kPanel, scratch.gradient + d, plan.stride,
+      gemm_panel(fetch.at(d), tile.count, slopes, plan.lanes, 1, plan.x_columns + d * plan.N, kPanel, scratch.gradient + d, plan.stride,
                  plan.N, false);
   }
 
@@ -32,6 +44,12 @@ struct Float32 {
   static vf kept_value(vi pair, bool odd) { return odd ? high_bf16(pair) : low_bf16(pair); }
 
  private:
+  // The rows' columns [d, d + kPanel), one after the other: rows a power of two apart would share few sets of L1.
+  static void pack_panel(const Tile& tile, int64_t d, float* panel) {
+    for (int64_t j = 0; j < tile.count; ++j)
+      for (int v = 0; v < kVectors; ++v) store(panel + j * kPanel + v * kWidth, load(tile.rows + j * tile.stride + d + v * kWidth));
+  }
+
   static void keep_half(const Plan& plan, const Tile& tile, const float* exponentials, const KeptTile& kept) {
     const int64_t L = plan.lanes;
     for (int64_t n = 0; n < L; n += kWidth) store(kept.step + n, splat(1.0f));
@@ -62,8 +80,9 @@ struct Pairs {
   static void cosines(const Plan& plan, const Tile& tile, const Scratch& scratch, float* logits) {
     const int64_t half = plan.depth / 2, lanes = plan.lanes;
     for (int64_t j = 0; j < tile.count; ++j) scratch.step[j] = tile.weight[j] * plan.x_step;
+    Fetch nothing;
     for (int64_t n = 0; n < lanes; n += kPanel)
-      gemm_pairs(tile.count, scratch.row_pairs, plan.pair_stride, 1, plan.x_pair_panels + n * half, kPanel, scratch.step, logits + n, lanes, half,
+      gemm_pairs(nothing, tile.count, scratch.row_pairs, plan.pair_stride, 1, plan.x_pair_panels + n * half, kPanel, scratch.step, logits + n, lanes, half,
                  false);
   }
 
@@ -72,19 +91,21 @@ struct Pairs {
     int32_t* pairs = kept.half != nullptr ? kept.half : scratch.coefficients;
     float* step = kept.half != nullptr ? kept.step : scratch.step;
     pack_exponentials(plan, tile, exponentials, pairs, step);
+    Fetch fetch = next_rows(plan, tile, plan.classes.weight, panels(plan) * groups(plan.N) * (tile.count + 1) / 2);
     for (int64_t d = 0; d < plan.depth; d += kPanel)
-      gemm_pairs(plan.N, pairs, 1, plan.lanes, scratch.class_pairs + d, plan.stride, step, out + d, plan.stride, (tile.count + 1) / 2,
+      gemm_pairs(fetch, plan.N, pairs, 1, plan.lanes, scratch.class_pairs + d, plan.stride, step, out + d, plan.stride, (tile.count + 1) / 2,
                  true);
   }
 
-  static void gradient(const Plan& plan, const Tile& tile, const float* slopes, Scratch& scratch) {
+  static void gradient(const Plan& plan, const Tile& tile, const float* velocity, const float* slopes, Scratch& scratch) {
     const int64_t half = plan.lanes / 2;
     for (int64_t j = 0; j < tile.count; ++j) {
       const float step = pack_slopes(plan, slopes + j * plan.lanes, scratch.coefficients + j * half);
       scratch.step[j] = step * plan.x_step;
     }
+    TwoFetches fetch(plan, tile, velocity, panels(plan) * groups(tile.count) * half);
     for (int64_t d = 0; d < plan.depth; d += kPanel)
-      gemm_pairs(tile.count, scratch.coefficients, half, 1, plan.x_pair_columns + d * half, kPanel, scratch.step, scratch.gradient + d,
+      gemm_pairs(fetch.at(d), tile.count, scratch.coefficients, half, 1, plan.x_pair_columns + d * half, kPanel, scratch.step, scratch.gradient + d,
                  plan.stride, half, false);
   }
 

@@ -164,7 +164,7 @@ static void class_block(const Plan& plan, const ClassOutput& out, int64_t first,
     }
     if (plan.classes.seen != nullptr) hide_unseen(plan, tile, scratch.logits);
     target_gradients(plan, tile, scratch.logits);
-    A::gradient(plan, tile, scratch.logits, scratch);
+    A::gradient(plan, tile, out.velocity, scratch.logits, scratch);
     for (int64_t j = 0; j < tile.count; ++j)
       finish_row(plan, out, weight_row(plan.classes, tile.first + j), scratch.gradient + j * plan.stride, scratch.rows);
   }

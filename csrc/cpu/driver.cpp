@@ -52,7 +52,7 @@ const Kernels* best_kernels(const std::string& wanted) {
 std::atomic<const Kernels*> chosen{nullptr};
 
 struct ThreadMemory {
-  Array<float> logits, rows, gradient, lane, inverse, weight, step, offset, nearest, pull;
+  Array<float> logits, rows, gradient, panel, lane, inverse, weight, step, offset, nearest, pull;
   Array<double> sum, mean, mass;
   Array<int32_t> index, row_pairs, class_pairs, coefficients;
   Scratch scratch{};
@@ -67,13 +67,14 @@ struct ThreadMemory {
     weight = Array<float>(tile);
     step = Array<float>(std::max(tile, plan.lanes));
     if (!forward) gradient = Array<float>(tile * plan.stride);
+    if (forward && !plan.pairs) panel = Array<float>(tile * plan.width);
     if (plan.pairs) {
       row_pairs = Array<int32_t>(tile * plan.pair_stride);
       coefficients = Array<int32_t>(tile * plan.lanes / 2);
       if (forward) class_pairs = Array<int32_t>(tile / 2 * plan.stride);
     }
-    scratch = {logits.get(), rows.get(),      gradient.get(),    lane.get(),        inverse.get(),
-               weight.get(), step.get(),      row_pairs.get(),   class_pairs.get(), coefficients.get()};
+    scratch = {logits.get(), rows.get(), gradient.get(),  panel.get(),       lane.get(),        inverse.get(),
+               weight.get(), step.get(), row_pairs.get(), class_pairs.get(), coefficients.get()};
     if (!forward) return;
     offset = Array<float>(plan.lanes);
     nearest = Array<float>(plan.lanes);

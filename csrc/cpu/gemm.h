@@ -1,14 +1,32 @@
 // Register-blocked C (+)= A B. Included only by kernels.inc, inside its ISA's namespace.
 // A(m, k) = a[m * row + k * column] is broadcast, never packed; B's panel is kPanel columns, row k at b + k * stride.
+
+// Memory that the next tile reads, brought into cache line by line while this tile's products are computed: one line every
+// `pace` k-steps of the micro-kernels. In bursts the lines would queue before the products' own loads and gain nothing.
+struct Fetch {
+  const char* at = nullptr;
+  const char* end = nullptr;
+  int64_t pace = 0, left = INT64_MAX;
+
+  inline void step() {
+    if (--left != 0) return;
+    __builtin_prefetch(at);
+    at += 64;
+    left = at < end ? pace : INT64_MAX;
+  }
+};
+
 template <int M>
-static inline void micro(const float* a, int64_t row, int64_t column, const float* b, int64_t stride, float* c, int64_t ldc,
+static inline void micro(Fetch& fetch, const float* a, int64_t row, int64_t column, const float* b, int64_t stride, float* c, int64_t ldc,
                          int64_t depth, bool accumulate) {
   vf sum[M][kVectors];
 #pragma GCC unroll 16
   for (int m = 0; m < M; ++m)
 #pragma GCC unroll 2
     for (int v = 0; v < kVectors; ++v) sum[m][v] = accumulate ? load(c + m * ldc + v * kWidth) : splat(0.0f);
+  Fetch lines = fetch;
   for (int64_t k = 0; k < depth; ++k) {
+    lines.step();
     vf right[kVectors];
 #pragma GCC unroll 2
     for (int v = 0; v < kVectors; ++v) right[v] = load(b + k * stride + v * kWidth);
@@ -19,6 +37,7 @@ static inline void micro(const float* a, int64_t row, int64_t column, const floa
       for (int v = 0; v < kVectors; ++v) sum[m][v] += left * right[v];
     }
   }
+  fetch = lines;
 #pragma GCC unroll 16
   for (int m = 0; m < M; ++m)
 #pragma GCC unroll 2
@@ -26,18 +45,18 @@ static inline void micro(const float* a, int64_t row, int64_t column, const floa
 }
 
 template <int M>
-static void micro_tail(int64_t count, const float* a, int64_t row, int64_t column, const float* b, int64_t stride, float* c,
+static void micro_tail(Fetch& fetch, int64_t count, const float* a, int64_t row, int64_t column, const float* b, int64_t stride, float* c,
                        int64_t ldc, int64_t depth, bool accumulate) {
-  if (count == M) return micro<M>(a, row, column, b, stride, c, ldc, depth, accumulate);
-  if constexpr (M > 1) micro_tail<M - 1>(count, a, row, column, b, stride, c, ldc, depth, accumulate);
+  if (count == M) return micro<M>(fetch, a, row, column, b, stride, c, ldc, depth, accumulate);
+  if constexpr (M > 1) micro_tail<M - 1>(fetch, count, a, row, column, b, stride, c, ldc, depth, accumulate);
 }
 
 // One panel of C: rows [0, count) in groups of kRowsAtOnce.
-static inline void gemm_panel(int64_t count, const float* a, int64_t row, int64_t column, const float* b, int64_t stride,
+static inline void gemm_panel(Fetch& fetch, int64_t count, const float* a, int64_t row, int64_t column, const float* b, int64_t stride,
                               float* c, int64_t ldc, int64_t depth, bool accumulate) {
   int64_t m = 0;
   for (; m + kRowsAtOnce <= count; m += kRowsAtOnce)
-    micro<kRowsAtOnce>(a + m * row, row, column, b, stride, c + m * ldc, ldc, depth, accumulate);
+    micro<kRowsAtOnce>(fetch, a + m * row, row, column, b, stride, c + m * ldc, ldc, depth, accumulate);
   if (m < count)
-    micro_tail<kRowsAtOnce - 1>(count - m, a + m * row, row, column, b, stride, c + m * ldc, ldc, depth, accumulate);
+    micro_tail<kRowsAtOnce - 1>(fetch, count - m, a + m * row, row, column, b, stride, c + m * ldc, ldc, depth, accumulate);
 }

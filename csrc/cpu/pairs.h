@@ -74,14 +74,16 @@ static inline vsum add_products(vsum sum, vi left, vi right) {
 
 // C(m, :) (+)= step[m] * sum_k A(m, k) B(k, :): A(m, k) = a[m * row + k * column] pairs, B's panel kPanel lanes of pairs.
 template <int M>
-static inline void micro_pairs(const int32_t* a, int64_t row, int64_t column, const int32_t* b, int64_t stride, const float* step,
+static inline void micro_pairs(Fetch& fetch, const int32_t* a, int64_t row, int64_t column, const int32_t* b, int64_t stride, const float* step,
                                float* c, int64_t ldc, int64_t depth, bool accumulate) {
   vsum sum[M][kVectors];
 #pragma GCC unroll 16
   for (int m = 0; m < M; ++m)
 #pragma GCC unroll 2
     for (int v = 0; v < kVectors; ++v) sum[m][v] = vsum{};
+  Fetch lines = fetch;
   for (int64_t k = 0; k < depth; ++k) {
+    lines.step();
     vi right[kVectors];
 #pragma GCC unroll 2
     for (int v = 0; v < kVectors; ++v) right[v] = load_int(b + k * stride + v * kWidth);
@@ -92,6 +94,7 @@ static inline void micro_pairs(const int32_t* a, int64_t row, int64_t column, co
       for (int v = 0; v < kVectors; ++v) sum[m][v] = add_products(sum[m][v], left, right[v]);
     }
   }
+  fetch = lines;
 #pragma GCC unroll 16
   for (int m = 0; m < M; ++m)
 #pragma GCC unroll 2
@@ -103,14 +106,14 @@ static inline void micro_pairs(const int32_t* a, int64_t row, int64_t column, co
 }
 
 template <int M>
-static void micro_pairs_tail(int64_t count, const int32_t* a, int64_t row, int64_t column, const int32_t* b, int64_t stride,
+static void micro_pairs_tail(Fetch& fetch, int64_t count, const int32_t* a, int64_t row, int64_t column, const int32_t* b, int64_t stride,
                              const float* step, float* c, int64_t ldc, int64_t depth, bool accumulate) {
-  if (count == M) return micro_pairs<M>(a, row, column, b, stride, step, c, ldc, depth, accumulate);
-  if constexpr (M > 1) micro_pairs_tail<M - 1>(count, a, row, column, b, stride, step, c, ldc, depth, accumulate);
+  if (count == M) return micro_pairs<M>(fetch, a, row, column, b, stride, step, c, ldc, depth, accumulate);
+  if constexpr (M > 1) micro_pairs_tail<M - 1>(fetch, count, a, row, column, b, stride, step, c, ldc, depth, accumulate);
 }
 
 // One panel of C, sliced along k so that a panel of B stays in L1 (and int32 sums of N > 512 rows in range).
-static inline void gemm_pairs(int64_t count, const int32_t* a, int64_t row, int64_t column, const int32_t* b, int64_t stride,
+static inline void gemm_pairs(Fetch& fetch, int64_t count, const int32_t* a, int64_t row, int64_t column, const int32_t* b, int64_t stride,
                               const float* step, float* c, int64_t ldc, int64_t depth, bool accumulate) {
   for (int64_t k = 0; k == 0 || k < depth; k += kDepth) {  // depth 0 (no rows) writes zeros
     const int64_t slice = depth - k < kDepth ? depth - k : kDepth;
@@ -118,9 +121,9 @@ static inline void gemm_pairs(int64_t count, const int32_t* a, int64_t row, int6
     const int32_t* right = b + k * stride;
     int64_t m = 0;
     for (; m + kRowsAtOnce <= count; m += kRowsAtOnce)
-      micro_pairs<kRowsAtOnce>(left + m * row, row, column, right, stride, step + m, c + m * ldc, ldc, slice, accumulate || k > 0);
+      micro_pairs<kRowsAtOnce>(fetch, left + m * row, row, column, right, stride, step + m, c + m * ldc, ldc, slice, accumulate || k > 0);
     if (m < count)
-      micro_pairs_tail<kRowsAtOnce - 1>(count - m, left + m * row, row, column, right, stride, step + m, c + m * ldc, ldc, slice,
+      micro_pairs_tail<kRowsAtOnce - 1>(fetch, count - m, left + m * row, row, column, right, stride, step + m, c + m * ldc, ldc, slice,
                                         accumulate || k > 0);
   }
 }

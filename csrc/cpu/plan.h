@@ -7,12 +7,10 @@
 
 namespace recog_fast::cpu {
 
-constexpr int64_t kTileRows = 48;       // rows of W whose logits are on chip together, float32
-constexpr int64_t kPairTileRows = 96;   // and with 16-bit operands
+constexpr int64_t kTileRows = 96;       // rows of W whose logits are on chip together
 constexpr int64_t kBlockRows = 960;     // rows of W of one queue entry: its partial sums do not depend on who computes it
 constexpr int64_t kDepth = 256;         // k-slice of a GEMM (pairs in 16 bits): a packed panel stays in L1
 constexpr int64_t kSkew = 16;            // floats between scratch rows: a power-of-two stride would share few cache sets
-constexpr int64_t kCopyRows = 128;      // from this many rows of x on, copying a tile of W to skewed rows pays in the pull
 constexpr float kMasked = -1e30f;       // a cosine that takes no part (targets, losing sub-centers)
 constexpr float kMaskedBelow = -1e29f;  // no real one is: |U| without renormalize stays far above
 
@@ -25,7 +23,8 @@ struct Target {
 
 struct Plan {
   Classes classes;
-  int64_t N = 0, lanes = 0, depth = 0;     // lanes: N padded; depth: D padded
+  int64_t N = 0, lanes = 0, depth = 0;     // lanes: N padded; depth: D padded, both to the width of a panel
+  int64_t width = 0;                       // NR: lanes of one panel
   int64_t stride = 0, pair_stride = 0;     // of scratch rows of `depth` values, and of depth/2 pairs
   int64_t tile_classes = 1, block_classes = 1;
   float scale = 1.0f;
@@ -63,6 +62,7 @@ struct Scratch {
   float* logits;          // (tile rows, lanes)
   float* rows;            // (tile rows, stride): prepared prototypes, when W itself cannot be the operand
   float* gradient;        // (tile rows, stride)
+  float* panel;           // (tile rows, NR) columns of prototypes
   float* lane;            // (lanes,)
   float* inverse;         // (tile rows,)
   float* weight;          // (tile rows,)

@@ -3,7 +3,8 @@
 static int64_t float32_rounds(float* buffer, int64_t rounds) {
   const float* b = buffer + kRowsAtOnce * kDepth;
   float* c = buffer + (kRowsAtOnce + kPanel) * kDepth;
-  for (int64_t r = 0; r < rounds; ++r) micro<kRowsAtOnce>(buffer, kDepth, 1, b, kPanel, c, kPanel, kDepth, false);
+  Fetch nothing;
+  for (int64_t r = 0; r < rounds; ++r) micro<kRowsAtOnce>(nothing, buffer, kDepth, 1, b, kPanel, c, kPanel, kDepth, false);
   return rounds * kRowsAtOnce * kPanel * kDepth;
 }
 
@@ -13,7 +14,8 @@ static int64_t pair_rounds(float* buffer, int64_t rounds) {
   const int32_t* b = a + kRowsAtOnce * kDepth;
   float* c = buffer + (kRowsAtOnce + kPanel) * kDepth;
   const float* step = c + kRowsAtOnce * kPanel;
-  for (int64_t r = 0; r < rounds; ++r) micro_pairs<kRowsAtOnce>(a, kDepth, 1, b, kPanel, step, c, kPanel, kDepth, false);
+  Fetch nothing;
+  for (int64_t r = 0; r < rounds; ++r) micro_pairs<kRowsAtOnce>(nothing, a, kDepth, 1, b, kPanel, step, c, kPanel, kDepth, false);
   return rounds * 2 * kRowsAtOnce * kPanel * kDepth;
 }
 #endif

@@ -104,13 +104,24 @@ static void prepare(const Plan& plan, int64_t first, int64_t count, Scratch& scr
   tile.stride = plan.stride;
 }
 
+// The rows of `matrix` (shaped like W, or null) of the tile after this one, over the next `steps` k-steps.
+static Fetch next_rows(const Plan& plan, const Tile& tile, const float* matrix, int64_t steps) {
+  const Classes& c = plan.classes;
+  const int64_t first = tile.first + tile.count, left = c.C * c.K - first, count = left < tile.count ? left : tile.count;
+  if (matrix == nullptr || c.members != nullptr || count <= 0) return {};
+  const char* at = reinterpret_cast<const char*>(matrix + first * c.D);
+  const int64_t bytes = count * c.D * int64_t(sizeof(float)), pace = steps * 64 / bytes;
+  return {at, at + bytes, pace > 0 ? pace : 1, 1};
+}
+
 // cos[j][n] = <P_j, x_n>: (count, lanes)
 static void cosines(const Plan& plan, const Tile& tile, float* logits) {
   const int64_t D = plan.classes.D, lanes = plan.lanes;
+  Fetch nothing;
   for (int64_t k = 0; k < D; k += kDepth) {
     const int64_t depth = D - k < kDepth ? D - k : kDepth;
     for (int64_t n = 0; n < lanes; n += kPanel)
-      gemm_panel(tile.count, tile.rows + k, tile.stride, 1, plan.x_panels + n * D + k * kPanel, kPanel, logits + n, lanes,
+      gemm_panel(nothing, tile.count, tile.rows + k, tile.stride, 1, plan.x_panels + n * D + k * kPanel, kPanel, logits + n, lanes,
                  depth, k > 0);
   }
   for (int64_t j = 0; j < tile.count; ++j) {

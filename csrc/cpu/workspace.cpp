@@ -30,12 +30,13 @@ double largest_norm(const float* x, int64_t N, int64_t D) {
 void shape_plan(const Classes& classes, int64_t N, const Kernels& kernels, bool pairs, Plan& plan) {
   plan.classes = classes;
   plan.N = N;
+  plan.width = kernels.width;
   plan.lanes = round_up(N, kernels.width);
   plan.depth = round_up(classes.D, kernels.width);
   plan.stride = plan.depth + kSkew;
   plan.pair_stride = plan.depth / 2 + kSkew;
   plan.pairs = pairs;
-  plan.tile_classes = std::max<int64_t>(1, (pairs ? kPairTileRows : kTileRows) / classes.K);
+  plan.tile_classes = std::max<int64_t>(1, kTileRows / classes.K);
   plan.tile_rows = plan.tile_classes * classes.K;
   plan.block_classes = std::max<int64_t>(1, kBlockRows / plan.tile_rows) * plan.tile_classes;
 }
