@@ -26,7 +26,9 @@ cpu::Rows rows(uintptr_t unit_embeddings, uintptr_t target, uintptr_t rules, int
   return {at<const float>(unit_embeddings), at<const int64_t>(target), at<const float>(rules), N, scale, half};
 }
 
-cpu::Kept kept(uintptr_t address, int64_t bytes, bool half) { return {at<void>(address), bytes, half}; }
+cpu::Kept kept(uintptr_t address, int64_t bytes, bool half, bool lists, uintptr_t floor) {
+  return {at<void>(address), bytes, half, lists, at<const float>(floor)};
+}
 
 std::string select_isa(const std::string& force) {
   const char* name = cpu::select_isa(force.empty() ? nullptr : force.c_str());
@@ -61,17 +63,17 @@ PYBIND11_MODULE(_native, m) {
   py::class_<cpu::Rows>(m, "Rows", py::module_local()).def(py::init(&rows), py::kw_only(), py::arg("unit_embeddings"), py::arg("target"),
                                        py::arg("rules"), py::arg("N"), py::arg("scale"), py::arg("half"));
   py::class_<cpu::Kept>(m, "Kept", py::module_local()).def(py::init(&kept), py::kw_only(), py::arg("address") = 0, py::arg("bytes") = 0,
-                                       py::arg("half") = false);
-  m.def("kept_bytes", &cpu::kept_bytes, py::arg("classes"), py::arg("N"), py::arg("half"), py::arg("keep_half"));
+                                       py::arg("half") = false, py::arg("lists") = false, py::arg("floor") = 0);
+  m.def("kept_bytes", &cpu::kept_bytes, py::arg("classes"), py::arg("N"), py::arg("half"), py::arg("keep_half"), py::arg("lists") = false);
 
   m.def(
       "row_sweep",
       [](const cpu::Classes& c, const cpu::Rows& r, uintptr_t lse, uintptr_t cosine, uintptr_t index, uintptr_t pull,
-         const cpu::Kept& kept, int threads) {
-        cpu::row_sweep(c, r, {at<double>(lse), at<float>(cosine), at<int64_t>(index), at<float>(pull)}, kept, threads);
+         const cpu::Kept& kept, int threads, uintptr_t listed) {
+        cpu::row_sweep(c, r, {at<double>(lse), at<float>(cosine), at<int64_t>(index), at<float>(pull), at<double>(listed)}, kept, threads);
       },
       py::arg("classes"), py::arg("rows"), py::kw_only(), py::arg("lse"), py::arg("nearest_cosine"), py::arg("nearest_index"),
-      py::arg("pull"), py::arg("kept"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+      py::arg("pull"), py::arg("kept"), py::arg("threads"), py::arg("listed") = 0, py::call_guard<py::gil_scoped_release>());
 
   m.def(
       "unknown_sweep",

@@ -15,7 +15,7 @@ from .margins import ArcFace
 from .memory import PrototypeMemory
 from .ops import _checks
 from .ops._buffers import GradientBuffers
-from .ops._kept import BUDGET, KeptExponentials
+from .ops._kept import BUDGET, kept_exponentials
 from .ops._rows import Injection, Key, RowRecords
 from .ops.attached_cosine import CosineOptions, attached_cosine
 from .ops.margin_softmax import LossOptions, Margin, margin_softmax
@@ -23,16 +23,6 @@ from .rules import RowStats
 from .sampling import sample_classes
 
 _CHUNK = 16384  # classes whose cosines `topk` holds at a time
-
-
-def kept_exponentials(choice: bool | torch.dtype, budget: int) -> KeptExponentials | None:
-    """The pool for `keep_exponentials`: True is bfloat16. Raises ValueError naming the argument."""
-    known = isinstance(choice, bool) or (isinstance(choice, torch.dtype) and choice in (torch.float32, torch.bfloat16))
-    _checks.expect(known, "MarginHead", "keep_exponentials False, True, torch.float32 or torch.bfloat16", choice)
-    _checks.expect(isinstance(budget, int) and budget > 0, "MarginHead", "keep_budget > 0 bytes", budget)
-    if choice is False:
-        return None
-    return KeptExponentials(torch.bfloat16 if choice is True else choice, budget)
 
 
 class MarginHead(nn.Module):
@@ -60,6 +50,12 @@ class MarginHead(nn.Module):
         drop_mass: leave the rows of least gradient mass w_i q_i, together at most this share of the batch's, out of dW (dx is
             exact). Not exact, off by default (measured errors: math.md 1.4); `RowStats.dropped_mass` holds q_i of each row left
             out. With reduction "none" the upstream gradient of a row does not count in its mass.
+        drop_elements: leave single elements p_ij < drop_elements out of dx and dW: only the others are listed, and the backward pass
+            walks the lists (2NCD products instead of 8NCD; up to 2NC bytes of lists, within `keep_budget`). Loss and
+            statistics are exact, `RowStats.dropped_mass` holds the mass left out of each row. 2**-16 errs about as bfloat16 does.
+            Not exact, off by default (measured errors: math.md 1.4). Only the CPU kernels list; a tile of classes with more
+            than a quarter of its elements to list, and a batch whose unlabelled rows count, are swept in full. One of
+            drop_elements, drop_mass and keep_exponentials.
     W is drawn from N(0, 0.01). Without `HeadSGD`, backward fills weight.grad; with it, backward leaves row records here
     and weight.grad stays None: clip the backbone's gradients only.
 
@@ -86,6 +82,7 @@ class MarginHead(nn.Module):
         keep_exponentials: bool | torch.dtype = False,
         keep_budget: int = BUDGET,
         drop_mass: float = 0.0,
+        drop_elements: float = 0.0,
     ) -> None:
         super().__init__()
         for name, value in (("num_classes", num_classes), ("embedding_dim", embedding_dim), ("subcenters", subcenters)):
@@ -111,10 +108,8 @@ class MarginHead(nn.Module):
         self._redraw = False  # zero_grad came after the set was drawn
         self.last_sampled: Tensor | None = None  # (M,) int64 sorted ids of the last training forward's classes; None: all
         self._gradients = GradientBuffers()
-        self.keep = kept_exponentials(keep_exponentials, keep_budget)
-        _checks.expect(isinstance(drop_mass, SupportsFloat) and 0 <= float(drop_mass) < 1, "MarginHead", "drop_mass in [0, 1)", repr(drop_mass))
-        _checks.expect(drop_mass == 0 or self.keep is None, "MarginHead", "drop_mass or keep_exponentials, not both", drop_mass)
-        self.drop_mass = float(drop_mass)
+        self.keep = kept_exponentials(keep_exponentials, keep_budget, drop_mass, drop_elements)
+        self.drop_mass, self.drop_elements = float(drop_mass), float(drop_elements)
 
     def _adopt(self, memory: PrototypeMemory | None) -> PrototypeMemory | None:
         if memory is None:
@@ -184,6 +179,7 @@ class MarginHead(nn.Module):
             compute_dtype=self.compute_dtype,
             keep=self.keep if recording else None,
             drop_mass=self.drop_mass if recording else 0.0,
+            drop_elements=self.drop_elements,
         )
         loss, stats = margin_softmax(embeddings, self.weight, labels, options)
         if self.training:

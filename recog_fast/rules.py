@@ -53,7 +53,8 @@ class RowStats(NamedTuple):
     target_probability  float32  p_y = 1 - sigmoid(lse - s t); 0 for unlabelled rows
     subcenter           int64    which sub-center of the target class won; 0 without sub-centers
     max_probability     float32  unlabelled rows: exp(s c_max - lse); labelled rows: 0
-    dropped_mass        float32  q = 1 - p_y of a row that `drop_mass` left out of dW; 0 for every other row
+    dropped_mass        float32  part of q = 1 - p_y left out of dW: all of it for a row that `drop_mass` dropped, that of the
+                        elements that `drop_elements` did not list (out of dx too); 0 otherwise
     """
 
     lse: Tensor

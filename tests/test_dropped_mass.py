@@ -138,17 +138,17 @@ def test_batches_that_lose_every_row_or_none() -> None:
 def test_training_logs_the_dropped_share(tmp_path: Path) -> None:
     folder = make_folder(tmp_path / "faces")
     shares = {}
-    for name, options in {"off": {}, "on": {"drop_mass": 0.1}, "kept": {"keep_exponentials": "float32"}}.items():
+    for name, options in {"off": {}, "on": {"drop_mass": 0.1}, "lists": {"drop_elements": 0.05}, "kept": {"keep_exponentials": "float32"}}.items():
         result = train(settings(tmp_path, folder, output=str(tmp_path / name), **options))
         lines = [line for line in read_metrics(result.output / "metrics.jsonl") if "loss" in line]
         shares[name] = [line.get("dropped_mass") for line in lines]
         assert lines[-1]["loss"] < lines[0]["loss"] * 1.5
     assert set(shares["off"]) == set(shares["kept"]) == {None}
     assert all(0 <= share <= 0.1 + 1e-6 for share in shares["on"])
-    assert max(shares["on"]) > 0
+    assert max(shares["on"]) > 0 and max(shares["lists"]) > 0
 
 
-@pytest.mark.parametrize(("change", "message"), [({"drop_mass": 1.0}, r"drop_mass in \[0, 1\)"), ({"keep_exponentials": "float16"}, "keep_exponentials"), ({"keep_exponentials": "float32", "drop_mass": 0.1}, "not both")])
+@pytest.mark.parametrize(("change", "message"), [({"drop_mass": 1.0}, r"drop_mass in \[0, 1\)"), ({"keep_exponentials": "float16"}, "keep_exponentials"), ({"keep_exponentials": "float32", "drop_mass": 0.1}, "at most one"), ({"drop_elements": -0.1}, r"drop_elements in \[0, 1\)"), ({"drop_mass": 0.1, "drop_elements": 0.1}, "at most one")])
 def test_bad_settings_are_named(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     folder = make_folder(tmp_path / "faces")
     with pytest.raises(ValueError, match=message):

@@ -20,6 +20,9 @@ struct Float32 {
     recog_fast::cpu::RF_ISA::prepare(plan, first, count, scratch, tile);
   }
 
+  // What the pull of a tile prepared without `forward` still needs.
+  static void prepare_pull(const Plan&, Scratch&, Tile&) {}
+
   static void cosines(const Plan& plan, const Tile& tile, const Scratch&, float* logits) {
     recog_fast::cpu::RF_ISA::cosines(plan, tile, logits);
   }
@@ -76,6 +79,8 @@ struct Pairs {
       pack_rows(plan, a, b, even, odd, j, j + 1 < count, forward, scratch);
     }
   }
+
+  static void prepare_pull(const Plan& plan, Scratch& scratch, Tile& tile) { prepare(plan, tile.first, tile.count, true, scratch, tile); }
 
   static void cosines(const Plan& plan, const Tile& tile, const Scratch& scratch, float* logits) {
     const int64_t half = plan.depth / 2, lanes = plan.lanes;

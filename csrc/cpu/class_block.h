@@ -155,16 +155,22 @@ static void class_block(const Plan& plan, const ClassOutput& out, int64_t first,
     const int64_t end = c + plan.tile_classes < last ? c + plan.tile_classes : last;
     const KeptTile kept = kept_tile(plan, c);
     Tile tile;
-    if (kept.offset != nullptr) {
+    const bool listed = kept.counts != nullptr && kept.counts[0] != kNotListed;
+    if (listed) {
+      tile = {nullptr, 0, c * plan.classes.K, (end - c) * plan.classes.K, scratch.inverse, scratch.weight};
+      listed_gradient(plan, tile, kept, scratch);
+    } else if (kept.offset != nullptr && kept.counts == nullptr) {
       tile = kept_rows(plan, c, end, kept, scratch);
       kept_gradients<A>(plan, tile, kept, scratch.logits);
     } else {
       tile = tile_cosines<A>(plan, c, end, false, scratch, scratch.logits);
       logit_gradients(plan, tile, scratch.logits);
     }
-    if (plan.classes.seen != nullptr) hide_unseen(plan, tile, scratch.logits);
-    target_gradients(plan, tile, scratch.logits);
-    A::gradient(plan, tile, out.velocity, scratch.logits, scratch);
+    if (!listed) {
+      if (plan.classes.seen != nullptr) hide_unseen(plan, tile, scratch.logits);
+      target_gradients(plan, tile, scratch.logits);
+      A::gradient(plan, tile, out.velocity, scratch.logits, scratch);
+    }
     for (int64_t j = 0; j < tile.count; ++j)
       finish_row(plan, out, weight_row(plan.classes, tile.first + j), scratch.gradient + j * plan.stride, scratch.rows);
   }

@@ -55,6 +55,7 @@ struct ThreadMemory {
   Array<float> logits, rows, gradient, panel, lane, inverse, weight, step, offset, nearest, pull;
   Array<double> sum, mean, mass;
   Array<int32_t> index, row_pairs, class_pairs, coefficients;
+  Array<Element> list;
   Scratch scratch{};
   Partial partial{};
 
@@ -66,6 +67,7 @@ struct ThreadMemory {
     inverse = Array<float>(tile);
     weight = Array<float>(tile);
     step = Array<float>(std::max(tile, plan.lanes));
+    if (plan.lists) list = Array<Element>(std::max(tile, plan.lanes) + 1);
     if (!forward) gradient = Array<float>(tile * plan.stride);
     if (forward && !plan.pairs) panel = Array<float>(tile * plan.width);
     if (plan.pairs) {
@@ -74,7 +76,7 @@ struct ThreadMemory {
       if (forward) class_pairs = Array<int32_t>(tile / 2 * plan.stride);
     }
     scratch = {logits.get(), rows.get(), gradient.get(),  panel.get(),       lane.get(),        inverse.get(),
-               weight.get(), step.get(), row_pairs.get(), class_pairs.get(), coefficients.get()};
+               weight.get(), step.get(), row_pairs.get(), class_pairs.get(), coefficients.get(), list.get()};
     if (!forward) return;
     offset = Array<float>(plan.lanes);
     nearest = Array<float>(plan.lanes);
@@ -113,7 +115,7 @@ struct Total {
       double keep = 1.0, take = 1.0;
       if (!plan.unknown) rescale(n, double(part.offset[n]), keep, take);
       sum[n] = sum[n] * keep + part.sum[n] * take;
-      mean[n] += part.mean[n];
+      mean[n] = mean[n] * keep + part.mean[n] * take;
       mass[n] += part.mass[n];
       if (part.nearest[n] > nearest[n]) {
         nearest[n] = part.nearest[n];
@@ -215,6 +217,7 @@ void row_sweep(const Classes& classes, const Rows& rows, const RowSums& out, con
     out.lse[n] = total.sum[n] == 0.0 ? -std::numeric_limits<double>::infinity() : total.offset[n] + std::log(total.sum[n]);
     out.nearest_cosine[n] = total.index[n] < 0 ? -2.0f : total.nearest[n];
     out.nearest_index[n] = total.index[n];
+    if (out.listed != nullptr) out.listed[n] = !space.plan.lists || total.sum[n] == 0.0 ? 1.0 : total.mean[n] / total.sum[n];
   }
   write_pull(total, space.plan, true, out.pull);
 }

@@ -7,7 +7,9 @@ static inline KeptTile kept_tile(const Plan& plan, int64_t first_class) {
   float* step = reinterpret_cast<float*>(at);
   float* weight = step + 2 * plan.lanes;
   float* values = weight + plan.tile_rows;
-  return {plan.kept_half ? nullptr : values, plan.kept_half ? reinterpret_cast<int32_t*>(values) : nullptr, step, step + plan.lanes, weight};
+  int32_t* integers = reinterpret_cast<int32_t*>(values);
+  if (plan.lists) return {nullptr, nullptr, step, step + plan.lanes, weight, integers, reinterpret_cast<Element*>(integers + plan.tile_rows)};
+  return {plan.kept_half ? nullptr : values, plan.kept_half ? integers : nullptr, step, step + plan.lanes, weight, nullptr, nullptr};
 }
 
 // The tile of classes [first, last): prototypes and masked cosines.

@@ -36,6 +36,9 @@ struct Plan {
   char* kept = nullptr;                    // exponentials of the first kept_blocks blocks, tile by tile
   int64_t kept_blocks = 0, kept_block_bytes = 0, kept_tile_bytes = 0;
   bool kept_half = false;                  // in 16 bits: pairs of rows (j, j + 1)
+  bool lists = false;                      // kept as element lists
+  const float* floor = nullptr;            // (lanes,) the logits from which on a class is listed, for a row sweep
+  const float* x_rows = nullptr;           // (N, stride): x, operand of the class gradient from lists
   const float* x_panels = nullptr;         // [lanes/NR][D][NR]: x^T, operand of the logits
   const float* x_columns = nullptr;        // [depth/NR][N][NR]: x, operand of the class gradient
   const float* rules = nullptr;            // (kRuleRows, lanes) or null
@@ -51,12 +54,21 @@ struct Plan {
 struct Partial {
   float* offset;    // (lanes,) exponent offset: sum = sum exp(z - offset)
   double* sum;      // (lanes,) or T
-  double* mean;     // (lanes,) E of UIR
+  double* mean;     // (lanes,) E of UIR, or the part of sum that is listed
   double* mass;     // (lanes,) sum p of UIR
   float* nearest;   // (lanes,)
   int32_t* index;   // (lanes,) row of W relative to the block
   float* pull;      // (lanes, stride)
 };
+
+// One element of a list: e^{z - offset} g of a lane, or what a row is multiplied with.
+struct Element {
+  int32_t index;
+  float value;
+};
+
+constexpr int64_t kListedShare = 4;  // a tile with more than 1/4 of its elements to list is swept densely: that is faster
+constexpr int32_t kNotListed = -1;
 
 struct Scratch {
   float* logits;          // (tile rows, lanes)
@@ -70,6 +82,7 @@ struct Scratch {
   int32_t* row_pairs;     // (tile rows, pair stride)
   int32_t* class_pairs;   // (tile rows / 2, stride)
   int32_t* coefficients;  // (tile rows / 2, lanes) exponentials, or (tile rows, lanes / 2) slopes
+  Element* list;          // (max(tile rows, lanes) + 1,)
 };
 
 // Where one tile's exponentials e^{z - offset} g weight are kept for the class sweep; all null where they are not.
@@ -79,6 +92,8 @@ struct KeptTile {
   float* step;    // (lanes,)
   float* offset;  // (lanes,)
   float* weight;  // (tile rows,)
+  int32_t* counts;    // (tile rows,) elements listed of each row, the first kNotListed: none is, or
+  Element* elements;  // (tile rows * lanes / kListedShare + 1,) by row, then lane
 };
 
 // The sweeps in one arithmetic.

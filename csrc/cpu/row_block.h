@@ -42,6 +42,7 @@ static void move_offset(const Plan& plan, int64_t n, float largest, Partial& out
   out.offset[n] = largest;
   const float factor = old > -1e29f ? float(__builtin_exp(double(old) - double(largest))) : 0.0f;
   out.sum[n] *= factor;
+  out.mean[n] *= factor;
   if (!plan.want_pull) return;
   float* pull = out.pull + n * plan.stride;
   for (int64_t d = 0; d < plan.depth; ++d) pull[d] *= factor;
@@ -60,7 +61,10 @@ static void exponentiate(const Plan& plan, const Tile& tile, float* logits, Part
       sum += e;
       store(at, (plan.rules ? e * rule.g : e) * tile.weight[j]);
     }
-    for (int64_t i = 0; i < kWidth; ++i) out.sum[n + i] += double(sum[i]);
+    for (int64_t i = 0; i < kWidth; ++i) {
+      out.sum[n + i] += double(sum[i]);
+      if (plan.lists) out.mean[n + i] += double(sum[i]);  // nothing of this tile is left out
+    }
   }
 }
 
@@ -90,7 +94,7 @@ static void unknown_terms(const Plan& plan, const Tile& tile, float* logits, Par
 
 // What the class sweep needs beside the exponentials themselves.
 static void keep_scales(const Plan& plan, const Tile& tile, const Partial& out, const KeptTile& kept) {
-  if (kept.offset == nullptr) return;
+  if (kept.offset == nullptr || kept.counts != nullptr) return;
   __builtin_memcpy(kept.offset, out.offset, sizeof(float) * plan.lanes);
   __builtin_memcpy(kept.weight, tile.weight, sizeof(float) * tile.count);
   if (kept.exact == nullptr) return;
@@ -104,13 +108,22 @@ static void row_block(const Plan& plan, int64_t first, int64_t last, Partial& ou
     const int64_t end = c + plan.tile_classes < last ? c + plan.tile_classes : last;
     const KeptTile kept = kept_tile(plan, c);
     float* logits = kept.exact != nullptr ? kept.exact : scratch.logits;
-    const Tile tile = tile_cosines<A>(plan, c, end, plan.want_pull, scratch, logits);
+    const bool lists = kept.counts != nullptr;
+    Tile tile = tile_cosines<A>(plan, c, end, plan.want_pull && !lists, scratch, logits);
     if (plan.unknown) {
       unknown_terms(plan, tile, logits, out);
     } else {
       update_nearest(plan, tile, (c - first) * K, logits, out);
       largest_logit(plan, tile, logits, out, scratch.lane);
       for (int64_t n = 0; n < plan.lanes; ++n) move_offset(plan, n, scratch.lane[n], out);
+      if (lists && fits_list(plan, tile, logits)) {
+        list_tile(plan, tile, logits, out, kept, scratch);
+        continue;
+      }
+      if (lists) {
+        kept.counts[0] = kNotListed;
+        A::prepare_pull(plan, scratch, tile);
+      }
       exponentiate(plan, tile, logits, out);
       keep_scales(plan, tile, out, kept);
     }

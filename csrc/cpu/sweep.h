@@ -38,7 +38,10 @@ struct Rows {
 struct Kept {
   void* data = nullptr;
   int64_t bytes = 0;
-  bool half = false;  // 16 bits each, else float32
+  bool half = false;            // 16 bits each, else float32
+  bool lists = false;           // element lists instead: only classes whose logit s f(c) reaches the row's floor are kept, and
+                                // no other enters pull or the class gradient (unless its tile has too many to list)
+  const float* floor = nullptr; // (N,) for a row sweep with lists
 };
 
 // Forward sweep: logsumexp over negatives, nearest negative, and pull_i = sum_j softmax_j g(c_ij) P_j.
@@ -47,6 +50,7 @@ struct RowSums {
   float* nearest_cosine = nullptr;  // (N,) -2 where there is no negative
   int64_t* nearest_index = nullptr; // (N,) class, -1 where there is no negative
   float* pull = nullptr;            // (N, D) or null: not wanted
+  double* listed = nullptr;         // (N,) or null: share of sum exp(s f) that pull and the class gradient hold
 };
 
 // UIR sweep (math.md 3) over all classes but each row's target, which the caller sets to its nearest class: what is left
@@ -95,7 +99,7 @@ const char* pair_format();  // of 16-bit operands: "int16", "bfloat16", or null
 // Operations per second (two per multiply-add) of the micro-kernel on operands in cache, over `seconds` of CPU time.
 double micro_kernel_rate(bool half, double seconds);
 
-int64_t kept_bytes(const Classes& classes, int64_t N, bool half, bool keep_half);  // to keep all of N rows' exponentials
+int64_t kept_bytes(const Classes& classes, int64_t N, bool half, bool keep_half, bool lists);  // to keep all of N rows' exponentials
 void row_sweep(const Classes& classes, const Rows& rows, const RowSums& out, const Kept& kept, int threads);
 void unknown_sweep(const Classes& classes, const Rows& rows, const UnknownSums& out, int threads);
 void class_sweep(const Classes& classes, const Rows& rows, const RowTerms& terms, const ClassOutput& out, const Kept& kept,

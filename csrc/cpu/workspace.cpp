@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 
 namespace recog_fast::cpu {
 
@@ -41,10 +42,11 @@ void shape_plan(const Classes& classes, int64_t N, const Kernels& kernels, bool 
   plan.block_classes = std::max<int64_t>(1, kBlockRows / plan.tile_rows) * plan.tile_classes;
 }
 
-void shape_kept(bool half, Plan& plan) {
-  const int64_t value = half ? 2 : 4;
-  plan.kept_half = half;
-  plan.kept_tile_bytes = round_up(round_up(plan.tile_rows, 2) * plan.lanes * value + (2 * plan.lanes + plan.tile_rows) * 4, 64);
+void shape_kept(bool half, bool lists, Plan& plan) {
+  const int64_t value = half ? 2 : 4, listed = plan.tile_rows * plan.lanes / kListedShare + 1;
+  const int64_t values = lists ? plan.tile_rows * 4 + listed * int64_t(sizeof(Element)) : round_up(plan.tile_rows, 2) * plan.lanes * value;
+  plan.kept_half = half && !lists;
+  plan.kept_tile_bytes = round_up(values + (2 * plan.lanes + plan.tile_rows) * 4, 64);
   plan.kept_block_bytes = plan.kept_tile_bytes * (plan.block_classes / plan.tile_classes);
 }
 
@@ -97,6 +99,13 @@ void Workspace::pack_float_columns() {
   plan.x_columns = x_columns_.get();
 }
 
+void Workspace::pack_float_rows() {
+  x_rows_ = Array<float>(plan.N * plan.stride);
+  for (int64_t n = 0; n < plan.N; ++n)
+    for (int64_t d = 0; d < plan.stride; ++d) x_rows_[n * plan.stride + d] = d < plan.classes.D ? rows_.unit_embeddings[n * plan.classes.D + d] : 0.0f;
+  plan.x_rows = x_rows_.get();
+}
+
 void Workspace::pack_rules() {
   if (rows_.rules == nullptr) return;
   const float plain[kRuleRows] = {4, 4, 0, 1, 0, 0, 1, 0, 1, 0, 0, 1};
@@ -124,15 +133,22 @@ void Workspace::pack_targets() {
 }
 
 void Workspace::keep(const Kept& kept) {
-  shape_kept(kept.half, plan);
+  shape_kept(kept.half, kept.lists, plan);
   plan.kept = static_cast<char*>(kept.data);
   plan.kept_blocks = kept.data == nullptr ? 0 : std::min(blocks(), kept.bytes / plan.kept_block_bytes);
+  plan.lists = kept.lists;
+  if (!kept.lists) return;
+  pack_float_rows();
+  if (kept.floor == nullptr) return;
+  const float nothing = std::numeric_limits<float>::infinity();
+  floor_ = pad_lanes(&kept.floor, 1, plan.N, plan.lanes, &nothing);
+  plan.floor = floor_.get();
 }
 
-int64_t kept_bytes(const Classes& classes, int64_t N, bool half, bool keep_half) {
+int64_t kept_bytes(const Classes& classes, int64_t N, bool half, bool keep_half, bool lists) {
   Plan plan;
   shape_plan(classes, N, active_kernels(), half && active_kernels().pair_format != nullptr, plan);
-  shape_kept(keep_half, plan);
+  shape_kept(keep_half, lists, plan);
   return (classes.C + plan.block_classes - 1) / plan.block_classes * plan.kept_block_bytes;
 }
 

@@ -22,7 +22,7 @@ struct Workspace {
   int64_t blocks() const { return (plan.classes.C + plan.block_classes - 1) / plan.block_classes; }
 
  private:
-  Array<float> x_panels_, x_columns_, rules_, terms_;
+  Array<float> x_panels_, x_columns_, x_rows_, rules_, terms_, floor_;
   Array<int32_t> pair_panels_, pair_columns_;
   std::vector<Target> targets_;
   Rows rows_;
@@ -30,6 +30,7 @@ struct Workspace {
 
   void pack_float_panels();
   void pack_float_columns();
+  void pack_float_rows();
   void pack_rules();
   void pack_targets();
 };

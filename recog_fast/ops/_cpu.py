@@ -142,15 +142,19 @@ def class_sweep_members(
     return check_members(visited, weight.shape[0]), None if visited.numel() == members.numel() else torch.isin(visited, members)
 
 
-def kept(module: ModuleType, buffer: Tensor | None) -> Any:
-    """The extension's view of a buffer for exponentials (1-D float32, or bfloat16 for 16 bits each); None: nothing is kept."""
+def kept(module: ModuleType, buffer: Tensor | None, floor: Tensor | None = None) -> Any:
+    """The extension's view of a buffer for exponentials (1-D float32, bfloat16 for 16 bits each, int32 for element lists, which
+    a forward sweep makes with `floor` (N,)); None: nothing is kept."""
     if buffer is None:
         return module.Kept()
     _checks.expect(
-        buffer.dim() == 1 and buffer.is_contiguous() and buffer.dtype in (torch.float32, torch.bfloat16),
-        "recog_fast", "kept as a contiguous 1-D float32 or bfloat16 tensor", (tuple(buffer.shape), buffer.dtype),
+        buffer.dim() == 1 and buffer.is_contiguous() and buffer.dtype in (torch.float32, torch.bfloat16, torch.int32),
+        "recog_fast", "kept as a contiguous 1-D float32, bfloat16 or int32 tensor", (tuple(buffer.shape), buffer.dtype),
     )  # fmt: skip
-    return module.Kept(address=address(buffer), bytes=buffer.numel() * buffer.element_size(), half=buffer.dtype == torch.bfloat16)
+    return module.Kept(
+        address=address(buffer), bytes=buffer.numel() * buffer.element_size(), half=buffer.dtype == torch.bfloat16,
+        lists=buffer.dtype == torch.int32, floor=address(floor),
+    )  # fmt: skip
 
 
 def kept_of(kept: Tensor | None, members: Tensor | None, visited: Tensor | None) -> Tensor | None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import threading
 import weakref
 from dataclasses import dataclass
+from typing import SupportsFloat
 
 import torch
 from torch import Tensor
 
 from .. import native
-from . import _library
+from . import _checks, _library
 
 _POOLS = threading.Lock()  # taking a free buffer is one act
 BUDGET = 256 * 2**20  # bytes
@@ -35,7 +36,8 @@ class Lease:
 
 @dataclass
 class KeptExponentials:
-    """Pool of one buffer. dtype bfloat16 (2NC bytes) or float32 (4NC bytes), up to `budget` bytes: the classes that fit."""
+    """Pool of one buffer, up to `budget` bytes: the classes that fit. dtype bfloat16 (2NC bytes), float32 (4NC bytes), or int32:
+    element lists (at most 2NC bytes; memory that no list reaches is never touched)."""
 
     dtype: torch.dtype
     budget: int = BUDGET
@@ -53,7 +55,8 @@ class KeptExponentials:
             unit=False, memory_bf16=False, renormalize=True,
         )  # fmt: skip
         size = self.dtype.itemsize
-        needed = module.kept_bytes(classes, unit_embeddings.shape[0], half, keep_half=size == 2)
+        lists = self.dtype == torch.int32
+        needed = module.kept_bytes(classes, unit_embeddings.shape[0], half, keep_half=size == 2, lists=lists)
         return self._hand_out(min(needed, self.budget) // size)
 
     def _hand_out(self, numel: int) -> Lease:
@@ -70,3 +73,22 @@ class KeptExponentials:
     def __getstate__(self) -> dict[str, object]:
         """Copies and pickles start without the buffer."""
         return {"dtype": self.dtype, "budget": self.budget, "_buffer": None, "_user": None}
+
+
+def kept_exponentials(choice: bool | torch.dtype, budget: int, drop_mass: float, drop_elements: float) -> KeptExponentials | None:
+    """The pool for MarginHead's `keep_exponentials` (True is bfloat16) or `drop_elements`; None where nothing is kept.
+
+    Raises ValueError naming the argument, and where two of keep_exponentials, drop_mass and drop_elements are on.
+    """
+    where = "MarginHead"
+    known = isinstance(choice, bool) or (isinstance(choice, torch.dtype) and choice in (torch.float32, torch.bfloat16))
+    _checks.expect(known, where, "keep_exponentials False, True, torch.float32 or torch.bfloat16", choice)
+    _checks.expect(isinstance(budget, int) and budget > 0, where, "keep_budget > 0 bytes", budget)
+    for name, share in (("drop_mass", drop_mass), ("drop_elements", drop_elements)):
+        _checks.expect(isinstance(share, SupportsFloat) and 0 <= float(share) < 1, where, f"{name} in [0, 1)", repr(share))
+    chosen = [choice is not False, float(drop_mass) > 0, float(drop_elements) > 0]
+    options = f"keep_exponentials {choice}, drop_mass {drop_mass}, drop_elements {drop_elements}"
+    _checks.expect(sum(chosen) <= 1, where, "at most one of keep_exponentials, drop_mass and drop_elements", options)
+    if chosen[2]:
+        return KeptExponentials(torch.int32, budget)
+    return KeptExponentials(torch.bfloat16 if choice is True else choice, budget) if isinstance(choice, torch.dtype) or choice else None

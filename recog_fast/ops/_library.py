@@ -26,7 +26,7 @@ SCHEMAS = {
     "effective_prototypes": f"(Tensor weight, {_MEMORY}, bool renormalize) -> Tensor",
     "negative_logsumexp": f"(Tensor unit_embeddings, Tensor weight, Tensor labels, float scale, Tensor? rules, {_MEMORY}, "
     "bool unit, bool renormalize, bool half=False, bool want_pull=True, Tensor(a!)? kept=None, "
-    f"{_MEMBERS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"{_MEMBERS}, Tensor? floor=None, Tensor(b!)? listed=None) -> (Tensor, Tensor, Tensor, Tensor)",
     "unknown_rejection": "(Tensor unit_embeddings, Tensor weight, Tensor nearest, Tensor lse, Tensor first_mean, float scale, "
     f"{_MEMORY}, bool unit, bool renormalize, bool half=False) -> (Tensor, Tensor, Tensor, Tensor)",
     "class_gradient": f"({_ROWS}, Tensor weight, float scale, Tensor? rules, {_MEMORY}, bool unit, bool renormalize, "

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .. import reference
 from ..rules import NO_CLAMP, NO_THRESHOLD, PLAIN
 from ._kept import Lease
 
@@ -47,6 +48,17 @@ class Injection:
         there = at.clamp_min(0)
         strength = torch.where(at >= 0, self.strength[there], torch.zeros_like(self.strength[there]))
         return Injection(self.rows[there], strength)
+
+
+def target_prototypes(unit: Tensor, weight: Tensor, labels: Tensor, injection: Injection) -> tuple[Tensor, Tensor, Tensor]:
+    """Target cosine (N,), winning sub-center (N,), its prototype (N, D); label -1 uses class 0 as filler."""
+    ids = labels.clamp_min(0)
+    rows = reference.effective_prototypes(weight[ids], *injection.of(ids).arguments())
+    rows = rows.reshape(ids.numel(), weight[0].numel() // weight.shape[-1], weight.shape[-1])
+    cosines = torch.einsum("nkd,nd->nk", rows, unit)
+    sub = (cosines == cosines.amax(dim=1, keepdim=True)).to(torch.int8).argmax(dim=1)
+    at = torch.arange(ids.numel(), device=ids.device)
+    return cosines[at, sub], sub, rows[at, sub]
 
 
 @dataclass(frozen=True)

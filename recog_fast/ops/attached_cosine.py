@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ._rows import Injection, Key, RowRecords
-from .margin_softmax import target_prototypes, weight_wanted
+from ._rows import Injection, Key, RowRecords, target_prototypes
+from .margin_softmax import weight_wanted
 
 _NO_NEGATIVES = 1e30  # an lse under which every negative's share is 0
 

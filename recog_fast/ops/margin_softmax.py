@@ -15,9 +15,10 @@ from ..rules import RowStats, pack_rules
 from . import _library
 from ._buffers import GradientBuffers
 from ._kept import KeptExponentials, Lease
-from ._rows import Injection, Key, RowRecords, least_mass, wants_half, without
+from ._lists import list_floor
+from ._rows import Injection, Key, RowRecords, least_mass, target_prototypes, wants_half, without
+from ._unknown import Unknown, reject_unknown
 from .class_gradient import recycled_class_gradient
-from .unknown_rejection import double_slope, excess_double
 
 
 class Margin(Protocol):
@@ -44,6 +45,7 @@ class LossOptions:
     compute_dtype: torch.dtype | None = None
     keep: KeptExponentials | None = None
     drop_mass: float = 0.0
+    drop_elements: float = 0.0  # with a `keep` of element lists: the share of its row's mass below which an element is left out
     members: Tensor | None = None  # (M,) ascending: sampled classes, the negatives of labelled rows; None: all
     unknown_stats: bool = True  # statistics of unlabelled rows are wanted even where they do not count
     buffers: GradientBuffers | None = None  # memory for dW
@@ -54,7 +56,7 @@ class LossOptions:
 
 
 @dataclass
-class _Batch:
+class Batch:
     """What forward leaves for backward."""
 
     unit: Tensor  # (N, D)
@@ -77,31 +79,6 @@ class _Batch:
     @property
     def labelled(self) -> Tensor:
         return self.labels >= 0
-
-
-@dataclass
-class _Unknown:
-    """UIR of the unlabelled rows: their indices and what the second sweep found."""
-
-    at: Tensor  # (U,)
-    nearest: Tensor  # (U,) row of W that enters the class gradient by itself
-    top: Tensor  # (U,) its slope, per s
-    excess: Tensor  # (U,) float64
-    d_unit: Tensor  # (U, D) d excess / d x^
-    slope: Tensor  # (U,) weight of the class gradient, per s
-    mean: Tensor  # (U,)
-    kind: int
-
-
-def target_prototypes(unit: Tensor, weight: Tensor, labels: Tensor, injection: Injection) -> tuple[Tensor, Tensor, Tensor]:
-    """Target cosine (N,), winning sub-center (N,), its prototype (N, D); label -1 uses class 0 as filler."""
-    ids = labels.clamp_min(0)
-    rows = reference.effective_prototypes(weight[ids], *injection.of(ids).arguments())
-    rows = rows.reshape(ids.numel(), weight[0].numel() // weight.shape[-1], weight.shape[-1])
-    cosines = torch.einsum("nkd,nd->nk", rows, unit)
-    sub = (cosines == cosines.amax(dim=1, keepdim=True)).to(torch.int8).argmax(dim=1)
-    at = torch.arange(ids.numel(), device=ids.device)
-    return cosines[at, sub], sub, rows[at, sub]
 
 
 def _run_margin(options: LossOptions, cosine: Tensor, norms: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
@@ -128,6 +105,30 @@ def _dropped(q: Tensor, labelled: Tensor, options: LossOptions) -> Tensor | None
     return least_mass(torch.where(labelled, mass, torch.zeros_like(mass)), options.drop_mass) & labelled
 
 
+def _hides_unknown(keep: KeptExponentials, half: bool) -> bool:
+    """Whether what is kept of unlabelled rows would not do: they need every class, and in 16 bits not in the step of their nearest one."""
+    return keep.dtype == torch.int32 or (half and keep.dtype == torch.bfloat16)
+
+
+def _lists(
+    unit: Tensor, weight: Tensor, labels: Tensor, target: Tensor, rules: Tensor | None, half: bool, kept: Lease | None, options: LossOptions
+) -> tuple[Tensor | None, Tensor | None]:
+    """(floor (N,), where the sweep writes the share (N,) of each row's sum that it listed), or None where there are no lists."""
+    if kept is None or kept.buffer is None or kept.buffer.dtype != torch.int32:
+        return None, None
+    floor = list_floor(
+        unit, weight, labels, target.detach(), options.scale, rules, options.injection, half, options.members, options.drop_elements
+    )
+    return floor, torch.ones_like(floor, dtype=torch.float64)
+
+
+def _dropped_mass(q: Tensor, dropped: Tensor | None, listed: Tensor | None) -> Tensor:
+    """(N,) of q_i, what the class sweep leaves out: all of a dropped row, the elements not listed."""
+    if listed is not None:
+        return q * (1 - listed).clamp_min(0)
+    return torch.zeros_like(q) if dropped is None else torch.where(dropped, q, torch.zeros_like(q))
+
+
 def _with_exact_nearest(lse: Tensor, swept: Tensor, exact: Tensor, scale: float) -> Tensor:
     """lse (N,) of 16-bit logits with the nearest class's replaced by the float32 one: what p_0 close to 1 leaves is
     then as good as in float32 (math.md 3), and p_0 <= 1."""
@@ -135,7 +136,7 @@ def _with_exact_nearest(lse: Tensor, swept: Tensor, exact: Tensor, scale: float)
     return lse + torch.log((1 - before).clamp_min(0) + after)
 
 
-def _sweep(unit: Tensor, norms: Tensor, weight: Tensor, labels: Tensor, options: LossOptions, half: bool) -> tuple[_Batch, RowStats]:
+def _sweep(unit: Tensor, norms: Tensor, weight: Tensor, labels: Tensor, options: LossOptions, half: bool) -> tuple[Batch, RowStats]:
     """Target cosines, margin, forward sweep; rows' statistics."""
     margin = options.margin
     cosine, sub, rows = target_prototypes(unit, weight, labels, options.injection)
@@ -151,13 +152,15 @@ def _sweep(unit: Tensor, norms: Tensor, weight: Tensor, labels: Tensor, options:
     wanted = apart and (options.unknown_stats or options.unknown_weight > 0)
     # One forward sweep for one class sweep; in 16 bits a saturated unlabelled row's nearest class would hide its tile mates.
     keep = options.keep if options.record and not wanted else None
-    if keep is not None and half and keep.dtype == torch.bfloat16 and options.unknown_weight > 0 and not bool(labelled.all()):
+    if keep is not None and _hides_unknown(keep, half) and options.unknown_weight > 0 and not bool(labelled.all()):
         keep = None
     count = weight.shape[0] if options.members is None else options.members.numel()
     kept = None if keep is None else keep.lease(unit, weight, half, count)
+    floor, listed = _lists(unit, weight, labels, target, rules, half, kept, options)
     lse, nearest, index, pull = torch.ops.recog_fast.negative_logsumexp(
         unit, weight, torch.where(labelled, labels, -2) if apart and not wanted else labels, options.scale, rules,
         *options.injection.arguments(), False, True, half, options.record, None if kept is None else kept.buffer, options.members,
+        floor, listed,
     )  # fmt: skip
     if half:
         swept = nearest
@@ -177,73 +180,15 @@ def _sweep(unit: Tensor, norms: Tensor, weight: Tensor, labels: Tensor, options:
         torch.where(labelled, 1 - q, zero).float(),
         torch.where(labelled, sub, torch.zeros_like(sub)),
         torch.where(labelled, zero, probability).float(),
-        (zero if dropped is None else torch.where(dropped, q, zero)).float(),
+        _dropped_mass(q, dropped, listed).float(),
     )
-    batch = _Batch(
+    batch = Batch(
         unit, norms, labels, targets, rows, leaf, norm_leaf, target, penalty, rules, lse, pull, q, half, kept, dropped
     )
     return batch, stats
 
 
-def _prototype_sum(weight: Tensor, injection: Injection, chunk: int = 8192) -> Tensor:
-    """sum_j P_j (D,) float64, a chunk of classes at a time."""
-    total = torch.zeros(weight.shape[-1], dtype=torch.float64, device=weight.device)
-    for start in range(0, weight.shape[0], chunk):
-        ids = torch.arange(start, min(start + chunk, weight.shape[0]), device=weight.device)
-        rows = torch.ops.recog_fast.effective_prototypes(weight[start : start + chunk], *injection.of(ids).arguments(), True)
-        total += rows.double().reshape(-1, weight.shape[-1]).sum(0)
-    return total
-
-
-def _pull_of(batch: _Batch, at: Tensor) -> Tensor:
-    """The rows' pull (U, D); zeros where no backward pass follows and none was made."""
-    return batch.pull[at] if batch.pull.shape[0] else torch.zeros_like(batch.unit[at])
-
-
-def _reject_unknown(batch: _Batch, nearest: Tensor, weight: Tensor, options: LossOptions) -> _Unknown | None:
-    """Excess of the unlabelled rows and its slopes; None where it does not count."""
-    at = (batch.labels == -1).nonzero().squeeze(1)
-    if options.unknown_weight == 0 or at.numel() == 0:
-        return None
-    unit, lse, pull, classes = batch.unit[at], batch.lse[at], _pull_of(batch, at), weight.shape[0]
-    if options.softmax == "single":
-        if weight.dim() == 3:
-            raise ValueError("unknown_rejection_loss: expected weight of shape (C, D) with softmax='single', got sub-centers")
-        total = _prototype_sum(weight, options.injection)
-        excess = classes * (lse - torch.log(torch.tensor(float(classes), dtype=torch.float64))) - options.scale * (unit.double() @ total)
-        d_unit = options.scale * (classes * pull.double() - total)
-        one = torch.ones_like(lse)
-        nobody = torch.full_like(at, -1)
-        return _Unknown(at, nobody, one, excess.clamp_min(0.0), d_unit.to(unit.dtype), one, one, reference.UNKNOWN_SINGLE)
-    return _reject_double(batch, weight, options, at, nearest[at])
-
-
-def _reject_double(batch: _Batch, weight: Tensor, options: LossOptions, at: Tensor, nearest: Tensor) -> _Unknown:
-    """The double softmax: sums over all classes but the nearest, whose p_0 = 1 - (their mass) enters by itself."""
-    unit, lse, pull, classes = batch.unit[at], batch.lse[at], _pull_of(batch, at).double(), weight.shape[0]
-    cosine, sub, top_prototype = target_prototypes(unit, weight, nearest, options.injection)
-    estimate = torch.exp(options.scale * cosine.double() - lse).clamp_max(1.0)
-    first_mean = (estimate * torch.expm1(estimate)).to(unit.dtype)
-    mass, remainder, mean, push = torch.ops.recog_fast.unknown_rejection(
-        unit, weight, nearest, lse, first_mean, options.scale, *options.injection.arguments(), False, True, batch.half
-    )
-    p = torch.where(mass < 0.5, 1 - mass, estimate)
-    h = torch.expm1(p)
-    top = p * (torch.where(mass < 0.5, mass, 1 - p) * h - mean)  # p (h - E), E = mean + p h
-    remainder, mean = remainder + h - p, mean + p * h
-    rest = pull - p.unsqueeze(1) * top_prototype.double()  # sum_{j != 0} p_j P_j, no longer than the mass: what is, is rounding
-    rest *= (mass / rest.norm(dim=1).clamp_min(1e-300)).clamp(0.0, 1.0).unsqueeze(1)
-    d_logits = top.unsqueeze(1) * top_prototype.double() + push.double() - (mean - first_mean.double()).unsqueeze(1) * rest
-    slope = double_slope(remainder, classes)
-    d_unit = (options.scale * slope).unsqueeze(1) * d_logits
-    subcenters = weight.shape[1] if weight.dim() == 3 else 1
-    return _Unknown(
-        at, nearest * subcenters + sub, slope * top, excess_double(remainder, classes), d_unit.to(unit.dtype), slope, mean,
-        reference.UNKNOWN_DOUBLE,
-    )  # fmt: skip
-
-
-def _row_losses(batch: _Batch, unknown: _Unknown | None, options: LossOptions) -> Tensor:
+def _row_losses(batch: Batch, unknown: Unknown | None, options: LossOptions) -> Tensor:
     """(N,) float64: weighted margin loss of labelled rows, weighted excess of unlabelled ones."""
     loss = torch.logaddexp(torch.zeros_like(batch.lse), batch.lse - options.scale * batch.target.detach().double())
     if batch.penalty is not None:
@@ -256,7 +201,7 @@ def _row_losses(batch: _Batch, unknown: _Unknown | None, options: LossOptions) -
     return loss
 
 
-def _row_shares(batch: _Batch, unknown: _Unknown | None, options: LossOptions) -> Tensor:
+def _row_shares(batch: Batch, unknown: Unknown | None, options: LossOptions) -> Tensor:
     """(N,) float64: d(reduced loss)/d(row loss): 1/#labelled (or 1/normalizer), 1/#unlabelled, or 1."""
     if options.reduction != "mean":
         return torch.ones_like(batch.lse)
@@ -266,7 +211,7 @@ def _row_shares(batch: _Batch, unknown: _Unknown | None, options: LossOptions) -
     return torch.where(labelled, 1 / count, 1 / unlabelled)
 
 
-def _terms(batch: _Batch, unknown: _Unknown | None, negative: Tensor, target: Tensor, d_rows: Tensor, options: LossOptions) -> Tensor:
+def _terms(batch: Batch, unknown: Unknown | None, negative: Tensor, target: Tensor, d_rows: Tensor, options: LossOptions) -> Tensor:
     """(5, N) lse, weight of the negatives, gradient of the target cosine, E, kind."""
     terms = torch.zeros(reference.TERM_ROWS, batch.lse.numel(), dtype=batch.unit.dtype, device=batch.unit.device)
     terms[0] = torch.where(torch.isinf(batch.lse), torch.zeros_like(batch.lse), batch.lse)
@@ -281,7 +226,7 @@ def _terms(batch: _Batch, unknown: _Unknown | None, negative: Tensor, target: Te
     return terms
 
 
-def _margin_gradients(batch: _Batch, parameters: tuple[nn.Parameter, ...], d_target: Tensor, d_penalty: Tensor) -> list[Tensor | None]:
+def _margin_gradients(batch: Batch, parameters: tuple[nn.Parameter, ...], d_target: Tensor, d_penalty: Tensor) -> list[Tensor | None]:
     """Back through the margin's little graph: d cosine, d norms, d parameters."""
     outputs, upstream = [batch.target], [d_target.to(batch.target.dtype)]
     if batch.penalty is not None:
@@ -305,7 +250,7 @@ class _MarginSoftmax(torch.autograd.Function):
             # the single softmax multiplies the error of lse by C: float32 whatever is asked for
             half = options.compute_dtype == torch.bfloat16 and options.softmax == "double"
             batch, stats = _sweep(unit, norms, weight, labels, options, half)
-            unknown = _reject_unknown(batch, stats.nearest_index, weight, options)
+            unknown = reject_unknown(batch, stats.nearest_index, weight, options)
             rows = _row_losses(batch, unknown, options)
             shares = _row_shares(batch, unknown, options)
             loss = rows if options.reduction == "none" else (rows * shares).sum()

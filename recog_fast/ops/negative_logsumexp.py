@@ -35,17 +35,21 @@ def _cpu_kernel(
     want_pull: bool = True,
     kept: Tensor | None = None,
     members: Tensor | None = None,
+    floor: Tensor | None = None,
+    listed: Tensor | None = None,
 ) -> Sweep:
     module = _library.compiled(unit_embeddings, weight)
     if module is None:
         return _reference(
-            unit_embeddings, weight, labels, scale, rules, memory_rows, strength, slot, unit, renormalize, half, want_pull, kept, members
-        )
+            unit_embeddings, weight, labels, scale, rules, memory_rows, strength, slot, unit, renormalize, half, want_pull, kept, members,
+            floor, listed,
+        )  # fmt: skip
     if members is not None and bool((labels == -1).any()):
         _checks.expect(kept is None, "recog_fast", "no kept with members and rows labelled -1 (two sweeps)", "kept")
         return _mixed(unit_embeddings, weight, labels, scale, rules, memory_rows, strength, slot, unit, renormalize, half, want_pull, members)
     members = None if members is None else _cpu.check_members(members, weight.shape[0])
     _checks.expect(kept is None or want_pull, "recog_fast", "want_pull=True with kept (they are written in one pass)", want_pull)
+    floor = _check_lists(kept, floor, listed, unit_embeddings.shape[0])
     operands = _cpu.Operands(module, weight, memory_rows, strength, slot, unit=unit, renormalize=renormalize, members=members)
     rows = operands.rows(unit_embeddings, _target_rows(labels, weight), rules, scale, half)
     n, dimension = unit_embeddings.shape
@@ -60,12 +64,23 @@ def _cpu_kernel(
         nearest_cosine=cosine.data_ptr(),
         nearest_index=index.data_ptr(),
         pull=_cpu.address(pull if want_pull else None),
-        kept=_cpu.kept(module, kept),
+        kept=_cpu.kept(module, kept, floor),
         threads=_cpu.threads(),
+        listed=_cpu.address(listed),
     )
     if members is not None:
         index = torch.where(index >= 0, members[index.clamp_min(0)], index)
     return lse, cosine, index, pull
+
+
+def _check_lists(kept: Tensor | None, floor: Tensor | None, listed: Tensor | None, rows: int) -> Tensor | None:
+    """`floor` (N,) as the kernels read it; it comes with an int32 `kept` and only there."""
+    lists = kept is not None and kept.dtype == torch.int32
+    _checks.expect(lists == (floor is not None), "recog_fast", "floor (N,) with an int32 kept, and only with one", None if kept is None else kept.dtype)
+    for name, given, dtype in (("floor", floor, None), ("listed", listed, torch.float64)):
+        fits = given is None or (tuple(given.shape) == (rows,) and given.is_contiguous() and dtype in (None, given.dtype))
+        _checks.expect(fits, "recog_fast", f"{name} (N,) = ({rows},), contiguous{', float64' if dtype else ''}", given)
+    return None if floor is None else _cpu.float_rows(floor)
 
 
 def _mixed(unit: Tensor, weight: Tensor, labels: Tensor, scale: float, rules: Tensor | None, *rest: Any) -> Sweep:
@@ -83,19 +98,21 @@ def _mixed(unit: Tensor, weight: Tensor, labels: Tensor, scale: float, rules: Te
 def _reference(
     unit_embeddings: Tensor, weight: Tensor, labels: Tensor, scale: float, rules: Tensor | None, memory_rows: Tensor | None,
     strength: Tensor | None, slot: Tensor | None, unit: bool, renormalize: bool, half: bool = False, want_pull: bool = True,
-    kept: Tensor | None = None, members: Tensor | None = None,
+    kept: Tensor | None = None, members: Tensor | None = None, floor: Tensor | None = None, listed: Tensor | None = None,
 ) -> Sweep:  # fmt: skip
-    """Materialised, in the operands' own precision: `half` and `kept` are the kernels' means, not part of the result."""
+    """Materialised, in the operands' own precision: `half`, `kept` and `floor` are the kernels' means, not part of the result."""
     lse, cosine, index, pull = reference.negative_logsumexp(
         unit_embeddings, weight, labels, scale, rules, memory_rows, strength, slot, unit, renormalize, members
     )
+    if listed is not None:
+        listed.fill_(1.0)
     return lse, cosine, index, pull if want_pull else pull[:0].clone()
 
 
 def _fake(
     unit_embeddings: Tensor, weight: Tensor, labels: Tensor, scale: float, rules: Tensor | None, memory_rows: Tensor | None,
     strength: Tensor | None, slot: Tensor | None, unit: bool, renormalize: bool, half: bool = False, want_pull: bool = True,
-    kept: Tensor | None = None, members: Tensor | None = None,
+    kept: Tensor | None = None, members: Tensor | None = None, floor: Tensor | None = None, listed: Tensor | None = None,
 ) -> Sweep:  # fmt: skip
     n = unit_embeddings.shape[0]
     return (
@@ -106,7 +123,7 @@ def _fake(
     )
 
 
-_DEFAULTS = (False, True, None, None)  # half, want_pull, kept, members
+_DEFAULTS = (False, True, None, None, None, None)  # half, want_pull, kept, members, floor, listed
 
 
 class _NegativeLogsumexp(torch.autograd.Function):
@@ -118,7 +135,7 @@ class _NegativeLogsumexp(torch.autograd.Function):
             lse, cosine, index, pull = torch.ops.recog_fast.negative_logsumexp(unit_embeddings, weight, labels, scale, *rest)
         options = (*rest[4:], *_DEFAULTS[len(rest) - 6 :])
         ctx.scale, ctx.backend = scale, _library.backend()
-        ctx.unit, ctx.renormalize, ctx.half, ctx.want_pull, _, members = options
+        ctx.unit, ctx.renormalize, ctx.half, ctx.want_pull, _, members, _, _ = options
         ctx.save_for_backward(unit_embeddings, weight, labels, lse, pull, *rest[:4], members)
         ctx.mark_non_differentiable(cosine, index, pull)
         return lse, cosine, index, pull

@@ -51,9 +51,11 @@ class TrainConfig:
     scale: float = 64.0
     subcenters: int = 1
     unknown_weight: float = 0.0
-    # Of the CPU kernels, and not exact: MarginHead's keep_exponentials (float32 is exact) and drop_mass; the log shows the share dropped.
+    # Of the CPU kernels, and not exact: MarginHead's keep_exponentials (float32 is exact), drop_mass and drop_elements, one of them;
+    # the log shows the share dropped.
     keep_exponentials: Literal["float32", "bfloat16"] | None = None
     drop_mass: float = 0.0
+    drop_elements: float = 0.0
     memory: dict[str, Any] | None = None  # prototype memory: {name: VPL | QAFace, capacity: 4096, ...}
     memory_momentum: float = 0.0  # > 0: memory keys come from a momentum encoder with this gamma
 
@@ -195,8 +197,9 @@ def _check(config: TrainConfig) -> None:
             raise ValueError(
                 f"train: expected {label}.size >= 8, min_images >= 1, holdout_classes >= 0 and max_corrupt >= 0, got {data}"
             )
-    if not 0 <= config.drop_mass < 1:
-        raise ValueError(f"train: expected drop_mass in [0, 1), got {config.drop_mass}")
+    for name in ("drop_mass", "drop_elements"):
+        if not 0 <= getattr(config, name) < 1:
+            raise ValueError(f"train: expected {name} in [0, 1), got {getattr(config, name)}")
     if not config.scale > 0:
         raise ValueError(f"train: expected scale > 0, got {config.scale}")
     if not config.warmup_epoch < config.num_epoch:

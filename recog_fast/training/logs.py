@@ -37,7 +37,7 @@ class Meter:
 
 
 def dropped_share(labels: Tensor, stats: Any) -> dict[str, tuple[float, float]]:
-    """(sum, whole) of the gradient mass q that `drop_mass` left out of the head's gradient, over the labelled rows."""
+    """(sum, whole) of the gradient mass q that `drop_mass` or `drop_elements` left out of the head's gradient, over the labelled rows."""
     mass = (1 - stats.target_probability.double())[labels >= 0]
     return {"dropped_mass": (float(stats.dropped_mass.double().sum()), float(mass.sum()))}
 

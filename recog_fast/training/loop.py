@@ -328,7 +328,7 @@ def _forward_backward(run: Run, batch: Batch, labelled: int) -> float:
         _refuse_nonfinite(run, batch, "loss", rows if not bool(rows.all()) else torch.zeros_like(rows))
     loss.backward()
     run.meter.add(_statistics(embeddings.detach(), labels, stats))
-    if run.config.drop_mass:
+    if run.config.drop_mass or run.config.drop_elements:
         run.meter.add(dropped_share(labels, stats))
     return float(loss.detach())
 

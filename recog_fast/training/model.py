@@ -100,6 +100,7 @@ def build_head(config: TrainConfig, num_classes: int) -> rf.MarginHead:
         unknown_weight=config.unknown_weight,
         keep_exponentials=False if config.keep_exponentials is None else getattr(torch, config.keep_exponentials),
         drop_mass=config.drop_mass,
+        drop_elements=config.drop_elements,
     )
 
 
