@@ -14,6 +14,7 @@ from .contenders import BF16_LIMIT, DECAY, FLOAT32_LIMIT, LR, MOMENTUM, Adam, Ar
 from .problems import MARGIN, SCALE
 
 DROP_MASS = 0.001  # of the gradient's mass, where rows are dropped at all
+DROP_ELEMENTS = 2.0**-16  # of its row's mass, below which an element is left out
 
 
 class Reference(Contender):
@@ -160,8 +161,26 @@ class FusedStepBF16Dropped(FusedStepDropped):
     arithmetic = "bfloat16"
 
 
+class FusedStepLists(FusedStep):
+    """Single elements below 2^-16 of their row's mass left out: the backward pass walks lists (2NCD products)."""
+
+    name = "ours, HeadSGD float32, drop_elements 2^-16"
+    note = "not exact: elements of least gradient dropped"
+    limit = BF16_LIMIT
+    cost = ""
+    options: ClassVar[dict[str, Any]] = {"drop_elements": DROP_ELEMENTS}
+
+
+class FusedStepBF16Lists(FusedStepLists):
+    """The same with 16-bit operands in the one product that is left."""
+
+    name = "ours, HeadSGD bf16, drop_elements 2^-16"
+    arithmetic = "bfloat16"
+
+
 FUSED: tuple[type[Contender], ...] = (FusedStep, FusedStepKept, FusedStepKeptExact, FusedStepBF16, FusedStepBF16Kept)
 DROPPED: tuple[type[Contender], ...] = (FusedStepDropped, FusedStepBF16Dropped)
+LISTED: tuple[type[Contender], ...] = (FusedStepLists, FusedStepBF16Lists)
 OURS: tuple[type[Contender], ...] = (
-    Reference, Native, NativeKept, NativeBF16, NativeBF16Kept, NativeAdamW, *FUSED, *DROPPED,
+    Reference, Native, NativeKept, NativeBF16, NativeBF16Kept, NativeAdamW, *FUSED, *DROPPED, *LISTED,
 )  # fmt: skip

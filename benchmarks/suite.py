@@ -15,6 +15,7 @@ from .cost_model import PHASES, Cost, least_flops
 from .ours import (
     DROPPED,
     FUSED,
+    LISTED,
     OURS,
     FusedStep,
     FusedStepBF16,
@@ -47,9 +48,9 @@ BASELINE = Eager
 ALL: tuple[type[Contender], ...] = (*PEERS, *OURS)
 _TIGHT: tuple[type[Contender], ...] = (BASELINE, Native, FusedStep)
 _COMPILED: tuple[type[Contender], ...] = (Compiled, CompiledBF16)
-_MAIN: tuple[type[Contender], ...] = (BASELINE, *_COMPILED, PartialFC, PartialFCSampled, Native, NativeBF16Kept, *FUSED)
-_LARGEST: tuple[type[Contender], ...] = (BASELINE, *_COMPILED, PartialFCSampled, FusedStep, FusedStepBF16, FusedStepBF16Kept)
-_CONVERGED: tuple[type[Contender], ...] = (BASELINE, PartialFCSampled, Native, *FUSED, *DROPPED)
+_MAIN: tuple[type[Contender], ...] = (BASELINE, *_COMPILED, PartialFC, PartialFCSampled, Native, NativeBF16Kept, *FUSED, *LISTED)
+_LARGEST: tuple[type[Contender], ...] = (BASELINE, *_COMPILED, PartialFCSampled, FusedStep, FusedStepBF16, FusedStepBF16Kept, *LISTED)
+_CONVERGED: tuple[type[Contender], ...] = (BASELINE, PartialFCSampled, Native, *FUSED, *DROPPED, *LISTED)
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class Case:
 _TOY_KINDS = tuple(k for k in ALL if k not in _COMPILED)
 TOY = (
     Case("R0", 32, 2000, 512, (*_TOY_KINDS, Compiled)),
-    Case("R1-0.87", 32, 2000, 512, (BASELINE, Native, NativeBF16, *FUSED, *DROPPED)),
+    Case("R1-0.87", 32, 2000, 512, (BASELINE, Native, NativeBF16, *FUSED, *DROPPED, *LISTED)),
     Case("R1-0.22", 32, 2000, 512, (*_TIGHT, *DROPPED)),
     Case("R1-1.5", 32, 2000, 512, (*_TIGHT, *DROPPED)),
     # odd sizes: N, C and D off every tile
@@ -94,7 +95,7 @@ FULL = (
 
 CASES = {"toy": TOY, "full": FULL}
 
-_MEASURED_MEMORY: tuple[type[Contender], ...] = (Eager, Compiled, PartialFC, PartialFCSampled, Native, NativeAdamW, *FUSED)
+_MEASURED_MEMORY: tuple[type[Contender], ...] = (Eager, Compiled, PartialFC, PartialFCSampled, Native, NativeAdamW, *FUSED, *LISTED)
 # (contender, N, C) whose memory is measured, each in a process of its own
 MEMORY = {
     "toy": [(FusedStep.name, 32, 20_000), (Native.name, 32, 20_000)],
