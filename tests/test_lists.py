@@ -215,8 +215,9 @@ def test_error_falls_with_the_share_and_is_reported(route: Route) -> None:
         dropped, errors = [], []
         for share in (0.03, 1e-3, 2**-16, 1e-9):
             loss, dx, d_weight, stats = train_once(make_head(share, compute_dtype=route.compute_dtype))
-            assert torch.equal(loss, truth[0])
-            assert torch.equal(stats.lse, truth[3].lse) and torch.equal(stats.nearest_index, truth[3].nearest_index)
+            torch.testing.assert_close(loss, truth[0], rtol=5e-7, atol=0)  # the same sums; their last bit is another kernel's
+            torch.testing.assert_close(stats.lse, truth[3].lse, rtol=5e-7, atol=0)
+            assert torch.equal(stats.nearest_index, truth[3].nearest_index)
             dropped.append(float(stats.dropped_mass.mean()))
             errors.append(max(relative(dx, truth[1]), relative(d_weight, truth[2])))
     # 1e-9: tiles past the quarter are swept in full
