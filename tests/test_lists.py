@@ -230,8 +230,8 @@ def test_error_falls_with_the_share_and_is_reported(route: Route) -> None:
         z = (24 * cosine).scatter(1, labels[:, None], -math.inf)
         target = 24 * rf.ArcFace(0.5)(cosine.gather(1, labels[:, None]).squeeze(1), x.norm(dim=1))
         p = torch.exp(z - torch.logaddexp(torch.logsumexp(z, 1), target)[:, None])
-        # the floor is estimated from a third of the classes: e^0.2 either way
-        low, high = (torch.where(p < 1e-3 * f, p, torch.zeros_like(p)).sum(1).mean() for f in (0.8, 1.25))
+        # the floor is estimated from half of the classes, whose logits have a standard deviation of 3.8: a factor of 2 either way
+        low, high = (torch.where(p < 1e-3 * f, p, torch.zeros_like(p)).sum(1).mean() for f in (0.5, 2.0))
         assert low <= dropped[1] <= high
 
 
@@ -250,12 +250,11 @@ def test_sixteen_bits_of_share_err_as_bfloat16_does() -> None:
     assert 0.01 < float(results[1][3].dropped_mass.mean()) < 0.2
 
 
-@pytest.mark.parametrize("options", [{}, {"subcenters": 3}, {"margin": rf.CurricularFace()}, {"margin": rf.AdaFace()}, {"sample_rate": 0.3}])
+@pytest.mark.parametrize("options", [{}, {"subcenters": 3}, {"margin": rf.CurricularFace}, {"margin": rf.AdaFace}, {"sample_rate": 0.3}])
 def test_fused_step_equals_the_dense_gradient(options: dict[str, Any]) -> None:
     ends = []
     for fuse in (True, False):
-        torch.manual_seed(5)
-        head = make_head(1e-3, sample_seed=1, **options)
+        head = make_head(1e-3, sample_seed=1, **{k: v() if k == "margin" else v for k, v in options.items()})
         fused = rf.HeadSGD(head, lr=0.5) if fuse else torch.optim.SGD([head.weight], lr=0.5, momentum=0.9, weight_decay=5e-4)
         for seed in range(3):
             fused.zero_grad()
