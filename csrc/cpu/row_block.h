@@ -111,6 +111,7 @@ static void row_block(const Plan& plan, int64_t first, int64_t last, Partial& ou
     const bool lists = kept.counts != nullptr;
     Tile tile = tile_cosines<A>(plan, c, end, plan.want_pull && !lists, scratch, logits);
     if (plan.unknown) {
+      large_terms(plan, tile, logits, out);
       unknown_terms(plan, tile, logits, out);
     } else {
       update_nearest(plan, tile, (c - first) * K, logits, out);

@@ -17,6 +17,7 @@ struct Workspace {
 
   void pack_terms(const RowTerms& terms);
   void pack_embeddings(bool columns);  // the operands of the logits and, for a class sweep, of the class gradient
+  void pack_float_rows();              // x itself, for element lists and the large classes of unlabelled rows
   void keep(const Kept& kept);         // where the exponentials are, as many blocks as fit
 
   int64_t blocks() const { return (plan.classes.C + plan.block_classes - 1) / plan.block_classes; }
@@ -30,7 +31,6 @@ struct Workspace {
 
   void pack_float_panels();
   void pack_float_columns();
-  void pack_float_rows();
   void pack_rules();
   void pack_targets();
 };

@@ -51,9 +51,9 @@ class Injection:
 
 
 def target_prototypes(unit: Tensor, weight: Tensor, labels: Tensor, injection: Injection) -> tuple[Tensor, Tensor, Tensor]:
-    """Target cosine (N,), winning sub-center (N,), its prototype (N, D); label -1 uses class 0 as filler."""
+    """Target cosine (N,), winning sub-center (N,), its prototype (N, D), in unit's dtype; label -1 uses class 0 as filler."""
     ids = labels.clamp_min(0)
-    rows = reference.effective_prototypes(weight[ids], *injection.of(ids).arguments())
+    rows = reference.effective_prototypes(weight[ids].to(unit.dtype), *injection.of(ids).arguments())
     rows = rows.reshape(ids.numel(), weight[0].numel() // weight.shape[-1], weight.shape[-1])
     cosines = torch.einsum("nkd,nd->nk", rows, unit)
     sub = (cosines == cosines.amax(dim=1, keepdim=True)).to(torch.int8).argmax(dim=1)

@@ -64,21 +64,28 @@ def reject_unknown(batch: Batch, nearest: Tensor, weight: Tensor, options: LossO
 
 
 def _reject_double(batch: Batch, weight: Tensor, options: LossOptions, at: Tensor, nearest: Tensor) -> Unknown:
-    """The double softmax: sums over all classes but the nearest, whose p_0 = 1 - (their mass) enters by itself."""
+    """The double softmax: sums over all classes but the nearest, whose p_0 = 1 - (their mass) enters by itself.
+
+    All p are those of an lse from float32 (or 16-bit) logits, and the large ones come in double: they and the mass add up to
+    1 + error, by which every p is divided, the sums to first order.
+    """
     unit, lse, pull, classes = batch.unit[at], batch.lse[at], _pull_of(batch, at).double(), weight.shape[0]
-    cosine, sub, top_prototype = target_prototypes(unit, weight, nearest, options.injection)
-    estimate = torch.exp(options.scale * cosine.double() - lse).clamp_max(1.0)
+    cosine, sub, top_prototype = target_prototypes(unit.double(), weight, nearest, options.injection)
+    estimate = torch.exp(options.scale * cosine - lse).clamp_max(1.0)
     first_mean = (estimate * torch.expm1(estimate)).to(unit.dtype)
     mass, remainder, mean, push = torch.ops.recog_fast.unknown_rejection(
         unit, weight, nearest, lse, first_mean, options.scale, *options.injection.arguments(), False, True, batch.half
     )
+    whole = mass + estimate
+    remainder, mean = remainder - (whole - 1) * mean, mean / whole**2
+    mass, estimate = mass / whole, estimate / whole
     p = torch.where(mass < 0.5, 1 - mass, estimate)
     h = torch.expm1(p)
     top = p * (torch.where(mass < 0.5, mass, 1 - p) * h - mean)  # p (h - E), E = mean + p h
     remainder, mean = remainder + h - p, mean + p * h
-    rest = pull - p.unsqueeze(1) * top_prototype.double()  # sum_{j != 0} p_j P_j, no longer than the mass: what is, is rounding
+    rest = pull - p.unsqueeze(1) * top_prototype  # sum_{j != 0} p_j P_j, no longer than the mass: what is, is rounding
     rest *= (mass / rest.norm(dim=1).clamp_min(1e-300)).clamp(0.0, 1.0).unsqueeze(1)
-    d_logits = top.unsqueeze(1) * top_prototype.double() + push.double() - (mean - first_mean.double()).unsqueeze(1) * rest
+    d_logits = top.unsqueeze(1) * top_prototype + push.double() - (mean - first_mean.double()).unsqueeze(1) * rest
     slope = double_slope(remainder, classes)
     d_unit = (options.scale * slope).unsqueeze(1) * d_logits
     subcenters = weight.shape[1] if weight.dim() == 3 else 1

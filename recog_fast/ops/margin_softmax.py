@@ -246,7 +246,8 @@ class _MarginSoftmax(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, embeddings: Tensor, weight: Tensor, labels: Tensor, options: LossOptions, *parameters: Tensor) -> tuple[Tensor, ...]:
         with torch.autocast(embeddings.device.type, enabled=False):
-            unit, norms = reference.unit_rows(embeddings.to(weight.dtype))
+            # in double: an error of |x| is one of all the row's logits at once, and shows in the UIR excess
+            unit, norms = (t.to(weight.dtype) for t in reference.unit_rows(embeddings.double()))
             # the single softmax multiplies the error of lse by C: float32 whatever is asked for
             half = options.compute_dtype == torch.bfloat16 and options.softmax == "double"
             batch, stats = _sweep(unit, norms, weight, labels, options, half)
