@@ -51,10 +51,10 @@ class MarginHead(nn.Module):
             exact). Not exact, off by default (measured errors: math.md 1.4); `RowStats.dropped_mass` holds q_i of each row left
             out. With reduction "none" the upstream gradient of a row does not count in its mass.
         drop_elements: leave single elements p_ij < drop_elements out of dx and dW: only the others are listed, and the backward pass
-            walks the lists (2NCD products instead of 8NCD; up to 2NC bytes of lists, within `keep_budget`). Loss and
+            walks the lists (2NCD products instead of 8NCD; up to 4NC bytes of lists, within `keep_budget`). Loss and
             statistics are exact, `RowStats.dropped_mass` holds the mass left out of each row. 2**-16 errs about as bfloat16 does.
             Not exact, off by default (measured errors: math.md 1.4). Only the CPU kernels list; a tile of classes with more
-            than a quarter of its elements to list, and a batch whose unlabelled rows count, are swept in full. One of
+            than half of its elements to list, and a batch whose unlabelled rows count, are swept in full. One of
             drop_elements, drop_mass and keep_exponentials.
     W is drawn from N(0, 0.01). Without `HeadSGD`, backward fills weight.grad; with it, backward leaves row records here
     and weight.grad stays None: clip the backbone's gradients only.

@@ -67,7 +67,7 @@ struct Element {
   float value;
 };
 
-constexpr int64_t kListedShare = 4;  // a tile with more than 1/4 of its elements to list is swept densely: that is faster
+constexpr int64_t kListedShare = 2;  // a tile with more than half of its elements to list is swept densely: that is as fast
 constexpr int32_t kNotListed = -1;
 
 struct Scratch {

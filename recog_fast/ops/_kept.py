@@ -37,7 +37,7 @@ class Lease:
 @dataclass
 class KeptExponentials:
     """Pool of one buffer, up to `budget` bytes: the classes that fit. dtype bfloat16 (2NC bytes), float32 (4NC bytes), or int32:
-    element lists (at most 2NC bytes; memory that no list reaches is never touched)."""
+    element lists (at most 4NC bytes; memory that no list reaches is never touched)."""
 
     dtype: torch.dtype
     budget: int = BUDGET
