@@ -8,7 +8,7 @@ root=$PWD
 py=${PY:-.venv/bin/python}
 package=$root/build/sanitize/recog_fast
 tests="tests/test_ops.py tests/test_margin_softmax.py tests/test_same_bits.py tests/test_fuzz.py tests/test_isas.py"
-tests="$tests tests/test_margin_softmax_golden.py tests/test_half.py tests/test_kept.py tests/test_sampled_steps.py tests/test_sampled_kept.py"
+tests="$tests tests/test_margin_softmax_golden.py tests/test_half.py tests/test_kept.py tests/test_lists.py tests/test_sampled_steps.py tests/test_sampled_kept.py"
 # The reference has no kernels to check, and the sanitizer fills malloc's memory its own way.
 others="reference-float or uninitialised"
 
