@@ -3,12 +3,13 @@
     .venv/bin/pip install bochscpu-python                           # the CPU of the Bochs emulator, as a library
     .venv/bin/python tools/emulate_avx512.py avx512_bf16            # the arguments and the exit code of kernel_check
     .venv/bin/python tools/emulate_avx512.py avx512 half small
-    .venv/bin/python tools/emulate_avx512.py --program FILE ...     # any program linked with -static -no-pie; no threads
+    .venv/bin/python tools/emulate_avx512.py --program FILE ...     # a program linked with -static -no-pie; no threads
 
 Needs Linux on x86-64, a C++ compiler and the build folder that `make` leaves. The objects there, those that the
-extension is linked from, are linked once more into a static kernel_check, loaded into the memory of an emulated Sapphire
-Rapids in 64-bit mode and run there, its few system calls answered here. On stderr: what was executed (AVX-512: libc has
-some too). Bochs computes float arithmetic in software: this shows whether the code is right, not how fast it is.
+extension is linked from, are linked once more into a static kernel_check, loaded into the memory of an emulated
+Sapphire Rapids in 64-bit mode and run there, its few system calls answered here. On stderr: what was executed
+(AVX-512: libc has some too). Bochs computes float arithmetic in software: this shows whether the code is right, not
+how fast it is.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ ENOSYS = -38
 
 
 def load_emulator(folder: Path) -> tuple[Any, ctypes.CDLL]:
-    """bochscpu with the shim in front of it; the shim. Bound lazily: it names functions of a newer glibc, never called."""
+    """bochscpu with the shim in front of it; the shim. Bound lazily: it names, never calls, what glibc 2.38 added."""
     source, library = folder / "shim.cpp", folder / "shim.so"
     source.write_text(SHIM)
     subprocess.run([os.environ.get("CXX", "g++"), "-O2", "-shared", "-fPIC", source, "-o", library], check=True)
@@ -204,6 +205,8 @@ class Machine:
         if number in (60, 231, 234):  # exit, exit_group; tgkill, which abort() asks for
             return self.end(first if number != 234 else 128 + third)
         if number == 10:  # mprotect: all memory may be read, written and run
+            return 0
+        if number == 202 and second & 127 == 1:  # futex(FUTEX_WAKE): nobody waits
             return 0
         # No mmap: malloc then takes all from brk. No threads: the sweeps do with the one there is.
         return ENOSYS
