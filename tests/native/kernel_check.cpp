@@ -5,6 +5,7 @@
 // 1.5 times the error of an ideal path (operands rounded, everything else exact) and what rounding the slopes costs; kept
 // 16-bit exponentials: 4e-3 and the same.
 #include <cstdio>
+#include <functional>
 #include <map>
 
 #include "problem.h"
@@ -106,7 +107,7 @@ Doubles pull_of(const Problem& p, double& terms) {
   for (int64_t n = 0; n < s.N; ++n) {
     const Row row = solve(p, n, p.label[n], true);
     for (int64_t c = 0; c < s.C; ++c)
-      if (row.p[c] != 0) squared += add_prototype(p, n, c, row.p[c] * row.slope[c], &pull[n * s.D]);
+      if (row.p[c] != 0 && p.counts(n, c)) squared += add_prototype(p, n, c, row.p[c] * row.slope[c], &pull[n * s.D]);
   }
   terms = std::sqrt(squared);
   return pull;
@@ -216,6 +217,7 @@ Doubles prototype_gradient(const Problem& p, const Terms& terms, Doubles& square
       const double h = kind == cpu::kMargin ? q * g : kind == cpu::kUnknownSingle ? double(s.C) * q - 1 : twice;
       const bool own = c == p.label[n];
       const int64_t row = own ? p.target[n] : c * s.K + p.best[n * s.C + c];
+      if (!own && !p.counts(n, c)) continue;
       const double slope = own ? t[2 * s.N + n] : t[s.N + n] * h;
       squares[row] += slope * slope;
       for (int64_t k = 0; k < s.D; ++k) d[row * s.D + k] += slope * p.x[n * s.D + k];
@@ -268,6 +270,50 @@ void check_classes(const Problem& p, const Problem& q, const Terms& terms, const
   if (!s.unit) check_step(p, terms, kept, name, d, ideal, std::sqrt(chained), half, relative);
 }
 
+// (N,) floors of element lists, each in the widest gap below a row's largest logits; marks what lies above. Infinite where no gap
+// is wide enough for logits off by `error`; false where a tile would have too much to list.
+bool make_floors(Problem& p, double error, Floats& floors) {
+  const Shape& s = p.shape;
+  const int64_t tile = std::max<int64_t>(1, 96 / s.K);
+  std::vector<int64_t> counts((s.C + tile - 1) / tile, 0);
+  floors.assign(s.N, INFINITY), p.listed.assign(s.N * s.C, 0);
+  for (int64_t n = 0; n < s.N; ++n) {
+    double slope, widest = 2 * error;
+    Doubles z(s.C);
+    for (int64_t c = 0; c < s.C; ++c) z[c] = s.scale * p.value(n, p.cosine[n * s.C + c], slope);
+    Doubles order(z);
+    std::sort(order.begin(), order.end(), std::greater<double>());
+    for (int64_t k = 1; k < s.C && k <= s.C / 8 + 2; ++k)
+      if (order[k - 1] - order[k] > widest) widest = order[k - 1] - order[k], floors[n] = float((order[k - 1] + order[k]) / 2);
+    for (int64_t c = 0; c < s.C; ++c)
+      if (z[c] >= floors[n]) p.listed[n * s.C + c] = 1, counts[c / tile] += c != p.label[n];
+  }
+  return *std::max_element(counts.begin(), counts.end()) <= tile * s.K * s.N / 2;
+}
+
+void check_lists(Problem p, Problem q, const Terms& terms) {
+  const Shape& s = p.shape;
+  Floats floors, ours(s.N * s.D, NAN), nearest(s.N);
+  if (!make_floors(p, 2.3 * s.scale * cosine_budget(p, q), floors)) return;
+  q.listed = p.listed;
+  std::vector<char> buffer(size_t(cpu::kept_bytes(p.classes(), s.N, s.half, false, true)), char(0x7f));
+  const cpu::Kept kept{buffer.data(), int64_t(buffer.size()), false, true, floors.data()};
+  Doubles lse(s.N), share(s.N, NAN);
+  std::vector<int64_t> index(s.N);
+  cpu::row_sweep(p.classes(), p.rows(p.target), {lse.data(), nearest.data(), index.data(), ours.data(), share.data()}, kept, s.threads);
+  const double relative = 2 * (2.3 * s.scale * cosine_budget(p, q) + 2e-6);
+  for (int64_t n = 0; n < s.N; ++n) {
+    const Row row = solve(p, n, p.label[n], true);
+    double truth = row.index < 0 ? 1 : 0;
+    for (int64_t c = 0; c < s.C; ++c) truth += p.counts(n, c) ? row.p[c] : 0;
+    judge("listed share", std::fabs(share[n] - truth), relative);
+  }
+  double size, unused;
+  const Doubles truth = pull_of(p, size);
+  judge_matrix("listed pull", ours, truth, pull_of(q, unused), s.half, size);
+  check_classes(p, q, terms, kept, "class listed");
+}
+
 void check_problem(const Shape& shape, uint32_t seed) {
   Problem p(shape, seed);
   const Problem q = p.ideal();
@@ -281,13 +327,14 @@ void check_problem(const Shape& shape, uint32_t seed) {
     // Room for all blocks but the last, where there are several: both ways run in one sweep.
     cpu::Classes one = p.classes();
     one.C = 1;
-    const int64_t block = cpu::kept_bytes(one, shape.N, shape.half, half);
-    const int64_t all = cpu::kept_bytes(p.classes(), shape.N, shape.half, half);
+    const int64_t block = cpu::kept_bytes(one, shape.N, shape.half, half, false);
+    const int64_t all = cpu::kept_bytes(p.classes(), shape.N, shape.half, half, false);
     std::vector<char> buffer(size_t(std::max(block, all - block)), char(0x7f));
     const cpu::Kept kept{buffer.data(), int64_t(buffer.size()), half};
     check_rows(p, q, kept);
     check_classes(p, q, terms, kept, half ? "class kept16" : "class kept32");
   }
+  check_lists(p, q, terms);
 }
 
 std::vector<Shape> shapes(bool half, bool full) {

@@ -48,6 +48,7 @@ struct Problem {
   Doubles prototypes, inverse;  // (C K, D), 1/|W|
   Doubles cosine;               // (N, C) of the best sub-center
   std::vector<int> best;        // (N, C) which that is
+  std::vector<char> listed;     // (N, C) what of pull and gradient counts (element lists); empty: all
   double clear;                 // distance of every cosine from a jump: a rule's threshold, its clamp, a tie of sub-centers
 
   Problem(const Shape& s, uint32_t seed) : shape(s), clear(s.half ? 4e-3 : 2e-6), random_(seed) {
@@ -89,6 +90,8 @@ struct Problem {
       for (int64_t c = 0; c < shape.C; ++c) q.cosine[n * shape.C + c] = q.product(n, c * shape.K + best[n * shape.C + c]);
     return q;
   }
+
+  bool counts(int64_t n, int64_t c) const { return listed.empty() || listed[n * shape.C + c] != 0; }
 
   double product(int64_t n, int64_t r) const {
     double sum = 0;
