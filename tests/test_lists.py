@@ -168,6 +168,25 @@ def test_dense_and_listed_tiles_in_one_sweep() -> None:
     assert relative(d_weight, case.gradient(terms, keep)) <= 5e-6
 
 
+@each([*NATIVE, *HALF])
+def test_an_infinite_slope_lists_nothing_below_the_floor(route: Route) -> None:
+    """0 times it is NaN: not counted when the tile was found to fit, it must not be written, past the buffer's end, either."""
+    case = Case(960, rule="curricular")
+    assert case.rules is not None
+    case.rules[[5, 10]] = math.inf  # b1: what 1e300 in a rule is in float32
+    buffer = torch.full((500_000,), 77, dtype=torch.int32)
+    classes = native.load()[0].Classes(
+        weight=0, memory_rows=0, strength=0, slot=0, C=960, K=1, D=D, S=0, unit=False, memory_bf16=False, renormalize=True
+    )
+    with route():
+        needed = native.load()[0].kept_bytes(classes, N, route.half, keep_half=False, lists=True) // 4
+        torch.ops.recog_fast.negative_logsumexp(
+            case.x, case.weight, case.labels, case.scale, case.rules, None, None, None, False, True, route.half, True,
+            buffer[:needed], None, torch.full((N,), 1e6), None
+        )  # fmt: skip
+    assert bool((buffer[needed:] == 77).all())
+
+
 def test_same_bits_for_any_number_of_threads() -> None:
     case, threads = Case(9000), torch.get_num_threads()
     results = []

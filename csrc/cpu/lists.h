@@ -53,10 +53,11 @@ static void exponentiate_listed(const Plan& plan, const Tile& tile, float* logit
       const Rule rule = plan.rules ? rule_at(plan, n, c) : Rule{c, splat(1.0f)};
       const vf z = plan.scale * rule.f;
       const vf e = c < kMaskedBelow ? splat(0.0f) : exponential(z - offset);
-      const vf large = (z >= floor) & (c > kMaskedBelow) ? e : splat(0.0f);
+      const vi large = (z >= floor) & (c > kMaskedBelow);
       sum += e;
-      listed += large;
-      store(at, plan.rules ? large * rule.g : large);
+      listed += large ? e : splat(0.0f);
+      // chosen last: 0 times a rule's infinite slope would be NaN, which is listed, and nobody counted it
+      store(at, large ? (plan.rules ? e * rule.g : e) : splat(0.0f));
     }
     for (int64_t i = 0; i < kWidth; ++i) {
       out.sum[n + i] += double(sum[i]);
