@@ -54,7 +54,8 @@ class MarginHead(nn.Module):
             walks the lists (2NCD products instead of 8NCD; up to 4NC bytes of lists, within `keep_budget`). Loss and
             statistics are exact, `RowStats.dropped_mass` holds the mass left out of each row. 2**-16 errs about as bfloat16 does.
             Not exact, off by default (measured errors: math.md 1.4). Only the CPU kernels list; a tile of classes with more
-            than half of its elements to list, and a batch whose unlabelled rows count, are swept in full. One of
+            than half of its elements to list, and a batch whose unlabelled rows count, are swept in full; with several forwards per
+            HeadSGD step dW is (dx and dropped_mass are of the lists all the same). Setting it to 0 later turns it off. One of
             drop_elements, drop_mass and keep_exponentials.
     W is drawn from N(0, 0.01). Without `HeadSGD`, backward fills weight.grad; with it, backward leaves row records here
     and weight.grad stays None: clip the backbone's gradients only.

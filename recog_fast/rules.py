@@ -54,7 +54,8 @@ class RowStats(NamedTuple):
     subcenter           int64    which sub-center of the target class won; 0 without sub-centers
     max_probability     float32  unlabelled rows: exp(s c_max - lse); labelled rows: 0
     dropped_mass        float32  part of q = 1 - p_y left out of dW: all of it for a row that `drop_mass` dropped, that of the
-                        elements that `drop_elements` did not list (out of dx too); 0 otherwise
+                        elements that `drop_elements` did not list (out of dx too; out of dx alone where several forwards make
+                        one HeadSGD step); 0 otherwise
     """
 
     lse: Tensor

@@ -308,6 +308,13 @@ def test_batches_where_unknown_rows_count_are_exact() -> None:
     assert not bool(ignored[1][::4].any())
 
 
+def test_setting_the_share_to_zero_turns_lists_off() -> None:
+    head, exact = make_head(0.01), make_head(0.0)
+    head.drop_elements = 0.0
+    ours, truth = train_once(head), train_once(exact)
+    assert torch.equal(ours[1], truth[1]) and torch.equal(ours[2], truth[2]) and not bool(ours[3].dropped_mass.any())
+
+
 def test_micro_batches_of_one_step_are_joined_in_full() -> None:
     """Their lists are of different rows: the step computes dW of all again, nothing left out."""
     ends = []

@@ -152,6 +152,8 @@ def _sweep(unit: Tensor, norms: Tensor, weight: Tensor, labels: Tensor, options:
     wanted = apart and (options.unknown_stats or options.unknown_weight > 0)
     # One forward sweep for one class sweep; in 16 bits a saturated unlabelled row's nearest class would hide its tile mates.
     keep = options.keep if options.record and not wanted else None
+    if keep is not None and keep.dtype == torch.int32 and options.drop_elements == 0:  # head.drop_elements = 0 turns lists off
+        keep = None
     if keep is not None and _hides_unknown(keep, half) and options.unknown_weight > 0 and not bool(labelled.all()):
         keep = None
     count = weight.shape[0] if options.members is None else options.members.numel()
