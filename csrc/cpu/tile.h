@@ -108,7 +108,7 @@ static void prepare(const Plan& plan, int64_t first, int64_t count, Scratch& scr
 static Fetch next_rows(const Plan& plan, const Tile& tile, const float* matrix, int64_t steps) {
   const Classes& c = plan.classes;
   const int64_t first = tile.first + tile.count, left = c.C * c.K - first, count = left < tile.count ? left : tile.count;
-  if (matrix == nullptr || c.members != nullptr || count <= 0) return {};
+  if (matrix == nullptr || c.members != nullptr || count <= 0 || c.D == 0) return {};
   const char* at = reinterpret_cast<const char*>(matrix + first * c.D);
   const int64_t bytes = count * c.D * int64_t(sizeof(float)), pace = steps * 64 / bytes;
   return {at, at + bytes, pace > 0 ? pace : 1, 1};
