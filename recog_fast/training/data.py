@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import multiprocessing
 import os
 import signal
 import threading
@@ -228,6 +229,8 @@ def _leave_signals_to_the_parent(_: int) -> None:
 
 
 def _end_with_the_parent() -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-        pass
-    os._exit(0)
+    parent = multiprocessing.parent_process()  # not os.getppid(): a fork server's children have the server there
+    while True:
+        sender = signal.sigwaitinfo({signal.SIGTERM}).si_pid
+        if parent is not None and sender == parent.pid:
+            os._exit(0)
