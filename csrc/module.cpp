@@ -78,14 +78,15 @@ PYBIND11_MODULE(_native, m) {
   m.def(
       "unknown_sweep",
       [](const cpu::Classes& c, const cpu::Rows& r, uintptr_t lse, uintptr_t first_mean, uintptr_t mass,
-         uintptr_t remainder, uintptr_t mean, uintptr_t pull, int threads) {
+         uintptr_t remainder, uintptr_t mean, uintptr_t pull, int threads, uintptr_t low) {
         cpu::unknown_sweep(c, r,
                            {at<const double>(lse), at<const float>(first_mean), at<double>(mass), at<double>(remainder),
-                            at<double>(mean), at<float>(pull)},
+                            at<double>(mean), at<float>(pull), at<const float>(low)},
                            threads);
       },
       py::arg("classes"), py::arg("rows"), py::kw_only(), py::arg("lse"), py::arg("first_mean"), py::arg("mass"),
-      py::arg("remainder"), py::arg("mean"), py::arg("pull"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+      py::arg("remainder"), py::arg("mean"), py::arg("pull"), py::arg("threads"), py::arg("low") = 0,
+      py::call_guard<py::gil_scoped_release>());
 
   m.def(
       "class_sweep",

@@ -43,7 +43,8 @@ def row_sweep(
     listed: int = 0,
 ) -> None: ...
 def unknown_sweep(
-    classes: Classes, rows: Rows, *, lse: int, first_mean: int, mass: int, remainder: int, mean: int, pull: int, threads: int
+    classes: Classes, rows: Rows, *, lse: int, first_mean: int, mass: int, remainder: int, mean: int, pull: int, threads: int,
+    low: int = 0,
 ) -> None: ...
 def class_sweep(
     classes: Classes,

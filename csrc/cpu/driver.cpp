@@ -232,7 +232,7 @@ void unknown_sweep(const Classes& classes, const Rows& rows, const UnknownSums& 
     correction[n] = float(std::exp(double(lse[n]) - out.lse[n]));
   }
   space.pack_terms({lse.data(), correction.data(), zero.data(), out.first_mean, zero.data()});
-  space.pack_float_rows();
+  space.pack_wide_rows(out.low);
   space.plan.unknown = true;
   const Total total = run_rows(space, threads);
   std::copy(total.sum.begin(), total.sum.end(), out.remainder);

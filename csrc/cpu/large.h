@@ -5,16 +5,20 @@ constexpr double kLargeProbability = 1e-4;
 constexpr float kLargeLogit = -9.2103404f;  // its logarithm
 
 typedef double vd __attribute__((vector_size(RF_VECTOR_BYTES)));
+typedef double vdu __attribute__((vector_size(RF_VECTOR_BYTES), aligned(8), may_alias));
 typedef float vh __attribute__((vector_size(RF_VECTOR_BYTES / 2), aligned(4), may_alias));
 
-static double exact_dot(const float* a, const float* b, int64_t D) {
+static inline vd load_wide(const float* a) { return __builtin_convertvector(*reinterpret_cast<const vh*>(a), vd); }
+static inline vd load_wide(const double* a) { return *reinterpret_cast<const vdu*>(a); }
+
+template <class T>
+static double exact_dot(const float* a, const T* b, int64_t D) {
   constexpr int64_t kHalf = kWidth / 2;
   vd s0 = vd{}, s1 = s0;
   int64_t d = 0;
   for (; d + kWidth <= D; d += kWidth) {
-    s0 += __builtin_convertvector(*reinterpret_cast<const vh*>(a + d), vd) * __builtin_convertvector(*reinterpret_cast<const vh*>(b + d), vd);
-    s1 += __builtin_convertvector(*reinterpret_cast<const vh*>(a + d + kHalf), vd) *
-          __builtin_convertvector(*reinterpret_cast<const vh*>(b + d + kHalf), vd);
+    s0 += load_wide(a + d) * load_wide(b + d);
+    s1 += load_wide(a + d + kHalf) * load_wide(b + d + kHalf);
   }
   double total = 0.0;
   for (int64_t i = 0; i < kHalf; ++i) total += s0[i] + s1[i];
@@ -29,10 +33,11 @@ static double exact_remainder(double p) {
   return total;
 }
 
-// tile.inverse[j], of which 1 (rows that are unit already) and 0 (zero rows) stand as they are.
+// 1 / |row|; 0 for a zero row. Rows of W that float32 takes for unit are off by up to 6e-8; prototypes that the caller gave, and
+// those with memory that are not to be normalised, stand as they are.
 static double exact_inverse(const Plan& plan, const Tile& tile, int64_t j) {
   const float inverse = tile.inverse[j];
-  if (inverse == 1.0f || inverse == 0.0f) return double(inverse);
+  if (inverse == 0.0f || plan.classes.unit || (inverse == 1.0f && !plan.classes.renormalize)) return double(inverse);
   const float* row = tile.rows + j * tile.stride;
   return 1.0 / __builtin_sqrt(exact_dot(row, row, plan.classes.D));
 }
@@ -41,7 +46,7 @@ static double exact_inverse(const Plan& plan, const Tile& tile, int64_t j) {
 static void add_large(const Plan& plan, const Tile& tile, int64_t j, int64_t n, double inverse, float* logits, Partial& out) {
   const float* row = tile.rows + j * tile.stride;
   const double lse = double(plan.terms[n]) - __builtin_log(double(plan.terms[plan.lanes + n]));
-  const double cosine = exact_dot(row, plan.x_rows + n * plan.stride, plan.classes.D) * inverse;
+  const double cosine = exact_dot(row, plan.x_wide + n * plan.classes.D, plan.classes.D) * inverse;
   const double p = __builtin_fmin(__builtin_exp(double(plan.scale) * cosine - lse), 1.0);
   const double rest = exact_remainder(p);
   out.mass[n] += p;

@@ -39,6 +39,7 @@ struct Plan {
   bool lists = false;                      // kept as element lists
   const float* floor = nullptr;            // (lanes,) the logits from which on a class is listed, for a row sweep
   const float* x_rows = nullptr;           // (N, stride): x, operand of the class gradient from lists
+  const double* x_wide = nullptr;          // (N, D): x before it was rounded, for the large classes of unlabelled rows
   const float* x_panels = nullptr;         // [lanes/NR][D][NR]: x^T, operand of the logits
   const float* x_columns = nullptr;        // [depth/NR][N][NR]: x, operand of the class gradient
   const float* rules = nullptr;            // (kRuleRows, lanes) or null

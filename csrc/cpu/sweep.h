@@ -63,6 +63,7 @@ struct UnknownSums {
   double* remainder = nullptr;        // (N,)
   double* mean = nullptr;             // (N,)
   float* pull = nullptr;              // (N, D)
+  const float* low = nullptr;         // (N, D) what rounding x to float32 lost, or null
 };
 
 enum Kind : int { kMargin = 0, kUnknownDouble = 1, kUnknownSingle = 2 };

@@ -106,6 +106,13 @@ void Workspace::pack_float_rows() {
   plan.x_rows = x_rows_.get();
 }
 
+void Workspace::pack_wide_rows(const float* low) {
+  const int64_t count = plan.N * plan.classes.D;
+  x_wide_ = Array<double>(count);
+  for (int64_t i = 0; i < count; ++i) x_wide_[i] = double(rows_.unit_embeddings[i]) + (low == nullptr ? 0.0 : double(low[i]));
+  plan.x_wide = x_wide_.get();
+}
+
 void Workspace::pack_rules() {
   if (rows_.rules == nullptr) return;
   const float plain[kRuleRows] = {4, 4, 0, 1, 0, 0, 1, 0, 1, 0, 0, 1};

@@ -17,13 +17,15 @@ struct Workspace {
 
   void pack_terms(const RowTerms& terms);
   void pack_embeddings(bool columns);  // the operands of the logits and, for a class sweep, of the class gradient
-  void pack_float_rows();              // x itself, for element lists and the large classes of unlabelled rows
+  void pack_float_rows();              // x itself, for element lists
+  void pack_wide_rows(const float* low);  // x + low, for the large classes of unlabelled rows
   void keep(const Kept& kept);         // where the exponentials are, as many blocks as fit
 
   int64_t blocks() const { return (plan.classes.C + plan.block_classes - 1) / plan.block_classes; }
 
  private:
   Array<float> x_panels_, x_columns_, x_rows_, rules_, terms_, floor_;
+  Array<double> x_wide_;
   Array<int32_t> pair_panels_, pair_columns_;
   std::vector<Target> targets_;
   Rows rows_;

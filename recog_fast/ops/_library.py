@@ -28,7 +28,7 @@ SCHEMAS = {
     "bool unit, bool renormalize, bool half=False, bool want_pull=True, Tensor(a!)? kept=None, "
     f"{_MEMBERS}, Tensor? floor=None, Tensor(b!)? listed=None) -> (Tensor, Tensor, Tensor, Tensor)",
     "unknown_rejection": "(Tensor unit_embeddings, Tensor weight, Tensor nearest, Tensor lse, Tensor first_mean, float scale, "
-    f"{_MEMORY}, bool unit, bool renormalize, bool half=False) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"{_MEMORY}, bool unit, bool renormalize, bool half=False, Tensor? low=None) -> (Tensor, Tensor, Tensor, Tensor)",
     "class_gradient": f"({_ROWS}, Tensor weight, float scale, Tensor? rules, {_MEMORY}, bool unit, bool renormalize, "
     f"bool half=False, Tensor? kept=None, {_MEMBERS}) -> Tensor",
     "class_step": f"({_ROWS}, Tensor(a!) weight, Tensor(b!)? velocity, float scale, Tensor? rules, {_MEMORY}, "

@@ -45,8 +45,8 @@ def _pull_of(batch: Batch, at: Tensor) -> Tensor:
     return batch.pull[at] if batch.pull.shape[0] else torch.zeros_like(batch.unit[at])
 
 
-def reject_unknown(batch: Batch, nearest: Tensor, weight: Tensor, options: LossOptions) -> Unknown | None:
-    """Excess of the unlabelled rows and its slopes; None where it does not count."""
+def reject_unknown(batch: Batch, exact: Tensor, nearest: Tensor, weight: Tensor, options: LossOptions) -> Unknown | None:
+    """Excess of the unlabelled rows and its slopes; None where it does not count. exact: x^ (N, D) in double."""
     at = (batch.labels == -1).nonzero().squeeze(1)
     if options.unknown_weight == 0 or at.numel() == 0:
         return None
@@ -60,22 +60,24 @@ def reject_unknown(batch: Batch, nearest: Tensor, weight: Tensor, options: LossO
         one = torch.ones_like(lse)
         nobody = torch.full_like(at, -1)
         return Unknown(at, nobody, one, excess.clamp_min(0.0), d_unit.to(unit.dtype), one, one, reference.UNKNOWN_SINGLE)
-    return _reject_double(batch, weight, options, at, nearest[at])
+    return _reject_double(batch, exact[at], weight, options, at, nearest[at])
 
 
-def _reject_double(batch: Batch, weight: Tensor, options: LossOptions, at: Tensor, nearest: Tensor) -> Unknown:
+def _reject_double(batch: Batch, exact: Tensor, weight: Tensor, options: LossOptions, at: Tensor, nearest: Tensor) -> Unknown:
     """The double softmax: sums over all classes but the nearest, whose p_0 = 1 - (their mass) enters by itself.
 
     All p are those of an lse from float32 (or 16-bit) logits, and the large ones come in double: they and the mass add up to
-    1 + error, by which every p is divided, the sums to first order.
+    1 + error, by which every p is divided, the sums to first order. So lse may as well be rounded to float32, as the kernels
+    read it: with their float32 correction for what that loses, p_0 and the other p would be of two sums 6e-8 apart.
     """
-    unit, lse, pull, classes = batch.unit[at], batch.lse[at], _pull_of(batch, at).double(), weight.shape[0]
-    cosine, sub, top_prototype = target_prototypes(unit.double(), weight, nearest, options.injection)
-    estimate = torch.exp(options.scale * cosine - lse).clamp_max(1.0)
+    unit, lse, pull, classes = batch.unit[at], batch.lse[at].to(batch.unit.dtype).double(), _pull_of(batch, at).double(), weight.shape[0]
+    cosine, sub, top_prototype = target_prototypes(exact, weight, nearest, options.injection)
+    estimate = torch.exp(options.scale * cosine - lse)
     first_mean = (estimate * torch.expm1(estimate)).to(unit.dtype)
     mass, remainder, mean, push = torch.ops.recog_fast.unknown_rejection(
-        unit, weight, nearest, lse, first_mean, options.scale, *options.injection.arguments(), False, True, batch.half
-    )
+        unit, weight, nearest, lse, first_mean, options.scale, *options.injection.arguments(), False, True, batch.half,
+        (exact - unit.double()).to(unit.dtype),
+    )  # fmt: skip
     whole = mass + estimate
     remainder, mean = remainder - (whole - 1) * mean, mean / whole**2
     mass, estimate = mass / whole, estimate / whole

@@ -249,11 +249,12 @@ class _MarginSoftmax(torch.autograd.Function):
     def forward(ctx: Any, embeddings: Tensor, weight: Tensor, labels: Tensor, options: LossOptions, *parameters: Tensor) -> tuple[Tensor, ...]:
         with torch.autocast(embeddings.device.type, enabled=False):
             # in double: an error of |x| is one of all the row's logits at once, and shows in the UIR excess
-            unit, norms = (t.to(weight.dtype) for t in reference.unit_rows(embeddings.double()))
+            exact, lengths = reference.unit_rows(embeddings.double())
+            unit, norms = exact.to(weight.dtype), lengths.to(weight.dtype)
             # the single softmax multiplies the error of lse by C: float32 whatever is asked for
             half = options.compute_dtype == torch.bfloat16 and options.softmax == "double"
             batch, stats = _sweep(unit, norms, weight, labels, options, half)
-            unknown = reject_unknown(batch, stats.nearest_index, weight, options)
+            unknown = reject_unknown(batch, exact, stats.nearest_index, weight, options)
             rows = _row_losses(batch, unknown, options)
             shares = _row_shares(batch, unknown, options)
             loss = rows if options.reduction == "none" else (rows * shares).sum()

@@ -27,6 +27,7 @@ def _cpu_kernel(
     unit: bool,
     renormalize: bool,
     half: bool = False,
+    low: Tensor | None = None,
 ) -> Sums:
     module = _library.compiled(unit_embeddings, weight)
     if module is None:
@@ -35,9 +36,11 @@ def _cpu_kernel(
         )
     n, dimension = unit_embeddings.shape
     _checks.expect(lse.numel() == n and first_mean.numel() == n, "unknown_rejection", f"lse and first_mean of shape ({n},)", (tuple(lse.shape), tuple(first_mean.shape)))
+    _checks.expect(low is None or low.shape == unit_embeddings.shape, "unknown_rejection", f"low of shape {(n, dimension)}", low)
     operands = _cpu.Operands(module, weight, memory_rows, strength, slot, unit=unit, renormalize=renormalize)
     rows = operands.rows(unit_embeddings, nearest * operands.subcenters, None, scale, half)
     exact, first = lse.detach().double().contiguous(), _cpu.float_rows(first_mean)
+    rounding = None if low is None else _cpu.float_rows(low)
     mass, remainder, mean = torch.empty(3, n, dtype=torch.float64).unbind()
     pull = torch.empty(n, dimension, dtype=torch.float32)
     module.unknown_sweep(
@@ -50,12 +53,13 @@ def _cpu_kernel(
         mean=mean.data_ptr(),
         pull=pull.data_ptr(),
         threads=_cpu.threads(),
+        low=_cpu.address(rounding),
     )
     return mass.clone(), remainder.clone(), mean.clone(), pull
 
 
 def _reference(*arguments: Any) -> Sums:
-    """Materialised; without the kernels' `half`."""
+    """Materialised; without the kernels' `half` and `low` (what rounding x^ to float32 lost)."""
     return reference.unknown_rejection(*arguments[:_OPERANDS])
 
 
