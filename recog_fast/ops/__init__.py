@@ -5,6 +5,8 @@ from ._library import SCHEMAS, use_backend
 from .effective_prototypes import effective_prototypes
 from .negative_logsumexp import negative_logsumexp
 
+from . import _cuda  # isort: skip  # registers the CUDA kernels of the operations above
+
 __all__ = [
     "SCHEMAS",
     "class_gradient",

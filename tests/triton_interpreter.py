@@ -1,0 +1,44 @@
+"""Triton's interpreter, made right for bfloat16. Import it before anything imports triton, in a process of its own.
+
+Triton 3.6's interpreter keeps bfloat16 as uint16 and multiplies the bit patterns in `tl.dot`, and cuts float32 off instead of
+rounding it: both are replaced here by what the hardware does. It needs numpy < 2.4 (constraints.txt). It does not notice reads
+out of bounds: tests fill what lies around the operands with NaN.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+from typing import Any
+
+import numpy as np
+import torch
+import triton.language as tl
+from triton.runtime import interpreter
+
+_create_dot = interpreter.InterpreterBuilder.create_dot
+_cast = interpreter.InterpreterBuilder.cast_impl
+
+
+def _widened(t: Any) -> Any:
+    """bfloat16 bit patterns -> the float32 of the same value."""
+    if t.dtype.scalar != tl.bfloat16:
+        return t
+    return interpreter.TensorHandle((t.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+
+def _dot(self: Any, a: Any, b: Any, d: Any, input_precision: Any, max_num_imprecise_acc: Any) -> Any:
+    return _create_dot(self, _widened(a), _widened(b), d, input_precision, max_num_imprecise_acc)
+
+
+def _rounding_cast(self: Any, source: Any, to: Any) -> Any:
+    if source.dtype.scalar == tl.float32 and to.scalar == tl.bfloat16:
+        rounded = torch.from_numpy(np.ascontiguousarray(source.data)).to(torch.bfloat16).view(torch.int16).numpy()
+        return interpreter.TensorHandle(rounded.view(np.uint16), tl.bfloat16)
+    return _cast(self, source, to)
+
+
+interpreter.InterpreterBuilder.create_dot = _dot
+interpreter.InterpreterBuilder.cast_impl = _rounding_cast
