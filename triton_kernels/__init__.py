@@ -30,7 +30,7 @@ def describe() -> str:
 
     if importlib.util.find_spec("triton") is None:
         return "not installed"
-    import triton  # type: ignore[import-untyped]
+    import triton
 
     reason = reason_missing()
     if reason is not None:

@@ -9,12 +9,38 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs
-from .tiles import bend, class_cosines, expm1_remainder, store_parts, tile_origin
+from .tiles import bent, class_cosines, expm1_remainder, store_parts, tile_origin, times_slope
 
 # Kinds of rows, as reference.py names them: MARGIN, UNKNOWN_DOUBLE, UNKNOWN_SINGLE.
 _DOUBLE = tl.constexpr(1.0)
 _SINGLE = tl.constexpr(2.0)
 _LARGEST = tl.constexpr(115.4)  # exponents are capped at 80 nats: a margin row far off its lse gives a large number, no inf
+
+
+@triton.jit
+def _probabilities(c, terms, rules, rows, ld, k2, RULES: tl.constexpr):
+    """exp(s f(c) - lse)."""
+    return tl.exp2(tl.minimum(bent(c, rules, rows, ld, RULES) * k2 - tl.load(terms + rows)[:, None], _LARGEST))
+
+
+@triton.jit
+def _unknown_slopes(h, probability, terms, rows, ld, count):
+    """h of unknown rows in place of the margin's."""
+    kind = tl.load(terms + 4 * ld + rows)[:, None]
+    capped = tl.minimum(probability, 1.0)
+    expm1 = capped + expm1_remainder(capped)
+    h = tl.where(kind == _DOUBLE, capped * (expm1 - tl.load(terms + 3 * ld + rows)[:, None]), h)
+    return tl.where(kind == _SINGLE, probability * count - 1.0, h)
+
+
+@triton.jit
+def _negatives(target, kind, seen, classes, first, C, K: tl.constexpr, SEEN: tl.constexpr):
+    """(BN, BC): the classes that are not the row's target; of margin rows only those they see."""
+    negative = classes[None, :] + first != tl.where(target >= 0, target // K, -1)[:, None]
+    if SEEN:
+        sampled = tl.load(seen + classes, mask=classes < C, other=0) != 0
+        negative = negative & (sampled[None, :] | (kind > 0.0)[:, None])
+    return negative
 
 
 @triton.jit
@@ -25,35 +51,31 @@ def slope_tile(
     terms,  # (5, ld) float32: lse in base 2, weight of the negatives, gradient of the target cosine, E, kind
     rules,  # (12, ld) float32
     seen,  # (C,) int8 whether margin rows see the class
-    slopes,  # (N, ld_e) out
+    slopes,  # (ld, ld_e) out
     N, C, first, ld, ld_e, k2, count,
-    D: tl.constexpr, K: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr,
+    D: tl.constexpr, K: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr, TMA: tl.constexpr,
     RULES: tl.constexpr, SEEN: tl.constexpr,
 ):  # fmt: skip
     """slopes_ij = weight_i h_ij of the negatives, the target's gradient at the target; count: number of all classes."""
     row0, class0 = tile_origin(N, BN, BC)
     rows = row0 + tl.arange(0, BN)
     classes = class0 + tl.arange(0, BC)
-    c, winner = class_cosines(x, p, row0, class0, N, C, D, K, BN, BC, BK, STAGES, TMA)
-    f, g = bend(c, rules, rows, ld, RULES)
+    c, winner = class_cosines(x, p, row0, class0, N, C, D, K, BN, BC, BK, TMA)
     kind = tl.load(terms + 4 * ld + rows)
-    probability = tl.exp2(tl.minimum(f * k2 - tl.load(terms + rows)[:, None], _LARGEST))
-    h = probability * g
-    if tl.max(kind, 0) > 0.0:
-        capped = tl.minimum(probability, 1.0)
-        expm1 = capped + expm1_remainder(capped)
-        mean = tl.load(terms + 3 * ld + rows)[:, None]
-        h = tl.where((kind == _DOUBLE)[:, None], capped * (expm1 - mean), h)
-        h = tl.where((kind == _SINGLE)[:, None], probability * count - 1.0, h)
     target = tl.load(targets + rows)
-    owner = tl.where(target >= 0, target // K, -1)
-    negative = classes[None, :] + first != owner[:, None]
-    if SEEN:
-        sampled = tl.load(seen + classes, mask=classes < C, other=0) != 0
-        negative = negative & (sampled[None, :] | (kind > 0.0)[:, None])
-    slope = tl.where(negative, h * tl.load(terms + ld + rows)[:, None], 0.0)
     here = tl.where(target >= 0, target - first * K, -1)
-    store_parts(slopes, slope, winner, rows, classes, N, C, ld_e, here, tl.load(terms + 2 * ld + rows), K, True)
+    weight = tl.load(terms + ld + rows)[:, None]
+    target_slope = tl.load(terms + 2 * ld + rows)
+    # two whole branches: values that both would hand on to one store cost more registers than there are
+    if tl.max(kind, 0) > 0.0:
+        probability = _probabilities(c, terms, rules, rows, ld, k2, RULES)
+        h = _unknown_slopes(times_slope(probability, c, rules, rows, ld, RULES), probability, terms, rows, ld, count)
+        slope = tl.where(_negatives(target, kind, seen, classes, first, C, K, SEEN), h * weight, 0.0)
+        store_parts(slopes, slope, winner, rows, classes, ld_e, here, target_slope, K, True)
+    else:
+        h = times_slope(_probabilities(c, terms, rules, rows, ld, k2, RULES), c, rules, rows, ld, RULES)
+        slope = tl.where(_negatives(target, kind, seen, classes, first, C, K, SEEN), h * weight, 0.0)
+        store_parts(slopes, slope, winner, rows, classes, ld_e, here, target_slope, K, True)
 
 
 def run_slope_tile(
@@ -63,15 +85,14 @@ def run_slope_tile(
     terms: Tensor,  # (5, ld)
     rules: Tensor | None,  # (12, ld)
     seen: Tensor | None,  # (C,) int8
-    slopes: Tensor,  # (N, ld_e), the chunk's in its first C K columns
+    slopes: Tensor,  # (ld, ld_e) whole tiles, the chunk's in its first C K columns
     *,
     first: int,
     k2: float,
     count: int,
-    tile: configs.Tile | None = None,
+    tile: configs.Tile,
 ) -> None:
     """Launches `slope_tile`."""
-    tile = tile or configs.choose("class_gradient", x)
     n, c, k = x.shape[0], p.shape[0], p.shape[1]
     operands: tuple[Any, Any, dict[str, Any]] = configs.operands(x, p, tile)
     slope_tile[(triton.cdiv(n, tile.rows) * triton.cdiv(c, tile.classes),)](

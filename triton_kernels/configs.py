@@ -6,6 +6,7 @@ entries of the interpreter.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,11 @@ SMALL = 64  # rows: up to here a batch is of the class "small"
 
 @dataclass(frozen=True)
 class Tile:
-    """rows x classes of a tile of cosines, `depth` of D per step, pipeline stages; tma: tensor descriptors feed it."""
+    """rows x classes of a tile of cosines, `depth` of D per step, pipeline stages; tma: tensor descriptors feed it.
+
+    lazy_index: the nearest negative's index is searched only where it can change. Triton 3.6 fails on it for sm_100 (an
+    assertion of its pass over tensor memory, on a scalar that depends on the accumulator).
+    """
 
     rows: int
     classes: int
@@ -31,6 +36,7 @@ class Tile:
     warps: int = 8
     stages: int = 3
     tma: bool = False
+    lazy_index: bool = True
 
 
 @dataclass(frozen=True)
@@ -51,27 +57,41 @@ class MergeBlock:
     warps: int = 4
 
 
-# (architecture, kernel, dtype, shape class) -> tile
 _HALF, _FLOAT = torch.bfloat16, torch.float32
-_TINY = Tile(32, 32, 32, warps=4, stages=2)
-TABLE: dict[tuple[int, str, torch.dtype, str], Tile] = {}
+SHAPES = ("small", "large", "small heavy", "large heavy")
+KERNELS = ("negative_logsumexp", "unknown_rejection", "class_gradient")
 
 
-def _enter(arch: int, kernel: str, dtype: torch.dtype, small: Tile, large: Tile) -> None:
-    TABLE[arch, kernel, dtype, "small"] = small
-    TABLE[arch, kernel, dtype, "large"] = large
+def _entries() -> dict[tuple[int, str, torch.dtype, str], Tile]:
+    """(architecture, kernel, dtype, shape class) -> tile.
+
+    Tiles of 128 x 128 with 8 warps leave 128 registers to a thread where two programs share a processor, so that one's epilogue
+    runs under the other's products; "heavy" (a rule, or sub-centers) needs more registers: half the classes.
+    """
+    table = {}
+    wide, narrow = Tile(128, 128, 64, tma=True), Tile(128, 64, 64, tma=True)
+    small, thin = Tile(64, 128, 64, warps=4, stages=4, tma=True), Tile(64, 64, 64, warps=4, stages=4, tma=True)
+    for kernel in KERNELS:
+        for shape in SHAPES:
+            table[INTERPRETER, kernel, _HALF, shape] = table[INTERPRETER, kernel, _FLOAT, shape] = Tile(64, 64, 32, warps=4, stages=2)
+            for arch in ARCHITECTURES:
+                # float32 has no tensor cores (IEEE): plain multiply-adds, and small tiles to keep them in registers
+                table[arch, kernel, _FLOAT, shape] = Tile(64, 64, 16, stages=2)
+                table[arch, kernel, _HALF, shape] = {"small": small, "large": wide, "small heavy": thin, "large heavy": narrow}[shape]
+        for arch in (80, 89):  # no descriptors
+            table[arch, kernel, _HALF, "small"], table[arch, kernel, _HALF, "small heavy"] = Tile(64, 64, 64, warps=4), Tile(64, 64, 64)
+            table[arch, kernel, _HALF, "large"] = table[arch, kernel, _HALF, "large heavy"] = Tile(128, 64, 64)
+    for arch in (80, 89):
+        table[arch, "negative_logsumexp", _HALF, "large"] = Tile(128, 128, 32)
+    for key, tile in table.items():
+        if key[0] == 100:
+            table[key] = dataclasses.replace(tile, lazy_index=False)
+    table[90, "unknown_rejection", _HALF, "large"] = table[100, "unknown_rejection", _HALF, "large"] = narrow
+    table[100, "class_gradient", _HALF, "large"] = narrow
+    return table
 
 
-for _kernel in ("negative_logsumexp", "unknown_rejection", "class_gradient"):
-    _enter(INTERPRETER, _kernel, _HALF, _TINY, _TINY)
-    _enter(INTERPRETER, _kernel, _FLOAT, _TINY, _TINY)
-    for _arch in ARCHITECTURES:
-        # float32 has no tensor cores here (IEEE): plain multiply-adds, small tiles keep them in registers
-        _enter(_arch, _kernel, _FLOAT, Tile(64, 64, 16, warps=8, stages=2), Tile(64, 64, 16, warps=8, stages=2))
-    _enter(80, _kernel, _HALF, Tile(64, 128, 64, warps=4, stages=3), Tile(128, 128, 32, warps=8, stages=3))
-    _enter(89, _kernel, _HALF, Tile(64, 128, 64, warps=4, stages=3), Tile(128, 128, 32, warps=8, stages=3))
-    _enter(90, _kernel, _HALF, Tile(64, 128, 64, warps=4, stages=4, tma=True), Tile(128, 128, 64, warps=8, stages=3, tma=True))
-    _enter(100, _kernel, _HALF, Tile(64, 128, 64, warps=4, stages=4, tma=True), Tile(128, 128, 64, warps=8, stages=3, tma=True))
+TABLE = _entries()
 
 
 def architecture(device: torch.device) -> int:
@@ -87,9 +107,10 @@ def architecture(device: torch.device) -> int:
     return {8: 89, 9: 90, 10: 100}.get(major, 89)
 
 
-def choose(kernel: str, x: Tensor) -> Tile:
-    """The tile of `kernel` for rows x (N, D) of this device and dtype."""
-    return TABLE[architecture(x.device), kernel, x.dtype, "small" if x.shape[0] <= SMALL else "large"]
+def choose(kernel: str, x: Tensor, heavy: bool) -> Tile:
+    """The tile of `kernel` for rows x (N, D) of this device and dtype; heavy: with a negative rule or sub-centers."""
+    shape = "small" if x.shape[0] <= SMALL else "large"
+    return TABLE[architecture(x.device), kernel, x.dtype, f"{shape} heavy" if heavy else shape]
 
 
 def takes_descriptors(tile: Tile, dimension: int, subcenters: int, itemsize: int, *addresses: int) -> bool:
@@ -103,7 +124,7 @@ def operands(x: Tensor, p: Tensor, tile: Tile) -> tuple[Any, Any, dict[str, Any]
     c, k, d = p.shape
     tma = takes_descriptors(tile, d, k, x.element_size(), x.data_ptr(), p.data_ptr())
     constants = {
-        "D": d, "BN": tile.rows, "BC": tile.classes, "BK": tile.depth, "STAGES": tile.stages, "TMA": tma,
+        "D": d, "BN": tile.rows, "BC": tile.classes, "BK": tile.depth, "TMA": tma,
         "num_warps": tile.warps, "num_stages": tile.stages,
     }  # fmt: skip
     if not tma:

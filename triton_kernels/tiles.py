@@ -44,12 +44,12 @@ def _block(t, row0, column0, rows, columns, stride, B0: tl.constexpr, BK: tl.con
 @triton.jit
 def _part_cosines(
     x, p, row0, class0, part, N, C,
-    D: tl.constexpr, K: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr,
+    D: tl.constexpr, K: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """<x_i, P_{j, part}> (BN, BC) float32; float32 operands are multiplied as IEEE float32."""
     c = tl.zeros([BN, BC], tl.float32)
     MASK: tl.constexpr = D % BK != 0
-    for k in tl.range(0, D, BK, num_stages=STAGES):
+    for k in range(0, D, BK):
         a = _block(x, row0, k, N, D, D, BN, BK, MASK, TMA)
         b = _block(p, class0, part * D + k, C, part * D + D, K * D, BC, BK, MASK, TMA)
         c = tl.dot(a, tl.trans(b), c, input_precision="ieee")
@@ -59,14 +59,14 @@ def _part_cosines(
 @triton.jit
 def class_cosines(
     x, p, row0, class0, N, C,
-    D: tl.constexpr, K: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr,
+    D: tl.constexpr, K: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """c_ij = max_k <x_i, P_jk> (BN, BC) and the winning k (ties: the lowest); x (N, D), p (C, K, D)."""
-    c = _part_cosines(x, p, row0, class0, 0, N, C, D, K, BN, BC, BK, STAGES, TMA)
+    c = _part_cosines(x, p, row0, class0, 0, N, C, D, K, BN, BC, BK, TMA)
     winner = tl.zeros([BN, BC], tl.int32)
     if K > 1:
         for part in range(1, K):
-            other = _part_cosines(x, p, row0, class0, part, N, C, D, K, BN, BC, BK, STAGES, TMA)
+            other = _part_cosines(x, p, row0, class0, part, N, C, D, K, BN, BC, BK, TMA)
             winner = tl.where(other > c, part, winner)
             c = tl.where(other > c, other, c)
     return c, winner
@@ -81,19 +81,32 @@ def _coefficient(rules, rows, ld, at: tl.constexpr, above):
 
 
 @triton.jit
-def bend(c, rules, rows, ld, RULES: tl.constexpr):
-    """f(c), g(c) of docs/math.md 1.2; rules (12, ld) as rules.py packs them, g = 0 where the clamp holds."""
+def _clamped(c, rules, rows):
+    clamp = tl.load(rules + rows)[:, None]
+    return tl.minimum(tl.maximum(c, -clamp), clamp)
+
+
+@triton.jit
+def bent(c, rules, rows, ld, RULES: tl.constexpr):
+    """f(c) of docs/math.md 1.2; rules (12, ld) as rules.py packs them."""
     f = c
-    g = tl.full(c.shape, 1.0, tl.float32)
     if RULES:
-        clamp = tl.load(rules + rows)[:, None]
-        u = tl.minimum(tl.maximum(c, -clamp), clamp)
+        u = _clamped(c, rules, rows)
         above = u > tl.load(rules + ld + rows)[:, None]
         f = (_coefficient(rules, rows, ld, 0, above) * u + _coefficient(rules, rows, ld, 1, above)) * u
         f += _coefficient(rules, rows, ld, 2, above)
+    return f
+
+
+@triton.jit
+def times_slope(e, c, rules, rows, ld, RULES: tl.constexpr):
+    """e g(c); g = 0 where the clamp holds. Apart from `bent`: f and g of a tile together cost more registers than there are."""
+    if RULES:
+        u = _clamped(c, rules, rows)
+        above = u > tl.load(rules + ld + rows)[:, None]
         g = _coefficient(rules, rows, ld, 3, above) * u + _coefficient(rules, rows, ld, 4, above)
-        g = tl.where(u == c, g, 0.0)
-    return f, g
+        e = tl.where(u == c, e * g, 0.0)
+    return e
 
 
 @triton.jit
@@ -112,19 +125,19 @@ def expm1_remainder(p):
 
 @triton.jit
 def store_parts(
-    out, values, winner, rows, classes, N, C, ld, targets, target_values,
+    out, values, winner, rows, classes, ld, targets, target_values,
     K: tl.constexpr, TARGETS: tl.constexpr,
 ):  # fmt: skip
-    """out (N, ld): values (BN, BC) at column class * K + winning sub-center, 0 at its siblings; target_values at column `targets`."""
+    """out (rows of whole tiles, ld): values (BN, BC) at column class * K + winning sub-center, 0 at its siblings; target_values
+    at column `targets`. No mask: it would keep the stores from being vectors."""
     at = rows[:, None].to(tl.int64) * ld + classes[None, :] * K
-    inside = (rows < N)[:, None] & (classes < C)[None, :]
     for part in tl.static_range(K):
         mine = values
         if K > 1:
             mine = tl.where(winner == part, values, 0.0)
         if TARGETS:
             mine = tl.where(classes[None, :] * K + part == targets[:, None], target_values[:, None], mine)
-        tl.store(out + at + part, mine.to(out.dtype.element_ty), mask=inside)
+        tl.store(out + at + part, mine.to(out.dtype.element_ty))
 
 
 @triton.jit

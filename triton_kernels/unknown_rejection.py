@@ -20,16 +20,16 @@ def unknown_tile(
     lse_high,  # (ld,) float32: lse in base 2, high part
     lse_low,  # (ld,) float32: what the high part leaves
     first_mean,  # (ld,) float32
-    slopes,  # (N, ld_e) out: p (expm1(p) - first_mean)
+    slopes,  # (ld, ld_e) out: p (expm1(p) - first_mean)
     sums,  # (3, tiles of classes, ld) float32 out: p, expm1(p) - p, p expm1(p)
     N, C, first, ld, ld_e, part_stride, k2,
-    D: tl.constexpr, K: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr,
+    D: tl.constexpr, K: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """p = min(2^(k2 c - lse), 1) of all classes but the row's nearest."""
     row0, class0 = tile_origin(N, BN, BC)
     rows = row0 + tl.arange(0, BN)
     classes = class0 + tl.arange(0, BC)
-    c, winner = class_cosines(x, p, row0, class0, N, C, D, K, BN, BC, BK, STAGES, TMA)
+    c, winner = class_cosines(x, p, row0, class0, N, C, D, K, BN, BC, BK, TMA)
     left_out = tl.load(nearest + rows)
     others = (classes[None, :] + first != left_out[:, None]) & (classes < C)[None, :]
     z = (c * k2 - tl.load(lse_high + rows)[:, None]) - tl.load(lse_low + rows)[:, None]
@@ -41,7 +41,7 @@ def unknown_tile(
     tl.store(out + part_stride, tl.sum(remainder, 1))
     tl.store(out + 2 * part_stride, tl.sum(probability * expm1, 1))
     slope = probability * (expm1 - tl.load(first_mean + rows)[:, None])
-    store_parts(slopes, slope, winner, rows, classes, N, C, ld_e, left_out, lse_low, K, False)
+    store_parts(slopes, slope, winner, rows, classes, ld_e, left_out, lse_low, K, False)
 
 
 def run_unknown_tile(
@@ -50,15 +50,14 @@ def run_unknown_tile(
     nearest: Tensor,  # (ld,) int32
     lse: tuple[Tensor, Tensor],  # (ld,) float32 each: high and low part, base 2
     first_mean: Tensor,  # (ld,)
-    slopes: Tensor,  # (N, ld_e)
+    slopes: Tensor,  # (ld, ld_e) whole tiles
     sums: Tensor,  # (3, T, ld) float32
     *,
     first: int,
     k2: float,
-    tile: configs.Tile | None = None,
+    tile: configs.Tile,
 ) -> int:
     """Launches `unknown_tile`; how many of the T rows of the sums it wrote."""
-    tile = tile or configs.choose("unknown_rejection", x)
     n, c, k = x.shape[0], p.shape[0], p.shape[1]
     classes = triton.cdiv(c, tile.classes)
     operands: tuple[Any, Any, dict[str, Any]] = configs.operands(x, p, tile)

@@ -1,11 +1,10 @@
 """The operations: schema, reference, compiled kernel, fake and autograd of each; `torch.ops.recog_fast.<stem>`."""
 
+from . import _cuda as _cuda  # registers the CUDA kernels of the others
 from . import class_gradient, class_step, margin_softmax, memory_write, unknown_rejection
 from ._library import SCHEMAS, use_backend
 from .effective_prototypes import effective_prototypes
 from .negative_logsumexp import negative_logsumexp
-
-from . import _cuda  # isort: skip  # registers the CUDA kernels of the operations above
 
 __all__ = [
     "SCHEMAS",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from .negative_logsumexp import _reference as _forward_reference
 from .unknown_rejection import _reference as _unknown_reference
 
 Sweep = tuple[Tensor, Tensor, Tensor, Tensor]
+Memory = tuple[Tensor | None, Tensor | None, Tensor | None]
 _REST = 1 << 16  # rows of W at a time whose classes no row saw
 
 
@@ -41,7 +43,7 @@ def _check_rows(unit_embeddings: Tensor, weight: Tensor, targets: Tensor, terms:
         _checks.expect(tuple(terms.shape) == (reference.TERM_ROWS, n), "recog_fast", f"terms (5, N) = (5, {n})", tuple(terms.shape))
 
 
-def _compact(weight: Tensor, memory: tuple[Tensor | None, ...], ids: Tensor) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+def _compact(weight: Tensor, memory: Memory, ids: Tensor) -> tuple[Tensor, Memory]:
     """(weight, memory) of the classes `ids` alone."""
     rows, strength, slot = memory
     if rows is None or strength is None:
@@ -124,7 +126,7 @@ def gradient(
 
     _check_rows(unit_embeddings, weight, targets, terms)
     visited, seen = _visited(members, targets, terms, weight)
-    memory: tuple[Tensor | None, ...] = (memory_rows, strength, slot)
+    memory: Memory = (memory_rows, strength, slot)
     some, at = weight, targets
     if visited is not None:
         some, memory = _compact(weight, memory, visited)
@@ -160,7 +162,7 @@ def step(
         if value is not None:
             _check_in_place(value, weight, name)
     visited, seen = _visited(members, targets, terms, weight)
-    memory: tuple[Tensor | None, ...] = (memory_rows, strength, slot)
+    memory: Memory = (memory_rows, strength, slot)
     some, speed, at = weight, velocity, targets
     if visited is not None:
         some, memory = _compact(weight, memory, visited)
@@ -243,7 +245,7 @@ def _effective_prototypes(weight: Tensor, memory_rows: Tensor | None, *rest: Any
     return reference.effective_prototypes(weight, memory_rows, *rest)
 
 
-KERNELS = {
+KERNELS: dict[str, Callable[..., Any]] = {
     "negative_logsumexp": _negative_logsumexp,
     "unknown_rejection": _unknown_rejection,
     "class_gradient": _class_gradient,

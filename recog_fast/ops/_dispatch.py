@@ -7,6 +7,7 @@ one thread.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from types import ModuleType
@@ -91,10 +92,11 @@ def call_of(
 def triton_missing(index: int = 0) -> str | None:
     """Why a CUDA device cannot run the Triton kernels; None where it can."""
     try:
-        from .. import triton_kernels
+        kernels = importlib.import_module("..triton_kernels", __package__)
     except ImportError as error:
         return f"kernels not installed ({error})"
-    return triton_kernels.reason_missing(index)
+    reason: str | None = kernels.reason_missing(index)
+    return reason
 
 
 def call_of_device(backend: str, operands: Iterable[torch.Tensor | None], *, operation: str, kept: bool) -> Call:

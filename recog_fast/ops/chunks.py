@@ -31,14 +31,19 @@ Injection = tuple[Tensor, Tensor, Tensor]  # memory (S, D), strength (S,), slot 
 
 @dataclass(frozen=True)
 class Plan:
-    """Classes of a chunk, columns of a slab of the pull's GEMM, and the tile (None: the table's)."""
+    """Classes of a chunk, columns of a slab of the pull's GEMM, and the tile (`triton_kernels.configs.Tile`)."""
 
     classes: int
     slab: int
-    tile: Any = None
+    tile: Any
+
+    def columns(self, classes: Classes) -> int:
+        """Row length of E and slopes: whole tiles of classes."""
+        width: int = self.tile.classes
+        return -(-min(self.classes, classes.count) // width) * width * classes.subcenters
 
 
-def plan_for(kernel: str, x: Tensor, subcenters: int) -> Plan:
+def plan_for(kernel: str, x: Tensor, subcenters: int, rules: bool = False) -> Plan:
     """Chunks whose E or slopes, prototypes and dP stay in half the L2; slabs that fill the processors."""
     from ..triton_kernels import configs
 
@@ -51,7 +56,7 @@ def plan_for(kernel: str, x: Tensor, subcenters: int) -> Plan:
     classes = max(l2 // 2 // per_class // 128 * 128, 128)
     slabs = max(processors // (-(-n // 128) * -(-d // 128)), 1)
     slab = max(-(-classes * subcenters // slabs // 128) * 128, 256)
-    return Plan(classes, slab, configs.choose(kernel, x))
+    return Plan(classes, slab, configs.choose(kernel, x, rules or subcenters > 1))
 
 
 @dataclass
@@ -113,14 +118,15 @@ class Classes:
 
     def longest(self) -> Tensor | float:
         """A bound of |P_j|."""
+        if self.bounded:
+            return 1.0
         if self.unit:
-            return torch.linalg.vector_norm(self.rows, dim=2).amax()
-        if self.injection is None or self.renormalize:
-            return 1.0
+            longest: Tensor = torch.linalg.vector_norm(self.rows, dim=2).amax()
+            return longest
+        assert self.injection is not None
         memory, strength, _ = self.injection
-        if memory.shape[0] == 0:
-            return 1.0
-        return 1.0 + (strength.abs() * torch.linalg.vector_norm(memory, dim=1, dtype=torch.float32)).amax()
+        pushes: Tensor = strength.abs() * torch.linalg.vector_norm(memory, dim=1, dtype=torch.float32)
+        return 1.0 + (pushes.amax() if pushes.numel() else 0.0)
 
     @property
     def bounded(self) -> bool:
@@ -190,8 +196,8 @@ class _Forward:
         sums, cosines = torch.empty(2, tiles, self.rows.ld, dtype=torch.float32, device=device)
         self.partials = sums, cosines, torch.empty(tiles, self.rows.ld, dtype=torch.int32, device=device)
         self.pull = torch.zeros(n, d, dtype=torch.float64, device=device) if self.want_pull else None
-        columns = min(self.plan.classes, self.classes.count) * self.classes.subcenters
-        self.exponentials = torch.empty(n, _aligned(columns), dtype=self.rows.x.dtype, device=device) if self.want_pull else None
+        shape = self.rows.ld, self.plan.columns(self.classes)
+        self.exponentials = torch.empty(shape, dtype=self.rows.x.dtype, device=device) if self.want_pull else None
 
     def run(self, offsets: Tensor | None) -> Tensor:
         """The loop; offsets (ld,) base 2, None: they follow the running maximum. Returns the last ones."""
@@ -210,7 +216,7 @@ class _Forward:
             run_merge_nearest(*self.partials[1:], self.nearest, self.index, written, start)
             run_add_partials(self.partials[0], self.total, written)
             if self.pull is not None and self.exponentials is not None:
-                for part in slab_products(self.exponentials[:, : p.shape[0] * p.shape[1]], p.flatten(0, 1), self.plan.slab):
+                for part in slab_products(self.exponentials[: self.rows.x.shape[0], : p.shape[0] * p.shape[1]], p.flatten(0, 1), self.plan.slab):
                     run_add_partials(part, self.pull, part.shape[0])
             last = shift
         return last
@@ -242,11 +248,6 @@ class _Forward:
         return lse, nearest, index.clone(), (self.pull * share.unsqueeze(1)).float()
 
 
-def _aligned(columns: int) -> int:
-    """Row length of E and slopes: 16-byte rows."""
-    return -(-columns // 8) * 8
-
-
 def negative_logsumexp(
     unit_embeddings: Tensor,  # (N, D)
     classes: Classes,
@@ -264,7 +265,7 @@ def negative_logsumexp(
     if n == 0:
         empty = torch.empty(0, dtype=torch.float64, device=device)
         return empty, empty.float(), empty.long(), torch.empty(0, d, dtype=torch.float32, device=device)
-    plan = plan or plan_for("negative_logsumexp", rows.x, classes.subcenters)
+    plan = plan or plan_for("negative_logsumexp", rows.x, classes.subcenters, rules is not None)
     padded = rows.padded(labels.to(torch.int32), -2)
     follow = follow or scale > ALWAYS_BELOW
     offsets = None
@@ -311,8 +312,7 @@ def unknown_rejection(
     exact = rows.padded(lse.detach().double() * LOG2E, 0.0)
     split = exact.float(), (exact - exact.float().double()).float()
     others, means = rows.padded(nearest.to(torch.int32), -2), rows.padded(first_mean.detach().float(), 0.0)
-    columns = min(plan.classes, classes.count) * classes.subcenters
-    slopes = torch.empty(n, _aligned(columns), dtype=rows.x.dtype, device=device)
+    slopes = torch.empty(rows.ld, plan.columns(classes), dtype=rows.x.dtype, device=device)
     sums = torch.empty(3, -(-plan.classes // plan.tile.classes), rows.ld, dtype=torch.float32, device=device)
     with ieee_float32():
         for start in range(0, classes.count, plan.classes):
@@ -322,7 +322,7 @@ def unknown_rejection(
             )
             for kind in range(3):
                 run_add_partials(sums[kind], total[kind], written)
-            for part in slab_products(slopes[:, : p.shape[0] * p.shape[1]], p.flatten(0, 1), plan.slab):
+            for part in slab_products(slopes[:n, : p.shape[0] * p.shape[1]], p.flatten(0, 1), plan.slab):
                 run_add_partials(part, pull, part.shape[0])
     mass, remainder, mean = (t[:n].clone() for t in total)
     return mass, remainder, mean, pull.float()
@@ -344,12 +344,11 @@ def d_prototypes(
 
     n, d = unit_embeddings.shape
     rows = _Rows.of(unit_embeddings, rules, classes.dtype)
-    plan = plan or plan_for("class_gradient", rows.x, classes.subcenters)
+    plan = plan or plan_for("class_gradient", rows.x, classes.subcenters, rules is not None)
     exact = terms.detach().double()
     packed = rows.padded(torch.cat([exact[:1] * LOG2E, exact[1:]]).float(), 0.0)
     at = rows.padded(targets.to(torch.int32), -2)
-    columns = min(plan.classes, classes.count) * classes.subcenters
-    slopes = torch.empty(n, _aligned(columns), dtype=rows.x.dtype, device=rows.x.device)
+    slopes = torch.empty(rows.ld, plan.columns(classes), dtype=rows.x.dtype, device=rows.x.device)
     marks = None if seen is None else seen.to(torch.int8)
     for start in range(0, classes.count, plan.classes):
         stop = min(start + plan.classes, classes.count)
@@ -362,5 +361,5 @@ def d_prototypes(
                 rows.x, classes.chunk(start, stop), at, packed, rows.rules, None if marks is None else marks[start:stop], slopes,
                 first=start, k2=scale * LOG2E, count=count or classes.count, tile=plan.tile,
             )  # fmt: skip
-            product = float32_product(slopes[:, :width].t(), rows.x)
+            product = float32_product(slopes[:n, :width].t(), rows.x)
         yield start, stop, product
