@@ -15,13 +15,14 @@ from recog_fast import native
 
 @dataclass(frozen=True)
 class Route:
-    """Working dtype, backend and, for the compiled kernels, the forced ISA."""
+    """Working dtype, backend and, for the compiled kernels, the forced ISA; pairs: format of 16-bit operands where no ISA says."""
 
     name: str
     dtype: torch.dtype
     backend: str
     isa: str = ""
     compute_dtype: torch.dtype | None = None
+    pairs: str | None = None
 
     @contextlib.contextmanager
     def __call__(self) -> Iterator[None]:
@@ -81,8 +82,8 @@ def isas() -> list[str]:
 
 def pair_format(route: Route) -> str | None:
     """ "int16" or "bfloat16" where the route's sweeps take 16-bit operands, else None."""
-    if not route.half:
-        return None
+    if not route.half or route.pairs is not None:
+        return route.pairs
     with route():
         module = native.load()[0]
         assert module is not None

@@ -40,5 +40,19 @@ def _rounding_cast(self: Any, source: Any, to: Any) -> Any:
     return _cast(self, source, to)
 
 
+_patched: set[int] = set()
+
+
+def _call_within(self: Any, *arguments: Any, **options: Any) -> Any:
+    """A jit function called from a kernel. The original patches triton.language anew for every call, a third of the time: the
+    kernel has done it, but for `triton.language.core` of Triton's own functions, and that stays patched."""
+    names = self.fn.__globals__
+    if id(names) not in _patched and any(value is tl.core for value in names.values()):
+        interpreter._patch_lang(self.fn)
+    _patched.add(id(names))
+    return self.rewrite()(*arguments, **options)
+
+
+interpreter.InterpretedFunction.__call__ = _call_within
 interpreter.InterpreterBuilder.create_dot = _dot
 interpreter.InterpreterBuilder.cast_impl = _rounding_cast

@@ -54,7 +54,7 @@ def plan_for(kernel: str, x: Tensor, subcenters: int, rules: bool = False) -> Pl
         l2, processors = device.L2_cache_size, device.multi_processor_count
     per_class = subcenters * (x.element_size() * (n + d) + 4 * d)
     classes = max(l2 // 2 // per_class // 128 * 128, 128)
-    slabs = max(processors // (-(-n // 128) * -(-d // 128)), 1)
+    slabs = max(processors // (-(-max(n, 1) // 128) * -(-d // 128)), 1)
     slab = max(-(-classes * subcenters // slabs // 128) * 128, 256)
     return Plan(classes, slab, configs.choose(kernel, x, rules or subcenters > 1))
 
