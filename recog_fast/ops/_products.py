@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,34 +13,29 @@ from torch import Tensor
 _FLAGS = threading.RLock()  # the flags belong to the process: two loops must not restore each other's
 
 
-def _matmul_precision(new_style: str) -> str:
-    """`torch.get_float32_matmul_precision`, which raises while the older and the newer flags disagree."""
-    try:
-        return torch.get_float32_matmul_precision()
-    except RuntimeError:
-        if new_style == "tf32":
-            return "highest"
-    torch.backends.cuda.matmul.fp32_precision = "tf32"
-    return torch.get_float32_matmul_precision()
-
-
 @contextlib.contextmanager
 def ieee_float32() -> Iterator[None]:
-    """Within it float32 products of CUDA tensors use no TF32, and sums of bfloat16 products no lower precision."""
-    matmul = torch.backends.cuda.matmul
+    """Within it float32 products of CUDA tensors use no TF32, and sums of bfloat16 products no lower precision.
+
+    torch has an older flag (`set_float32_matmul_precision`) and newer ones for each backend, refuses to read the older where
+    they disagree, and changes the newer ones with the older: all are noted and put back.
+    """
+    backends: Any = torch.backends  # types know neither attribute
+    cuda, cpu = backends.cuda.matmul, backends.mkldnn.matmul
     with _FLAGS:
-        precision, reduced = matmul.fp32_precision, matmul.allow_bf16_reduced_precision_reduction
-        older = _matmul_precision(precision)
+        newer, reduced = (cuda.fp32_precision, cpu.fp32_precision), cuda.allow_bf16_reduced_precision_reduction
+        cuda.fp32_precision = cpu.fp32_precision = "ieee"
+        older = torch.get_float32_matmul_precision()
         try:
-            matmul.allow_tf32 = False  # sets the older and the newer flag
+            cuda.allow_tf32 = False  # the older flag and cuda's newer one
             if reduced:
-                matmul.allow_bf16_reduced_precision_reduction = False
+                cuda.allow_bf16_reduced_precision_reduction = False
             yield
         finally:
             torch.set_float32_matmul_precision(older)
-            matmul.fp32_precision = precision
+            cuda.fp32_precision, cpu.fp32_precision = newer
             if reduced:
-                matmul.allow_bf16_reduced_precision_reduction = True
+                cuda.allow_bf16_reduced_precision_reduction = True
 
 
 def float32_product(a: Tensor, b: Tensor) -> Tensor:
