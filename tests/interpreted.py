@@ -14,13 +14,14 @@ from typing import Any
 
 import golden
 import pytest
+import sweeps
 import test_margin_softmax_golden
 import test_ops
 import torch
-from budgets import ideal_bfloat16
 from recog_fast.triton_kernels import configs
 from recog_fast.triton_kernels.merge import run_add_partials, run_merge_nearest
 from routes import Route
+from sweeps import STEMS, results
 from test_ops import calls, sample
 from torch import Tensor
 
@@ -41,7 +42,6 @@ EAGER = dataclasses.replace(DESCRIPTORS, lazy_index=False)
 # several chunks, the last ragged, their borders inside a tile of the whole; several slabs, the last narrower
 PLAN = chunks.Plan(96, 40, POINTERS)
 WHOLE = chunks.Plan(4096, 4096, dataclasses.replace(POINTERS, rows=32, classes=128))
-DOUBLE = (torch.float32, torch.float64)
 
 
 @pytest.fixture(autouse=True)
@@ -62,53 +62,13 @@ def inside_nan(t: Tensor) -> Tensor:
     return memory[margin : margin + t.numel()].view(t.shape)
 
 
-def results(stem: str, arguments: tuple[Any, ...], operation: Callable[..., Any], convert: Callable[[Tensor], Tensor], **options: Any) -> tuple[Tensor, ...]:
-    """What the operation returns, or W and velocity after the step."""
-    taken = [convert(a) if isinstance(a, Tensor) else a for a in arguments]
-    out = operation(*taken, **options)
-    if stem == "class_step":
-        return tuple(t for t in taken[3:5] if t is not None)
-    return out if isinstance(out, tuple) else (out,)
-
-
-def double(t: Tensor) -> Tensor:
-    return t.double() if t.dtype == torch.float32 else t.clone()
-
-
-def agree(ours: Tensor, plain: Tensor, truth: Tensor, worth: float, what: object) -> None:
-    """Twice the error of PyTorch in float32, and `worth` of the largest value: test_ops' budget."""
-    finite = torch.isfinite(truth)
-    assert torch.equal(torch.isfinite(ours), finite), what
-    if bool(finite.any()):
-        most, error, own = (t.double()[finite].abs().max().item() for t in (truth, ours.double() - truth, plain.double() - truth))
-        assert error <= 2 * own + worth * (most + 1), (what, error, own, most)
-
-
 def check(stem: str, arguments: tuple[Any, ...], plan: chunks.Plan = PLAN, **options: Any) -> None:
-    """Float32 within its budget of the float64 reference; bfloat16 within 2^-8 of the reference that has x^ and P rounded
-    too: what is left are the exponentials or slopes, rounded to 2^-9 of themselves."""
-    run = getattr(torch.ops.recog_fast, stem)
-    planned = {} if stem == "effective_prototypes" else {"plan": plan}
-    with rf.ops.use_backend("reference"):
-        truth = results(stem, arguments, run, double, **options)
-        plain = results(stem, arguments, run, Tensor.clone, **options)
-    ours = results(stem, arguments, OPERATIONS[stem], inside_nan, **planned, **options)
-    for a, b, c in zip(ours, plain, truth, strict=True):
-        if a.dtype.is_floating_point:
-            agree(a, b, c, 2e-6, stem)
-        else:
-            assert torch.equal(a, c), stem
-    if stem == "effective_prototypes":
-        return
-    with ideal_bfloat16():
-        truth = results(stem, arguments, run, double, **options)
-    ours = results(stem, arguments, OPERATIONS[stem], inside_nan, half=True, **planned, **options)
-    for a, c in zip(ours, truth, strict=True):
-        if a.dtype.is_floating_point:
-            agree(a, a, c, 2**-8, f"{stem}, bfloat16") if stem != "class_step" else agree(a, c, c, 2**-8, f"{stem}, bfloat16")
+    """The chunk loop in that plan against the reference, operands amid NaN."""
 
+    def ours(*taken: Any, **chosen: Any) -> Any:
+        return OPERATIONS[stem](*taken, **chosen, **({} if stem == "effective_prototypes" else {"plan": plan}))
 
-STEMS = list(OPERATIONS)
+    sweeps.check(stem, arguments, ours, inside_nan, **options)
 
 
 # N: below, above a tile and past the padding; C: three chunks, the last ragged, and one of 4 classes; D: a multiple of the step, an odd one

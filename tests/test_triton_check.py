@@ -38,6 +38,17 @@ def test_tiles_keep_the_promise_of_the_table(arch: int, kernel: str, variant: st
         assert line.registers <= 128 and 2 * line.shared <= configs.SHARED_MEMORY[90]
 
 
+@pytest.mark.slow
+def test_ones_compile() -> None:
+    """Triton takes an integer argument of 1 as a constant: one row, one class, a chunk that begins at class 1, one partial."""
+    for kernel, ones in (("negative_logsumexp", ("N", "C", "first")), ("class_gradient", ("N", "C", "first")), ("unknown_rejection", ("N", "C", "first")),
+                         ("merge", ("S", "M", "stride", "T", "first")), ("class_step", ("R",)), ("effective_prototypes", ("R",))):  # fmt: skip
+        job = check.jobs((90,), kernel)[-1]
+        names = getattr(check._MODULES[job.module], job.function).arg_names
+        job = dataclasses.replace(job, constants=(*job.constants, *((name, 1) for name in ones if name in names)))
+        assert not check.compile_job(job).broken(), kernel
+
+
 def test_broken_budgets_are_found() -> None:
     """Each budget by itself, and the exit code."""
     job = next(j for j in check.jobs((90,), "negative_logsumexp") if j.tensor_cores)

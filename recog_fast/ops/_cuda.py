@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -245,12 +247,27 @@ def _effective_prototypes(weight: Tensor, memory_rows: Tensor | None, *rest: Any
     return reference.effective_prototypes(weight, memory_rows, *rest)
 
 
+def _on_its_device(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """Triton launches on the current device, whatever the tensors say; and a weight that requires gradients is written in place."""
+
+    @functools.wraps(kernel)
+    def run(first: Tensor, *rest: Any, **options: Any) -> Any:
+        device = torch.cuda.device(first.device) if first.device.type == "cuda" else contextlib.nullcontext()
+        with device, torch.no_grad():
+            return kernel(first, *rest, **options)
+
+    return run
+
+
 KERNELS: dict[str, Callable[..., Any]] = {
-    "negative_logsumexp": _negative_logsumexp,
-    "unknown_rejection": _unknown_rejection,
-    "class_gradient": _class_gradient,
-    "class_step": _class_step,
-    "effective_prototypes": _effective_prototypes,
+    stem: _on_its_device(kernel)
+    for stem, kernel in (
+        ("negative_logsumexp", _negative_logsumexp),
+        ("unknown_rejection", _unknown_rejection),
+        ("class_gradient", _class_gradient),
+        ("class_step", _class_step),
+        ("effective_prototypes", _effective_prototypes),
+    )
 }
 for _stem, _kernel in KERNELS.items():
     _library.register_cuda(_stem, _kernel)
