@@ -53,7 +53,7 @@ def _poisoned() -> Iterator[None]:
 
 
 def inside_nan(t: Tensor) -> Tensor:
-    """The same values with NaN before and behind them in memory: reads out of bounds are no errors in the interpreter."""
+    """The same values with NaN before and behind them in memory, whoever reads there; `triton_interpreter` refuses it too."""
     if not t.dtype.is_floating_point or t.dim() == 0:
         return t.clone()
     margin = 64 * t[:1].numel()
@@ -131,25 +131,60 @@ def test_ties_take_the_lowest_class() -> None:
             assert index.tolist() == [1, 0, 0, 0]
 
 
+@pytest.fixture
+def followed(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """A mark for each forward loop: whether its offsets follow the maximum."""
+    marks: list[bool] = []
+    run = chunks._Forward.run
+
+    def noting(self: chunks._Forward, offsets: Tensor | None) -> Tensor:
+        marks.append(offsets is None)
+        return run(self, offsets)
+
+    monkeypatch.setattr(chunks._Forward, "run", noting)
+    return marks
+
+
 @pytest.mark.parametrize(("scale", "rule"), [
     (100.0, None),  # redone: e^(64 - 200) is no float32
     (64.0, rf.InterclassFilter(rf.Softmax(), 0.1)),  # redone: sums of e^-64
     (256.0, rf.CircleMargin()),  # follows the maximum from the start
 ])  # fmt: skip
-def test_rows_far_from_every_class(scale: float, rule: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_far_from_every_class(scale: float, rule: Any, followed: list[bool]) -> None:
     """Rows opposite to all classes beside ordinary ones: sums that leave float32's range under the fixed offset."""
     g = torch.Generator().manual_seed(1)
     center = torch.nn.functional.normalize(torch.randn(1, 32, generator=g), dim=1)
-    weight = center + 0.02 * torch.randn(150, 32, generator=g)
+    weight = center + torch.linspace(0.01, 0.1, 150).unsqueeze(1) * torch.randn(150, 32, generator=g)  # the nearest in the last chunk
     unit = torch.nn.functional.normalize(torch.cat([-center.expand(5, 32), torch.randn(6, 32, generator=g)]) + 0.01 * torch.randn(11, 32, generator=g), dim=1)
     labels = torch.tensor([0, 1, -1, -2, 4, 5, 6, 7, -1, 9, 149])
     its, thresholds = rule.rule(torch.full((11,), 0.3)) if rule is not None else (None, None)
     rules = rf.rules.pack_rules(labels, its, thresholds, 1.0, torch.float32)
-    followed = []
-    run = chunks._Forward.run
-    monkeypatch.setattr(chunks._Forward, "run", lambda self, offsets: followed.append(offsets is None) or run(self, offsets))
     check("negative_logsumexp", (unit, weight, labels, scale, rules, None, None, None, False, True))
     assert followed == ([True] * 2 if scale == 256 else [False, True] * 2)
+
+
+def test_the_offset_knows_the_largest_exponent(followed: list[bool]) -> None:
+    """Rows on top of a negative: under a rule with f_max = 2, and with prototypes 3 long, one loop is enough."""
+    s = sample(20, 130, 32, rules=False, memory=False)
+    unit = torch.nn.functional.normalize(s["weight"][30:50], dim=1)
+    rule = rf.NegativeRule(above=(1.0, 1.0, 0.0, 2.0, 1.0), f_max=2.0)
+    rules = rf.rules.pack_rules(s["labels"], rule, torch.zeros(20), 1.0, torch.float32)
+    check("negative_logsumexp", (unit, s["weight"], s["labels"], 64.0, rules, None, None, None, False, True))
+    rule = rf.NegativeRule(above=(-1.0, 1.0, 1.0, -2.0, 1.0), below=(0.0, 0.0, 0.0, 0.0, 0.0), f_max=1.25)  # its vertex at 0.5
+    rules = rf.rules.pack_rules(s["labels"], rule, torch.zeros(20), 1.0, torch.float32)
+    check("negative_logsumexp", (unit, s["weight"], s["labels"], 64.0, rules, None, None, None, False, True))
+    long = 3 * torch.nn.functional.normalize(s["weight"], dim=1)
+    check("negative_logsumexp", (unit, long, s["labels"], 60.0, None, None, None, None, True, True))
+    assert followed == [False] * 6
+
+
+def test_the_low_part_of_lse_counts() -> None:
+    """p = 2^(96 - 100 - 3e-6), from operands that float32 holds exactly."""
+    unit, prototypes = torch.zeros(1, 32), torch.zeros(1, 32)
+    unit[0, 0], prototypes[0, 0] = 1.0, 0.75
+    lse = torch.tensor([(100 + 3e-6) * chunks.LN2], dtype=torch.float64)
+    mass = _cuda.unknown(unit, prototypes, torch.tensor([-1]), lse, torch.zeros(1), 128 * chunks.LN2, None, None, None, True, True)[0]
+    assert abs(mass.item() / 2 ** (-4 - 3e-6) - 1) <= 2e-7
 
 
 def test_prototypes_longer_than_one() -> None:

@@ -2,7 +2,7 @@
 
 Triton 3.6's interpreter keeps bfloat16 as uint16 and multiplies the bit patterns in `tl.dot`, and cuts float32 off instead of
 rounding it: both are replaced here by what the hardware does. It needs numpy < 2.4 (constraints.txt). It does not notice reads
-out of bounds: tests fill what lies around the operands with NaN.
+and writes out of bounds: here every address must lie in a tensor of the launch.
 """
 
 from __future__ import annotations
@@ -53,6 +53,45 @@ def _call_within(self: Any, *arguments: Any, **options: Any) -> Any:
     return self.rewrite()(*arguments, **options)
 
 
+_ranges: list[tuple[int, int]] = []  # addresses of this launch's tensors
+_take_arguments = interpreter.GridExecutor._init_args_hst
+_load, _store = interpreter.InterpreterBuilder.create_masked_load, interpreter.InterpreterBuilder.create_masked_store
+
+
+def _range(t: torch.Tensor) -> tuple[int, int]:
+    last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True)) if t.numel() else -1
+    return t.data_ptr(), t.data_ptr() + (last + 1) * t.element_size()
+
+
+def _noting_ranges(self: Any, arguments: Any, options: Any) -> Any:
+    tensors = [getattr(a, "base", a) if type(a).__name__ == "TensorDescriptor" else a for a in (*arguments, *options.values())]
+    _ranges[:] = [_range(t) for t in tensors if isinstance(t, torch.Tensor)]
+    return _take_arguments(self, arguments, options)
+
+
+def _check_addresses(pointers: Any, mask: Any) -> None:
+    size = pointers.get_element_ty().primitive_bitwidth // 8
+    used = pointers.data[np.asarray(getattr(mask, "data", mask)).astype(bool)].astype(np.int64)  # descriptors bring a bare array
+    inside = np.zeros(used.shape, dtype=bool)
+    for low, high in _ranges:
+        inside |= (used >= low) & (used + size <= high)
+    if not inside.all():
+        raise IndexError(f"{(~inside).sum()} of {used.size} addresses lie in no tensor of the launch")
+
+
+def _checked_load(self: Any, pointers: Any, mask: Any, *rest: Any, **named: Any) -> Any:
+    _check_addresses(pointers, mask)
+    return _load(self, pointers, mask, *rest, **named)
+
+
+def _checked_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+    _check_addresses(pointers, mask)
+    return _store(self, pointers, value, mask, *rest)
+
+
+interpreter.GridExecutor._init_args_hst = _noting_ranges
+interpreter.InterpreterBuilder.create_masked_load = _checked_load
+interpreter.InterpreterBuilder.create_masked_store = _checked_store
 interpreter.InterpretedFunction.__call__ = _call_within
 interpreter.InterpreterBuilder.create_dot = _dot
 interpreter.InterpreterBuilder.cast_impl = _rounding_cast
