@@ -79,7 +79,7 @@ def _entries() -> dict[tuple[int, str, torch.dtype, str], Tile]:
                 table[arch, kernel, _FLOAT, shape] = Tile(64, 64, 16, stages=2)
                 table[arch, kernel, _HALF, shape] = {"small": small, "large": wide, "small heavy": thin, "large heavy": narrow}[shape]
         for arch in (80, 89):  # no descriptors
-            table[arch, kernel, _HALF, "small"], table[arch, kernel, _HALF, "small heavy"] = Tile(64, 64, 64, warps=4), Tile(64, 64, 64)
+            table[arch, kernel, _HALF, "small"], table[arch, kernel, _HALF, "small heavy"] = Tile(64, 64, 64, warps=4), Tile(64, 64, 32, stages=4)
             table[arch, kernel, _HALF, "large"] = table[arch, kernel, _HALF, "large heavy"] = Tile(128, 64, 64)
     for arch in (80, 89):
         table[arch, "negative_logsumexp", _HALF, "large"] = Tile(128, 128, 32)
