@@ -204,12 +204,12 @@ def prototypes(
 def _negative_logsumexp(
     unit_embeddings: Tensor, weight: Tensor, labels: Tensor, scale: float, rules: Tensor | None, memory_rows: Tensor | None,
     strength: Tensor | None, slot: Tensor | None, unit: bool, renormalize: bool, half: bool = False, want_pull: bool = True,
-    kept: Tensor | None = None, members: Tensor | None = None,
+    kept: Tensor | None = None, members: Tensor | None = None, floor: Tensor | None = None, listed: Tensor | None = None,
 ) -> Sweep:  # fmt: skip
     rest = scale, rules, memory_rows, strength, slot, unit, renormalize, half, want_pull
     if _runs("negative_logsumexp", unit_embeddings, weight, memory_rows, kept=kept):
         return forward(unit_embeddings, weight, labels, *rest, members)
-    return _forward_reference(unit_embeddings, weight, labels, *rest, kept, members)
+    return _forward_reference(unit_embeddings, weight, labels, *rest, kept, members, floor, listed)
 
 
 def _unknown_rejection(unit_embeddings: Tensor, weight: Tensor, *rest: Any) -> Sweep:
