@@ -7,13 +7,14 @@ SOURCES := pyproject.toml constraints.txt setup.py CMakeLists.txt recog_fast/_ve
 export PYTHON
 unexport PYTHONPATH PYTHONHOME
 
-.PHONY: help demo test sanitize bench bench-full bench-charts lint build wheel sdist clean
+.PHONY: help demo test sanitize bench bench-full bench-charts check-kernels lint build wheel sdist clean
 
 help:
 	@echo "make demo    train and evaluate on synthetic identities (2 minutes), write runs/demo/report.html"
 	@echo "make test    run the tests            make bench   run the benchmarks"
 	@echo "make bench-full    the real sizes, in pieces        make bench-charts    charts of their stored results"
 	@echo "make sanitize   the operations' tests on kernels built with the address and undefined-behaviour sanitizers"
+	@echo "make check-kernels   compile the Triton kernels for every architecture; registers, spills, shared memory"
 	@echo "make lint    ruff and mypy --strict   make build   .venv with the built package"
 	@echo "make wheel   dist/*.whl               make sdist   dist/*.tar.gz"
 	@echo "make clean   remove everything built but .venv and runs"
@@ -36,6 +37,10 @@ bench-full: build
 
 bench-charts: build
 	$(PY) -m benchmarks.charts $(ARGS)
+
+# No GPU needed; about 2 minutes on 2 cores.
+check-kernels: build
+	$(PY) -m recog_fast.triton_kernels.check $(ARGS)
 
 lint: build
 	$(PY) -m ruff check .

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from typing import Any
 
@@ -26,6 +27,8 @@ def head_errors(kind: type[Contender], problem: Problem, truth: Truth) -> dict[s
     loss = run_once(contender)
     weight, velocity = problem.weight[truth.sample].double(), problem.velocity[truth.sample].double()
     found = errors(contender, truth, loss, weight, velocity)
+    del contender
+    gc.collect()  # a head and its optimizer hold each other, and W and velocity: 4 GB at C = 1M
     rows, classes, _ = problem.shape
     return {"name": kind.name, "N": rows, "C": classes, **dict(zip(_FIELDS, found, strict=True))}
 

@@ -20,8 +20,11 @@ _LINES = (
     (peers.PartialFCSampled, "Partial FC r=0.1 (not exact)"),
     (ours.Native, "recog_fast, dense gradient"),
     (ours.FusedStep, "recog_fast, `HeadSGD`, float32"),
+    (ours.FusedStepKeptExact, "recog_fast, `HeadSGD`, float32, exponentials kept in float32"),
+    (ours.FusedStepLists, "recog_fast, `HeadSGD`, float32, `drop_elements=2**-16` (not exact)"),
     (ours.FusedStepBF16, "recog_fast, `HeadSGD`, bf16"),
     (ours.FusedStepBF16Kept, "recog_fast, `HeadSGD`, bf16, exponentials kept"),
+    (ours.FusedStepBF16Lists, "recog_fast, `HeadSGD`, bf16, `drop_elements=2**-16` (not exact)"),
 )
 
 

@@ -24,7 +24,11 @@ def _cpu() -> str:
 def _cuda() -> str:
     if not torch.cuda.is_available():
         return "not available: torch sees no CUDA device"
-    return f"reference on {torch.cuda.get_device_name()} (CUDA {torch.version.cuda}): no GPU kernels in this version"
+    device = f"{torch.cuda.get_device_name()} (CUDA {torch.version.cuda})"
+    if _library.backend() == "reference":
+        return f"reference on {device} (use_backend)"
+    missing = _dispatch.triton_missing(torch.cuda.current_device())
+    return f"Triton tiles and GEMMs on {device}" if missing is None else f"reference on {device}: {missing}"
 
 
 def _triton() -> str:

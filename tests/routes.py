@@ -15,17 +15,20 @@ from recog_fast import native
 
 @dataclass(frozen=True)
 class Route:
-    """Working dtype, backend and, for the compiled kernels, the forced ISA."""
+    """Working dtype, backend and, for the compiled kernels, the forced ISA; pairs: format of 16-bit operands where no ISA says;
+    device: where the tensors lie."""
 
     name: str
     dtype: torch.dtype
     backend: str
     isa: str = ""
     compute_dtype: torch.dtype | None = None
+    pairs: str | None = None
+    device: str = "cpu"
 
     @contextlib.contextmanager
     def __call__(self) -> Iterator[None]:
-        if self.backend == "auto" and native.load()[0] is None:
+        if self.device == "cpu" and self.backend == "auto" and native.load()[0] is None:
             pytest.skip(f"compiled kernels {native.load()[1]}")
         if self.isa:
             try:
@@ -64,12 +67,18 @@ NATIVE = [
     Route("native-baseline", torch.float32, "auto", "baseline"),
 ]
 HALF = _half_routes()
+GPU = [
+    Route("cuda-float32", torch.float32, "auto", device="cuda"),
+    Route("cuda-bfloat16", torch.float32, "auto", compute_dtype=torch.bfloat16, pairs="bfloat16", device="cuda"),
+]
 ROUTES = [FLOAT64, Route("reference-float32", torch.float32, "reference"), *NATIVE, *HALF]
 
 
 def each(routes: list[Route]) -> pytest.MarkDecorator:
-    """Parametrises a test over `route`."""
-    return pytest.mark.parametrize("route", routes, ids=lambda r: r.name)
+    """Parametrises a test over `route`; those on a GPU have the marker `gpu`, and are skipped without one."""
+    gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")]
+    marked = [pytest.param(r, id=r.name, marks=gpu if r.device == "cuda" else []) for r in routes]
+    return pytest.mark.parametrize("route", marked)
 
 
 def isas() -> list[str]:
@@ -81,8 +90,8 @@ def isas() -> list[str]:
 
 def pair_format(route: Route) -> str | None:
     """ "int16" or "bfloat16" where the route's sweeps take 16-bit operands, else None."""
-    if not route.half:
-        return None
+    if not route.half or route.pairs is not None:
+        return route.pairs
     with route():
         module = native.load()[0]
         assert module is not None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 from typing import Any
 
 import pytest
@@ -121,8 +123,9 @@ def test_the_table_is_total_and_each_line_decides_something() -> None:
             for dtype in (torch.float32, torch.float64):
                 for isa in (None, *_dispatch.PAIR_FORMATS):
                     for half in (False, True):
-                        for stem in _library.SCHEMAS:
-                            decided.add(_dispatch.choose(_dispatch.Call(backend, frozenset({device}), frozenset({dtype}), isa, half, stem)))
+                        for stem, triton in itertools.product(_library.SCHEMAS, (False, True)):
+                            call = _dispatch.Call(backend, frozenset({device}), frozenset({dtype}), isa, half, stem, triton)
+                            decided.add(_dispatch.choose(call))
     assert decided == set(_dispatch.TABLE)
 
 
@@ -132,6 +135,24 @@ def test_other_devices_go_to_the_reference() -> None:
         assert _library.compiled(meta) is None
         assert _library.compiled(torch.empty(2, 2), meta) is None
         assert _library.compiled(torch.empty(2, 2)) is not None
+
+
+@pytest.mark.parametrize("missing", [None, "triton is not installed"])
+def test_cuda_tensors_go_to_triton_or_the_reference(missing: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """float32 and 16-bit requests to the Triton kernels where the device can run them; float64, kept exponentials and mixed
+    devices never; and `backends()` says so."""
+    monkeypatch.setattr(_dispatch, "triton_missing", lambda index=0: missing)
+
+    def runs(backend: str = "auto", devices: tuple[str, ...] = ("cuda",), dtype: torch.dtype = torch.float32, kept: bool = False, stem: str = "class_gradient") -> str:
+        call = dataclasses.replace(_dispatch.call_of_device(backend, [], operation=stem, kept=kept), devices=frozenset(devices), dtypes=frozenset({dtype}))
+        return _dispatch.choose(call).runs
+
+    ours = _dispatch.TRITON if missing is None else _dispatch.REFERENCE
+    assert {runs(stem=stem) for stem in STEMS} == {ours} and runs(dtype=torch.bfloat16) == ours
+    for other in (runs("reference"), runs(dtype=torch.float64), runs(kept=True), runs(devices=("cuda", "cpu")), runs(stem="memory_write"), runs(devices=("meta",))):
+        assert other == _dispatch.REFERENCE
+    line = next(text for text in _dispatch.describe("auto").splitlines() if text.startswith("CUDA tensors: "))
+    assert line == f"CUDA tensors: {ours}" if missing is None else missing in line
 
 
 def test_backends_has_its_keys() -> None:

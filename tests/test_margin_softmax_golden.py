@@ -10,7 +10,7 @@ import pytest
 import torch
 from budgets import against_ideal, budget, ideal_bfloat16, relative
 from golden import Case, build_margin, cases, get_state, load, set_state
-from routes import FLOAT64, HALF, ROUTES, Route, each, pair_format
+from routes import FLOAT64, GPU, HALF, ROUTES, Route, each, pair_format
 from torch import Tensor
 
 import recog_fast as rf
@@ -20,30 +20,31 @@ Result = tuple[Tensor, rf.RowStats, Tensor, Tensor]
 
 def run(case: Case, route: Route, margin: object, reduction: str = "none") -> Result:
     """Loss, statistics and gradients of a case in the route's dtype; classes outside class_index are left out."""
-    x = case["in_X"].to(route.dtype).requires_grad_()
+    x = case["in_X"].to(route.device, route.dtype).requires_grad_()
     weight, labels = case["in_W"], case["in_y"]
     kept = case.get("in_class_index")
     if kept is not None:
         weight = weight[kept]
         labels = torch.where(labels >= 0, torch.searchsorted(kept, labels), labels)
-    w = weight.to(route.dtype).requires_grad_()
+    w = weight.to(route.device, route.dtype).requires_grad_()
     injected = {}
     if "in_M" in case:
-        injected = {"memory_rows": case["in_M"].to(route.dtype), "strength": case["in_lam"].to(route.dtype)}
+        injected = {"memory_rows": case["in_M"].to(x), "strength": case["in_lam"].to(x)}
     with route():
         loss, stats = rf.margin_softmax_loss(
-            x, w, labels, margin=margin, scale=case.kwargs["s"], reduction=reduction, compute_dtype=route.compute_dtype,
+            x, w, labels.to(route.device), margin=margin, scale=case.kwargs["s"], reduction=reduction, compute_dtype=route.compute_dtype,
             return_stats=True, **injected,
         )  # fmt: skip
         upstream = case.get("in_gout")
-        total = loss if reduction == "mean" else (loss * upstream.to(loss.dtype)).sum() if upstream is not None else loss.sum()
-        d_x, d_w = torch.autograd.grad(total, (x, w))
+        total = loss if reduction == "mean" else (loss * upstream.to(loss)).sum() if upstream is not None else loss.sum()
+        d_x, d_w = (t.cpu() for t in torch.autograd.grad(total, (x, w)))
+    stats = rf.RowStats(*(t.cpu() for t in stats))
     if kept is not None:
         index = stats.nearest_index
         stats = stats._replace(nearest_index=torch.where(index >= 0, kept[index.clamp_min(0)], index))
         full = torch.zeros(case["in_W"].shape, dtype=route.dtype)
         d_w = full.index_copy(0, kept, d_w)
-    return loss.detach(), stats, d_x, d_w
+    return loss.detach().cpu(), stats, d_x, d_w
 
 
 def prepared_margin(case: Case, route: Route) -> object:
@@ -51,7 +52,7 @@ def prepared_margin(case: Case, route: Route) -> object:
     margin = build_margin(case.kwargs, case)
     state = case.get("in_state")
     if isinstance(margin, torch.nn.Module):
-        margin.to(route.dtype)
+        margin.to(route.device, route.dtype)
         if state is not None:
             set_state(getattr(margin, "margin", margin), state)
     return margin
@@ -127,7 +128,7 @@ def check_nearest(case: Case, route: Route, stats: rf.RowStats) -> None:
     assert error.max() <= budget(route, case.kwargs["s"], case["in_X"].shape[1]).nearest
 
 
-@each(ROUTES)
+@each([*ROUTES, *GPU])
 @pytest.mark.parametrize("name", cases("margin_softmax", without=("norm passed separately",)))
 def test_golden(name: str, route: Route) -> None:
     case = load(name)
@@ -156,7 +157,7 @@ def test_golden(name: str, route: Route) -> None:
         assert torch.allclose(get_state(margin).reshape(-1), case["out_state"].reshape(-1), rtol=1e-6)
 
 
-@each(ROUTES)
+@each([*ROUTES, *GPU])
 @pytest.mark.parametrize("name", cases("inject_margin"))
 def test_golden_injected(name: str, route: Route) -> None:
     case = load(name)

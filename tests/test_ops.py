@@ -11,7 +11,7 @@ from budgets import budget, relative
 from golden import cases, load
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from routes import FLOAT64, NATIVE, ROUTES, Route, each
+from routes import FLOAT64, GPU, NATIVE, ROUTES, Route, each
 from torch import Tensor
 
 import recog_fast as rf
@@ -21,17 +21,18 @@ from recog_fast.rules import pack_rules
 INJECT = {"vpl": True, "add_norm": True, "add": False}
 
 
-@each([r for r in ROUTES if not r.half])
+@each([r for r in [*ROUTES, *GPU] if not r.half])
 @pytest.mark.parametrize("name", cases("inject"))
 def test_golden_inject(name: str, route: Route) -> None:
     case = load(name)
     mode = case.kwargs["mode"]
     lam, memory = case["in_lam"], case["in_M"]
     strength = lam / (1 - lam) if mode == "vpl" else lam
-    w = case["in_W"].to(route.dtype).requires_grad_()
+    w = case["in_W"].to(route.device, route.dtype).requires_grad_()
     with route():
-        p = rf.effective_prototypes(w, memory.to(route.dtype), strength.to(route.dtype), renormalize=INJECT[mode])
-        (d_w,) = torch.autograd.grad(p, w, case["in_gWe"].to(route.dtype))
+        p = rf.effective_prototypes(w, memory.to(w), strength.to(w), renormalize=INJECT[mode])
+        (d_w,) = torch.autograd.grad(p, w, case["in_gWe"].to(w))
+    p, d_w = p.cpu(), d_w.cpu()
     truth, d_truth = case["out_We"], case["grad_dW"]
     rows = torch.ones(len(truth), dtype=torch.bool)
     if "cancel" in name:  # row 0 cancels exactly: the guard gives W^_0, its gradient is only finite
@@ -43,16 +44,17 @@ def test_golden_inject(name: str, route: Route) -> None:
     assert relative(d_w[rows], d_truth[rows]) <= (1e-9 if exact else 5e-5)
 
 
-@each(ROUTES)
+@each([*ROUTES, *GPU])
 @pytest.mark.parametrize("name", cases("uir"))
 def test_golden_unknown_rejection(name: str, route: Route) -> None:
     case = load(name)
-    x, w = case["in_X"].to(route.dtype).requires_grad_(), case["in_W"].to(route.dtype).requires_grad_()
+    x, w = (case[key].to(route.device, route.dtype).requires_grad_() for key in ("in_X", "in_W"))
     variant = case.kwargs["variant"]
     limits = budget(route, case.kwargs["s"], x.shape[1])
-    with route(), torch.autocast("cpu", torch.bfloat16, enabled=route.half):
+    with route(), torch.autocast(route.device, torch.bfloat16, enabled=route.half):
         loss, stats = rf.unknown_rejection_loss(x, w, scale=case.kwargs["s"], softmax=variant, reduction="none", return_stats=True)
-        d_x, d_w = torch.autograd.grad((loss * case["in_gout"].to(loss.dtype)).sum(), (x, w))
+        d_x, d_w = (t.cpu() for t in torch.autograd.grad((loss * case["in_gout"].to(loss)).sum(), (x, w)))
+    loss, stats = loss.detach().cpu(), rf.RowStats(*(t.cpu() for t in stats))
     exact = route.dtype == torch.float64
     sixteen = route.half and variant == "double"  # the single softmax is float32 whatever is asked for
     size = case["out_excess"].abs()
@@ -91,19 +93,19 @@ def exact_unknown_gradient(x: Tensor, w: Tensor, upstream: Tensor, scale: float)
     return torch.from_numpy(d_x.astype(np.float64))
 
 
-@each(ROUTES)
+@each([*ROUTES, *GPU])
 @pytest.mark.parametrize("name", cases("uir"))
 def test_saturated_unknown_rows_keep_their_gradient(name: str, route: Route) -> None:
     """1e-8 small gradients of rows with p close to 1: 1e-9 relative in float64, 5e-5 in float32, the UIR budget in 16 bits."""
     case = load(name)
     if case.kwargs["variant"] != "double":
         pytest.skip("the single softmax does not saturate")
-    x, w = case["in_X"].to(route.dtype).requires_grad_(), case["in_W"].to(route.dtype)
-    with route(), torch.autocast("cpu", torch.bfloat16, enabled=route.half):
+    x, w = case["in_X"].to(route.device, route.dtype).requires_grad_(), case["in_W"].to(route.device, route.dtype)
+    with route(), torch.autocast(route.device, torch.bfloat16, enabled=route.half):
         loss = rf.unknown_rejection_loss(x, w, scale=case.kwargs["s"], reduction="none")
-        (d_x,) = torch.autograd.grad((loss * case["in_gout"].to(loss.dtype)).sum(), x)
+        (d_x,) = torch.autograd.grad((loss * case["in_gout"].to(loss)).sum(), x)
     truth = exact_unknown_gradient(case["in_X"], case["in_W"], case["in_gout"], case.kwargs["s"])
-    assert relative(d_x, truth) <= budget(route, case.kwargs["s"], x.shape[1]).unknown_gradient
+    assert relative(d_x.cpu(), truth) <= budget(route, case.kwargs["s"], x.shape[1]).unknown_gradient
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])

@@ -1,5 +1,6 @@
 """The operations: schema, reference, compiled kernel, fake and autograd of each; `torch.ops.recog_fast.<stem>`."""
 
+from . import _cuda as _cuda  # registers the CUDA kernels of the others
 from . import class_gradient, class_step, margin_softmax, memory_write, unknown_rejection
 from ._library import SCHEMAS, use_backend
 from .effective_prototypes import effective_prototypes

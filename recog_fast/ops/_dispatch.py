@@ -7,6 +7,7 @@ one thread.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from types import ModuleType
@@ -15,7 +16,7 @@ import torch
 
 from .. import native
 
-REFERENCE, NATIVE_FLOAT32, NATIVE_HALF = "reference", "native float32", "native 16-bit"
+REFERENCE, NATIVE_FLOAT32, NATIVE_HALF, TRITON = "reference", "native float32", "native 16-bit", "Triton tiles and GEMMs"
 
 # Format of the 16-bit operands of each build of the kernels; None: 16-bit requests run in float32.
 PAIR_FORMATS: dict[str, str | None] = {
@@ -40,6 +41,8 @@ class Call:
     isa: str | None
     half: bool = False  # 16-bit operands asked for
     operation: str = ""
+    triton: bool = False  # the CUDA device can run the Triton kernels
+    kept: bool = False  # exponentials are to be kept between the sweeps
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,11 @@ MISSING = Rule("extension not built", REFERENCE, lambda c: c.isa is None)
 TABLE: tuple[Rule, ...] = (
     Rule("memory_write", REFERENCE, lambda c: c.operation in TORCH_ONLY),
     Rule('use_backend("reference")', REFERENCE, lambda c: c.backend == "reference"),
+    Rule(
+        "CUDA tensors with a float64 operand or kept exponentials", REFERENCE,
+        lambda c: c.devices == {"cuda"} and (torch.float64 in c.dtypes or c.kept),
+    ),
+    Rule("CUDA tensors", TRITON, lambda c: c.devices == {"cuda"} and c.triton),
     Rule("a tensor on another device than the CPU", REFERENCE, lambda c: c.devices != {"cpu"}),
     Rule("a float64 operand", REFERENCE, lambda c: torch.float64 in c.dtypes),
     MISSING,
@@ -81,13 +89,34 @@ def call_of(
     return Call(backend, devices or frozenset({"cpu"}), dtypes, isa, half, operation), module
 
 
+def triton_missing(index: int = 0) -> str | None:
+    """Why a CUDA device cannot run the Triton kernels; None where it can."""
+    try:
+        kernels = importlib.import_module("..triton_kernels", __package__)
+    except ImportError as error:
+        return f"kernels not installed ({error})"
+    reason: str | None = kernels.reason_missing(index)
+    return reason
+
+
+def call_of_device(backend: str, operands: Iterable[torch.Tensor | None], *, operation: str, kept: bool) -> Call:
+    """The call that these operands on a CUDA device make."""
+    there = [t for t in operands if t is not None]
+    index = next((t.device.index or 0 for t in there if t.device.type == "cuda"), 0)
+    devices, dtypes = frozenset(t.device.type for t in there), frozenset(t.dtype for t in there)
+    return Call(backend, devices, dtypes, None, False, operation, triton_missing(index) is None, kept)
+
+
 def describe(backend: str) -> str:
     """The lines of the table that can hold here, with this machine's ISA; "<- now" marks a line that holds for every call."""
     module, reason = native.load()
     isa = None if module is None else str(module.active_isa())
     lines = []
     for rule in TABLE:
-        if rule.runs == REFERENCE:
+        if rule.runs == TRITON:
+            missing = triton_missing()
+            lines.append(f"{rule.when}: {TRITON if missing is None else f'the line below ({missing})'}")
+        elif rule.runs == REFERENCE:
             now = (rule is MISSING and isa is None) or rule.holds(Call(backend, frozenset({"cpu"}), frozenset(), "baseline"))
             if rule is not MISSING or isa is None:
                 lines.append(f"{rule.when}: {REFERENCE}{' <- now' if now else ''}{f' ({reason})' if rule is MISSING else ''}")

@@ -1,7 +1,8 @@
 """One library, one schema table; `_dispatch.TABLE` says who runs what, `compiled` asks it.
 
 Every operation has its reference on the fallback key (any device), the compiled CPU kernel on the CPU key, and a fake.
-A CPU kernel hands over to the reference for float64, without the extension, or under `use_backend("reference")`.
+A CPU kernel hands over to the reference for float64, without the extension, or under `use_backend("reference")`;
+a CUDA kernel likewise (`_cuda.py`).
 """
 
 from __future__ import annotations
@@ -60,6 +61,11 @@ def register(
     if autograd is not None:
         _library.impl(stem, autograd, "Autograd")
     torch.library.register_fake(f"recog_fast::{stem}", fake, lib=_library)
+
+
+def register_cuda(stem: str, kernel: Callable[..., Any]) -> None:
+    """Attaches what an operation does on CUDA tensors (`_cuda.py`)."""
+    _library.impl(stem, kernel, "CUDA")
 
 
 def backend() -> str:
