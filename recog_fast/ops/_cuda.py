@@ -90,9 +90,9 @@ def forward(
 def unknown(
     unit_embeddings: Tensor, weight: Tensor, nearest: Tensor, lse: Tensor, first_mean: Tensor, scale: float,
     memory_rows: Tensor | None, strength: Tensor | None, slot: Tensor | None, unit: bool, renormalize: bool, half: bool = False,
-    plan: Plan | None = None,
+    low: Tensor | None = None, plan: Plan | None = None,
 ) -> Sweep:  # fmt: skip
-    """`unknown_rejection` by the chunk loop."""
+    """`unknown_rejection` by the chunk loop; without `low`: what rounding x^ lost helps only where large classes come in double."""
     _check_rows(unit_embeddings, weight, nearest)
     classes = Classes(weight, memory_rows, strength, slot, unit, renormalize, _dtype(half))
     return chunks.unknown_rejection(unit_embeddings, classes, nearest, lse, first_mean, scale, plan)
