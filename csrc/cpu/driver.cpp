@@ -52,12 +52,10 @@ const Kernels* best_kernels(const std::string& wanted) {
 std::atomic<const Kernels*> chosen{nullptr};
 
 struct ThreadMemory {
-  Array<float> logits, rows, gradient, panel, lane, inverse, weight, step, offset, nearest, pull;
-  Array<double> sum, mean, mass;
-  Array<int32_t> index, row_pairs, class_pairs, coefficients;
+  Array<float> logits, rows, gradient, panel, lane, inverse, weight, step;
+  Array<int32_t> row_pairs, class_pairs, coefficients;
   Array<Element> list;
   Scratch scratch{};
-  Partial partial{};
 
   ThreadMemory(const Plan& plan, bool forward) {
     const int64_t tile = round_up(plan.tile_rows, 2);
@@ -77,14 +75,18 @@ struct ThreadMemory {
     }
     scratch = {logits.get(), rows.get(), gradient.get(),  panel.get(),       lane.get(),        inverse.get(),
                weight.get(), step.get(), row_pairs.get(), class_pairs.get(), coefficients.get(), list.get()};
-    if (!forward) return;
-    offset = Array<float>(plan.lanes);
-    nearest = Array<float>(plan.lanes);
-    index = Array<int32_t>(plan.lanes);
-    sum = Array<double>(plan.lanes);
-    mean = Array<double>(plan.lanes);
-    mass = Array<double>(plan.lanes);
-    pull = Array<float>(plan.want_pull ? plan.lanes * plan.stride : 1);
+  }
+};
+
+// A block's sums, until they are merged.
+struct BlockSums {
+  Array<float> offset, nearest, pull;
+  Array<double> sum, mean, mass;
+  Array<int32_t> index;
+  Partial partial{};
+
+  explicit BlockSums(const Plan& plan) : offset(plan.lanes), nearest(plan.lanes), pull(plan.want_pull ? plan.lanes * plan.stride : 1),
+        sum(plan.lanes), mean(plan.lanes), mass(plan.lanes), index(plan.lanes) {
     partial = {offset.get(), sum.get(), mean.get(), mass.get(), nearest.get(), index.get(), pull.get()};
   }
 
@@ -145,16 +147,19 @@ Total run_rows(const Workspace& space, int threads) {
   const Classes& classes = plan.classes;
   Total total(plan);
   threads = useful_threads(threads, plan.N, classes.C * classes.K, classes.D);
+  const int slots = threads == 1 ? 1 : 2 * threads;
   std::vector<ThreadMemory> memory;
   for (int t = 0; t < threads; ++t) memory.emplace_back(plan, true);
+  std::vector<BlockSums> sums;
+  for (int i = 0; i < slots; ++i) sums.emplace_back(plan);
   ordered_blocks(
-      space.blocks(), threads,
-      [&](int64_t block, int t) {
-        memory[t].reset(plan);
+      space.blocks(), threads, slots,
+      [&](int64_t block, int t, int slot) {
+        sums[slot].reset(plan);
         const int64_t first = block * plan.block_classes, last = std::min(first + plan.block_classes, classes.C);
-        space.sweeps->row_block(plan, first, last, memory[t].partial, memory[t].scratch);
+        space.sweeps->row_block(plan, first, last, sums[slot].partial, memory[t].scratch);
       },
-      [&](int64_t block, int t) { total.merge(plan, memory[t].partial, block * plan.block_classes); });
+      [&](int64_t block, int slot) { total.merge(plan, sums[slot].partial, block * plan.block_classes); });
   return total;
 }
 
@@ -251,25 +256,19 @@ void class_sweep(const Classes& classes, const Rows& rows, const RowTerms& terms
   threads = useful_threads(threads, rows.N, classes.C * classes.K, classes.D);
   std::vector<ThreadMemory> memory;
   for (int t = 0; t < threads; ++t) memory.emplace_back(plan, false);
-  ordered_blocks(
-      space.blocks(), threads,
-      [&](int64_t block, int t) {
-        const int64_t first = block * plan.block_classes, last = std::min(first + plan.block_classes, classes.C);
-        space.sweeps->class_block(plan, out, first, last, memory[t].scratch);
-      },
-      [](int64_t, int) {});
+  each_block(space.blocks(), threads, [&](int64_t block, int t) {
+    const int64_t first = block * plan.block_classes, last = std::min(first + plan.block_classes, classes.C);
+    space.sweeps->class_block(plan, out, first, last, memory[t].scratch);
+  });
 }
 
 void effective_prototypes(const Classes& classes, float* prototypes, int threads) {
   const int64_t block = 4096;
   const int64_t blocks = (classes.C + block - 1) / block;
   threads = useful_threads(threads, 8, classes.C * classes.K, classes.D);
-  ordered_blocks(
-      blocks, threads,
-      [&](int64_t b, int) {
-        active_kernels().prototype_block(classes, prototypes, b * block, std::min((b + 1) * block, classes.C));
-      },
-      [](int64_t, int) {});
+  each_block(blocks, threads, [&](int64_t b, int) {
+    active_kernels().prototype_block(classes, prototypes, b * block, std::min((b + 1) * block, classes.C));
+  });
 }
 
 }  // namespace recog_fast::cpu
