@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from . import reference
-from .losses import Reduction, check_options
+from .losses import Reduction, check_options, check_rows
 from .margins import ArcFace
 from .memory import PrototypeMemory
 from .ops import _checks
 from .ops._buffers import GradientBuffers
+from .ops._flags import HostCount, RowFlags
 from .ops._kept import BUDGET, kept_exponentials
 from .ops._rows import Injection, Key, RowRecords
 from .ops.attached_cosine import CosineOptions, attached_cosine
@@ -109,6 +110,7 @@ class MarginHead(nn.Module):
         self._redraw = False  # zero_grad came after the set was drawn
         self.last_sampled: Tensor | None = None  # (M,) int64 sorted ids of the last training forward's classes; None: all
         self._gradients = GradientBuffers()
+        self._flags, self._count = RowFlags("MarginHead"), HostCount()
         self.keep = kept_exponentials(keep_exponentials, keep_budget, drop_mass, drop_elements)
         self.drop_mass, self.drop_elements = float(drop_mass), float(drop_elements)
 
@@ -158,7 +160,7 @@ class MarginHead(nn.Module):
         step: the clock the memory is read at; None: the head's own count of optimizer steps (training forwards
         without HeadSGD); with HeadSGD and a memory only that count. Raises RuntimeError inside activation checkpointing: its second forward would move all state twice.
         """
-        self._check(embeddings, labels, keys)
+        flags = self._check(embeddings, labels, keys, check_labels)
         check_options("MarginHead", embeddings, self.scale, reduction, self.unknown_weight, sample_weight, normalizer, self.compute_dtype)
         recording = self.training and torch.is_grad_enabled()
         if self.training and self._fused is None and self.memory is not None:
@@ -181,6 +183,7 @@ class MarginHead(nn.Module):
             keep=self.keep if recording else None,
             drop_mass=self.drop_mass if recording else 0.0,
             drop_elements=self.drop_elements,
+            flags=flags,
         )
         loss, stats = margin_softmax(embeddings, self.weight, labels, options)
         if self.training:
@@ -189,7 +192,7 @@ class MarginHead(nn.Module):
 
     def _clock(self, step: int | None) -> int:
         """The step the memory is read at."""
-        now = int(self.steps)
+        now = self._count.of(self.steps)
         if step is None or step == now:
             return now
         _checks.expect(step >= 0, "MarginHead", "step >= 0 or None", step)
@@ -213,7 +216,8 @@ class MarginHead(nn.Module):
         self.last_sampled = ids
         return ids
 
-    def _check(self, embeddings: Tensor, labels: Tensor, keys: Tensor | None) -> None:
+    def _check(self, embeddings: Tensor, labels: Tensor, keys: Tensor | None, now: bool) -> RowFlags | None:
+        """Raises about what can be seen without waiting for a device (`now`: about all of it); else the flags that take it."""
         where = "MarginHead"
         if torch._C._current_graph_task_id() != -1:
             raise RuntimeError(
@@ -222,19 +226,27 @@ class MarginHead(nn.Module):
             )
         _checks.check_embeddings(embeddings, where)
         _checks.check_weight(self.weight, embeddings.shape[1], where)
-        _checks.check_labels(labels, embeddings.shape[0], self.num_classes, where)
-        _checks.check_finite_rows(embeddings.to(self.weight.dtype), where)
+        flags = check_rows(where, embeddings, labels, self.weight, None if now else self._flags)
         if keys is not None:
             _checks.expect(self.memory is not None, where, "a head with a memory when keys are given", "memory=None")
             _checks.check_embeddings(keys, where, "keys")
             _checks.expect(keys.shape == embeddings.shape, where, f"keys of shape {tuple(embeddings.shape)}", tuple(keys.shape))
-            _checks.check_finite_rows(keys, where, "keys")
+            if flags is None:  # else the memory leaves such rows out and says so
+                _checks.check_finite_rows(keys, where, "keys")
+        return flags
+
+    def check_rows(self, *, replays: bool = True) -> None:
+        """ValueError where an earlier CUDA batch had labels out of range or non-finite rows; waits for the device.
+
+        The next forward and `HeadSGD.step` raise it too, but for batches of a replayed CUDA graph (`replays`), which only this sees.
+        """
+        self._flags.raise_noted(fresh=replays)
 
     def _after_forward(self, labels: Tensor, keys: Tensor | None, now: int) -> None:
         if keys is not None and self.memory is not None:
             self.memory.write(keys, labels, now)
         if self._fused is None:
-            self.steps += 1
+            self._count.advance(self.steps)
 
     # -- state -----------------------------------------------------------------------------------------------------------
 
@@ -247,8 +259,10 @@ class MarginHead(nn.Module):
         return (self.scale, self.sample_rate, self.weight.data_ptr(), self.weight._version, self._epoch, *clock)
 
     def invalidate(self) -> None:
-        """Call after edits autograd cannot see (`weight.data[...] = `): cached prototypes and pending rows become stale."""
+        """Call after edits autograd cannot see (`weight.data[...] = `, replays of a CUDA graph): cached prototypes and pending
+        rows become stale."""
         self._epoch += 1
+        self._count.forget()
 
     @property
     def pending_rows(self) -> int:
@@ -262,7 +276,7 @@ class MarginHead(nn.Module):
     def take_rows(self) -> list[RowRecords]:
         """The pending rows, for the fused optimizer; raises RuntimeError where W, memory, clock or sampled classes changed since."""
         rows, self._pending = self._pending, []
-        now = self._key(int(self.steps))
+        now = self._key(self._count.of(self.steps))
         sampled = None if self._class_set is None else self._class_set[1]
         stale = sum(r.key != now or (r.members is not None and r.members is not sampled) for r in rows)
         if stale:
@@ -281,12 +295,12 @@ class MarginHead(nn.Module):
         """After the fused optimizer's step: queued memory writes take effect and the clock moves."""
         if self.memory is not None:
             self.memory.flush()
-        self.steps += 1
+        self._count.advance(self.steps)
         self._class_set = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles start without an optimizer, pending rows, sampled classes, cache or gradient memory."""
-        fresh: dict[str, Any] = {"_fused": None, "_pending": [], "_cache": None, "_class_set": None}
+        fresh: dict[str, Any] = {"_fused": None, "_pending": [], "_cache": None, "_class_set": None, "_count": HostCount()}
         return {**self.__dict__, **fresh}
 
     def release_gradient_memory(self) -> None:
@@ -324,7 +338,7 @@ class MarginHead(nn.Module):
     @torch.no_grad()
     def prototypes(self) -> Tensor:
         """Effective unit prototypes (C, D) or (C, K, D) at the head's clock; cached until W, memory or clock change: read only."""
-        now = int(self.steps)
+        now = self._count.of(self.steps)
         key = self._key(now)
         if self._cache is None or self._cache[0] != key:
             with torch.inference_mode(False):  # a cache made while evaluating serves training too
@@ -376,7 +390,7 @@ class MarginHead(nn.Module):
         _checks.check_embeddings(embeddings, where)
         _checks.check_weight(self.weight, embeddings.shape[1], where)
         _checks.check_labels(class_ids, embeddings.shape[0], self.num_classes, where, low=0, name="class_ids")
-        now = int(self.steps)
+        now = self._count.of(self.steps)
         on_rows = self._keep_rows if self.training and self._fused is not None else None
         return attached_cosine(embeddings, self.weight, class_ids.long(), CosineOptions(self.scale, self._injection(now), self._key(now), on_rows))
 

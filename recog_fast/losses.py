@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .margins import ArcFace
 from .ops import _checks
+from .ops._flags import RowFlags, defers, flags_of
 from .ops._rows import Injection
 from .ops.margin_softmax import LossOptions, Margin, margin_softmax
 from .rules import RowStats
@@ -36,6 +37,20 @@ def check_options(
         _checks.expect(normalizer.numel() == 1, where, "normalizer of one element", f"shape {tuple(normalizer.shape)}")
     if normalizer is not None and not (isinstance(normalizer, Tensor) and normalizer.is_cuda):
         _checks.expect(0 < float(normalizer) < float("inf"), where, "normalizer > 0", float(normalizer))
+
+
+def check_rows(where: str, embeddings: Tensor, labels: Tensor, weight: Tensor, flags: RowFlags | None) -> RowFlags | None:
+    """Labels and finite rows: a ValueError now, or, where that would wait for a device, the flags that will hold it.
+
+    flags: those an earlier call may have left something in, which is raised here; None: look now, whatever it costs.
+    """
+    _checks.check_label_tensor(labels, embeddings.shape[0], where)
+    if flags is not None and defers(labels):
+        flags.raise_noted()
+        return flags
+    _checks.check_labels(labels, embeddings.shape[0], weight.shape[0], where)
+    _checks.check_finite_rows(embeddings.to(weight.dtype), where)
+    return None
 
 
 @overload
@@ -84,8 +99,10 @@ def margin_softmax_loss(
     sweeps on 16-bit operands with float32 results: on CPUs bfloat16 (AVX-512 BF16) or int16 fixed point with a step
     per row (AVX2, AVX-512), float32 where neither is (baseline) and in the reference (`backends()` says which). At
     D = 512, s = 64 dx and dW err by 2e-4 and 3e-4 (int16) or 1.3e-3 and 3e-3 (bfloat16), the loss by 1e-5 or 7e-5
-    (math.md 1.4). The target cosine, the nearest cosine and the margin are float32 all the same. check_labels: accepted for CUDA graphs to come; labels are
-    checked in every call, whatever it says.
+    (math.md 1.4). The target cosine, the nearest cosine and the margin are float32 all the same.
+    On CUDA no call waits for the device to look at values: a label outside [-1, C) gives its row loss 0 and no part in the mean, a
+    non-finite row a nan loss and no gradient, nothing else is touched, and the next call raises the ValueError. check_labels=True
+    waits and raises at once, as a call on CPU always does.
     Returns the loss in weight's dtype, or (loss, RowStats). Once differentiable in embeddings, weight and the margin's
     parameters. There is no label smoothing and no double backward.
 
@@ -95,8 +112,7 @@ def margin_softmax_loss(
     where = "margin_softmax_loss"
     _checks.check_embeddings(embeddings, where)
     _checks.check_weight(weight, embeddings.shape[1], where)
-    _checks.check_labels(labels, embeddings.shape[0], weight.shape[0], where)
-    _checks.check_finite_rows(embeddings.to(weight.dtype), where)
+    flags = check_rows(where, embeddings, labels, weight, None if check_labels else flags_of(embeddings.device, where))
     _checks.check_memory(weight, memory_rows, strength, slot, where)
     _checks.check_margin(margin, where)
     check_options(where, embeddings, scale, reduction, unknown_weight, sample_weight, normalizer, compute_dtype)
@@ -109,6 +125,7 @@ def margin_softmax_loss(
         reduction=reduction,
         normalizer=normalizer,
         compute_dtype=compute_dtype,
+        flags=flags,
     )
     loss, stats = margin_softmax(embeddings, weight, labels, options)
     return (loss, stats) if return_stats else loss
@@ -135,10 +152,10 @@ def unknown_rejection_loss(
     where = "unknown_rejection_loss"
     _checks.check_embeddings(embeddings, where)
     _checks.check_weight(weight, embeddings.shape[1], where)
-    _checks.check_finite_rows(embeddings.to(weight.dtype), where)
+    labels = torch.full((embeddings.shape[0],), -1, dtype=torch.int64, device=embeddings.device)
+    flags = check_rows(where, embeddings, labels, weight, flags_of(embeddings.device, where))
     _checks.expect(softmax in ("double", "single"), where, "softmax 'double' or 'single'", repr(softmax))
     check_options(where, embeddings, scale, reduction, 1.0, None, None, None)
-    labels = torch.full((embeddings.shape[0],), -1, dtype=torch.int64, device=embeddings.device)
-    options = LossOptions(margin=None, scale=float(scale), unknown_weight=1.0, softmax=softmax, reduction=reduction)
+    options = LossOptions(margin=None, scale=float(scale), unknown_weight=1.0, softmax=softmax, reduction=reduction, flags=flags)
     loss, stats = margin_softmax(embeddings, weight, labels, options)
     return (loss, stats) if return_stats else loss

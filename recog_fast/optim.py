@@ -110,10 +110,11 @@ class HeadSGD(torch.optim.Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update from all pending rows; returns the closure's loss if one is given.
 
-        Raises RuntimeError for stale rows, a dense weight.grad (it would be lost), a GradScaler, a weight other than the one
+        Raises ValueError for rows a CUDA batch had to leave out (`MarginHead.check_rows`; the others stay pending), RuntimeError for stale rows, a dense weight.grad (it would be lost), a GradScaler, a weight other than the one
         this was made for, and where another HeadSGD took over; ValueError for options set in `param_groups` that are refused.
         """
         self._refuse_scaler()
+        self.head.check_rows(replays=False)
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -150,6 +151,7 @@ class HeadSGD(torch.optim.Optimizer):
         group = self.param_groups[0]
         weight = self.head.weight
         batch = join(rows)
+        rate = group["lr"] if isinstance(group["lr"], Tensor) else None
         members = batch.members
         if members is None and self.head.sample_rate < 1:  # attached cosines alone: they reach their own classes
             members = (batch.targets // self.head.subcenters).unique()
@@ -159,9 +161,9 @@ class HeadSGD(torch.optim.Optimizer):
                 members = None
         torch.ops.recog_fast.class_step(
             batch.unit_embeddings, batch.targets, batch.terms, weight.detach(), self._velocity(weight, group), batch.scale,
-            batch.rules, *batch.injection.arguments(), True, float(group["lr"]), group["momentum"], group["weight_decay"],
-            group["nesterov"], batch.half, None if batch.kept is None else batch.kept.buffer,
-            members, group["unsampled"] == "sparse",
+            batch.rules, *batch.injection.arguments(), True, 0.0 if rate is not None else float(group["lr"]), group["momentum"],
+            group["weight_decay"], group["nesterov"], batch.half, None if batch.kept is None else batch.kept.buffer,
+            members, group["unsampled"] == "sparse", rate,
         )  # fmt: skip
         torch.autograd.graph.increment_version(weight)
 
@@ -182,7 +184,8 @@ def _check_group(group: dict[str, Any]) -> None:
     """ValueError for options this optimizer does not have; checked at every step, since schedulers and users set them."""
     lr, momentum, decay = group["lr"], group["momentum"], group["weight_decay"]
     _checks.expect(not isinstance(lr, Tensor) or lr.numel() == 1, "HeadSGD", "lr of one element", lr)
-    _checks.expect(0 <= float(lr) < float("inf"), "HeadSGD", "lr >= 0", lr)
+    if not (isinstance(lr, Tensor) and lr.is_cuda):  # a device's value is not waited for: a CUDA graph reads it at each replay
+        _checks.expect(0 <= float(lr) < float("inf"), "HeadSGD", "lr >= 0", lr)
     _checks.expect(0 <= momentum < 1, "HeadSGD", "momentum in [0, 1)", momentum)
     _checks.expect(0 <= decay < float("inf"), "HeadSGD", "weight_decay >= 0", decay)
     _checks.expect(not group["nesterov"] or momentum > 0, "HeadSGD", "momentum > 0 with nesterov", momentum)

@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-Coefficients = tuple[float, float, float, float, float]
+Coefficient = float | Tensor  # a 0-dim tensor: state that lives on a device, read there
+Coefficients = tuple[Coefficient, Coefficient, Coefficient, Coefficient, Coefficient]
 
 PLAIN: Coefficients = (0.0, 1.0, 0.0, 0.0, 1.0)
 
@@ -26,8 +27,10 @@ class NegativeRule:
     f(c) = a2 c^2 + a1 c + a0 and g(c) = b1 c + b0; `above` = (a2, a1, a0, b1, b0) holds where c > threshold of the row,
     `below` elsewhere. g is stated apart from f because some papers detach their weights (g != f').
     `f_max` bounds f over [-1, 1]: for sweeps with a fixed exponent offset (the CPU kernels' offset moves).
+    A coefficient may be a 0-dim tensor on the embeddings' device (state of the margin): it is copied, never waited for.
 
-    Raises ValueError for coefficients that are not five finite numbers or a non-finite f_max.
+    Raises ValueError for coefficients that are not five finite numbers (on CUDA their values are not looked at) or a
+    non-finite f_max.
     """
 
     above: Coefficients
@@ -37,7 +40,7 @@ class NegativeRule:
     def __post_init__(self) -> None:
         for name in ("above", "below"):
             value = getattr(self, name)
-            if len(value) != 5 or not all(abs(float(v)) < float("inf") for v in value):
+            if len(value) != 5 or not all(_finite_number(v) for v in value):
                 raise ValueError(f"NegativeRule: expected {name} = five finite numbers (a2, a1, a0, b1, b0), got {value!r}")
         if not abs(float(self.f_max)) < float("inf"):
             raise ValueError(f"NegativeRule: expected a finite f_max, got {self.f_max!r}")
@@ -68,25 +71,47 @@ class RowStats(NamedTuple):
     dropped_mass: Tensor
 
 
+def _finite_number(value: Coefficient) -> bool:
+    if isinstance(value, Tensor) and value.is_cuda:
+        return value.numel() == 1
+    return abs(float(value)) < float("inf")
+
+
 def pack_rules(
-    labels: Tensor,  # (N,) int64; -1 rows get the plain rule and no clamp
+    labels: Tensor,  # (N,) int64; rows with label -1 get the plain rule and no clamp
     rule: NegativeRule | None,
     thresholds: Tensor | None,  # (N,)
     clamp: float,
     dtype: torch.dtype,
 ) -> Tensor | None:
-    """One (RULE_ROWS, N) matrix of each row's clamp, threshold and coefficients; None where every row is plain."""
+    """One (RULE_ROWS, N) matrix of each row's clamp, threshold and coefficients; None where every row is plain. Waits for no device."""
     if rule is None and clamp >= 1.0:
         return None
-    n = labels.numel()
-    column = [NO_CLAMP, NO_THRESHOLD, *PLAIN, *PLAIN]
-    packed = torch.tensor(column, dtype=dtype, device=labels.device).unsqueeze(1).repeat(1, n)
+    if rule is not None and thresholds is None:
+        raise ValueError("negative_logsumexp: expected thresholds of shape (N,) with a rule, got None")
+    plain = (NO_CLAMP, NO_THRESHOLD, *PLAIN, *PLAIN)
+    own: list[Coefficient] = [*plain] if rule is None else [NO_CLAMP, NO_THRESHOLD, *rule.above, *rule.below]
+    own[0] = clamp if clamp < 1.0 else NO_CLAMP
+    if thresholds is not None and rule is not None:
+        own[1] = thresholds.to(dtype)
+    packed = torch.empty(RULE_ROWS, labels.numel(), dtype=dtype, device=labels.device)
     labelled = labels != -1
-    packed[0, labelled] = clamp if clamp < 1.0 else NO_CLAMP
-    if rule is not None:
-        if thresholds is None:
-            raise ValueError("negative_logsumexp: expected thresholds of shape (N,) with a rule, got None")
-        coefficients = torch.tensor([*rule.above, *rule.below], dtype=dtype, device=labels.device)
-        packed[1] = torch.where(labelled, thresholds.to(dtype), packed[1])
-        packed[2:, labelled] = coefficients.unsqueeze(1)
+    for row, value, other in zip(packed, own, plain, strict=True):
+        row.copy_(value) if isinstance(value, Tensor) else row.fill_(value)
+        row.masked_fill_(~labelled, other)
     return packed
+
+
+def exponent_span(rule: NegativeRule | None, clamp: float) -> float:
+    """max f - min f over cosines in [-1, 1], either branch anywhere; inf where a coefficient is known to the device alone."""
+    low, high = float("inf"), -float("inf")
+    for branch in (PLAIN,) if rule is None else (rule.above, rule.below, PLAIN):  # rows without a label are plain
+        if any(isinstance(value, Tensor) for value in branch):
+            return float("inf")
+        a2, a1, a0 = (float(value) for value in branch[:3])
+        largest = min(clamp, 1.0) if branch is not PLAIN else 1.0
+        vertex = -a1 / (2 * a2) if a2 != 0 else 0.0
+        for c in (-largest, largest, *([vertex] if a2 != 0 and abs(vertex) < largest else [])):
+            f = (a2 * c + a1) * c + a0
+            low, high = min(low, f), max(high, f)
+    return high - low

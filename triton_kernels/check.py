@@ -147,8 +147,7 @@ def _row_jobs(arch: int) -> Iterator[Job]:
     memory = {"memory": "*bf16", "slot": "*i32", "R": "i32", "prototypes": "*bf16"}
     yield Job(arch, "effective_prototypes", "memory", "effective_prototypes", "prototype_rows", tuple(memory.items()), tuple(rows.items()), block.warps, 3, False)
     step = {**rows, "STEP": True, "VELOCITY": True, "NESTEROV": True}
-    scalars = {**memory, "lr": "fp32", "momentum": "fp32", "weight_decay": "fp32"}
-    yield Job(arch, "class_step", "memory, Nesterov", "class_step", "class_epilogue", tuple(scalars.items()), tuple(step.items()), block.warps, 3, False)
+    yield Job(arch, "class_step", "memory, Nesterov", "class_step", "class_epilogue", tuple(memory.items()), tuple(step.items()), block.warps, 3, False)
     for numel in (1024, 1024 * DIMENSION):
         merging = configs.merge_block(numel, device)
         adds = {"BS": merging.partials, "B": merging.elements}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -16,10 +17,17 @@ from .tiles import injected, renormalised, through_normalisation, unit_rows
 class Sgd:
     """The step of `reference.sgd_update`."""
 
-    lr: float
+    lr: float | Tensor  # a 0-dim tensor: read on the device
     momentum: float
     weight_decay: float
     nesterov: bool
+
+    def packed(self, device: torch.device) -> Tensor:
+        """(3,) float32 on the device as the kernels read it, made without waiting: a CUDA graph takes new values with each replay."""
+        values = torch.empty(3, dtype=torch.float32, device=device)
+        for at, value in zip(values, (self.lr, self.momentum, self.weight_decay), strict=True):
+            at.copy_(value.reshape(())) if isinstance(value, Tensor) else at.fill_(value)
+        return values
 
 
 @triton.jit
@@ -29,7 +37,8 @@ def class_epilogue(
     velocity,  # (R, D) float32, in and out with VELOCITY
     gradient,  # (R, D) float32, out without STEP
     memory, strength, slot,  # (S, D), (S,), (R,) as in prototype_rows
-    R, lr, momentum, weight_decay,
+    rates,  # (3,) float32: learning rate, momentum, weight decay
+    R,
     D: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr, MEMORY: tl.constexpr, RENORMALIZE: tl.constexpr,
     STEP: tl.constexpr, VELOCITY: tl.constexpr, NESTEROV: tl.constexpr,
 ):  # fmt: skip
@@ -47,7 +56,8 @@ def class_epilogue(
         d_unit = tl.where(used[:, None], through_normalisation(d_unit, mixed_unit, mixed_norm), d_unit)
     g = through_normalisation(d_unit, unit, norm)
     if STEP:
-        g += weight_decay * w
+        momentum = tl.load(rates + 1)
+        g += tl.load(rates + 2) * w
         step = g
         if VELOCITY:
             v = momentum * tl.load(velocity + at, mask=inside, other=0.0) + g
@@ -55,7 +65,7 @@ def class_epilogue(
             step = v
             if NESTEROV:
                 step = g + momentum * v
-        tl.store(weight + at, w - lr * step, mask=inside)
+        tl.store(weight + at, w - tl.load(rates) * step, mask=inside)
     else:
         tl.store(gradient + at, g, mask=inside)
 
@@ -68,16 +78,16 @@ def run_class_epilogue(
     renormalize: bool,
     gradient: Tensor | None = None,  # (R, D) out: dW, or
     velocity: Tensor | None = None,  # (R, D) and
-    sgd: Sgd | None = None,  # the step of weight and velocity in place
+    rates: Tensor | None = None,  # (3,) `Sgd.packed`: the step of weight and velocity in place
+    nesterov: bool = False,
 ) -> None:
     """Launches `class_epilogue`."""
     count, dimension = weight.shape
     block = configs.row_block(dimension, weight.device)
     memory, strength, slot = injection or (weight, weight, weight)
-    step = sgd or Sgd(0.0, 0.0, 0.0, False)
     class_epilogue[(triton.cdiv(count, block.rows),)](
         d_prototypes, weight, weight if velocity is None else velocity, weight if gradient is None else gradient,
-        memory, strength, slot, count, step.lr, step.momentum, step.weight_decay,
+        memory, strength, slot, weight if rates is None else rates, count,
         D=dimension, BD=block.dimension, BR=block.rows, MEMORY=injection is not None, RENORMALIZE=renormalize,
-        STEP=sgd is not None, VELOCITY=velocity is not None, NESTEROV=step.nesterov, num_warps=block.warps,
+        STEP=rates is not None, VELOCITY=velocity is not None, NESTEROV=nesterov, num_warps=block.warps,
     )  # fmt: skip

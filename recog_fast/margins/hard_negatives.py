@@ -59,7 +59,9 @@ class CurricularFace(nn.Module):
 
     @torch.no_grad()
     def rule(self, cosine: Tensor) -> tuple[NegativeRule, Tensor]:
-        """The negatives' rule at the present t and thresholds cos(theta_y + m) (N,); on CUDA reading t synchronises."""
+        """The negatives' rule at the present t and thresholds cos(theta_y + m) (N,); on CUDA t stays on the device."""
+        if self.t.is_cuda:  # |t| <= 1: it is a mean of cosines
+            return NegativeRule(above=(1.0, self.t, 0.0, 2.0, self.t), f_max=2.0), cosine_of_sum(cosine, self.m)
         t = float(self.t)
         return NegativeRule(above=(1.0, t, 0.0, 2.0, t), f_max=1.0 + abs(t)), cosine_of_sum(cosine, self.m)
 

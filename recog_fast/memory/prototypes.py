@@ -9,9 +9,9 @@ from typing import Any, NamedTuple, SupportsIndex
 import torch
 from torch import Tensor, nn
 
+from ..ops._deferred import DeferredReport
 from ..ops.memory_write import memory_write
 from .checks import bad_rows, check_batch, check_entries, check_ids, check_sizes, check_step, complaint
-from .deferred import DeferredReport
 from .policies import MemoryPolicy, NormStatistics
 
 _ZERO_NORM = 1e-12

@@ -40,12 +40,17 @@ def check_weight(weight: Tensor, dimension: int, where: str, name: str = "weight
     expect(min(weight.shape) >= 1, where, f"{name} with C, K, D >= 1", f"shape {tuple(weight.shape)}")
 
 
-def check_labels(labels: Tensor, rows: int, classes: int, where: str, *, low: int = -1, name: str = "labels") -> None:
-    """(N,) integer with values in [low, C); names the first bad row."""
+def check_label_tensor(labels: Tensor, rows: int, where: str, name: str = "labels") -> None:
+    """(N,) integer, whatever the values."""
     expect_tensor(labels, where, name)
     expect(tuple(labels.shape) == (rows,), where, f"{name} of shape (N,) = ({rows},)", f"shape {tuple(labels.shape)}")
     integer = not labels.dtype.is_floating_point and not labels.dtype.is_complex and labels.dtype != torch.bool
     expect(integer, where, f"{name} of an integer dtype", str(labels.dtype))
+
+
+def check_labels(labels: Tensor, rows: int, classes: int, where: str, *, low: int = -1, name: str = "labels") -> None:
+    """(N,) integer with values in [low, C); names the first bad row. Waits for the device they are on."""
+    check_label_tensor(labels, rows, where, name)
     labels = labels.long()  # a narrow or unsigned dtype cannot hold -1 or C
     bad = ((labels < low) | (labels >= classes)).nonzero()
     if bad.numel():
@@ -82,7 +87,8 @@ def check_margin(margin: object, where: str) -> None:
 def check_memory(
     weight: Tensor, memory_rows: Tensor | None, strength: Tensor | None, slot: Tensor | None, where: str
 ) -> None:
-    """memory_rows (S, D), strength (S,), slot (C,) in [-1, S) or None with S = C: all or none of the first two."""
+    """memory_rows (S, D), strength (S,), slot (C,) in [-1, S) or None with S = C: all or none of the first two. On CUDA the
+    values of slot are not looked at: that would wait for the device."""
     if memory_rows is None and strength is None and slot is None:
         return
     expect(memory_rows is not None and strength is not None, where, "memory_rows and strength together", "only one of them")
@@ -95,6 +101,8 @@ def check_memory(
         return
     check_vector(expect_tensor(slot, where, "slot"), weight.shape[0], where, "slot")
     expect(not slot.dtype.is_floating_point, where, "slot of an integer dtype", str(slot.dtype))
+    if slot.is_cuda:
+        return
     slot = slot.long()
     outside = ((slot < -1) | (slot >= rows.shape[0])).nonzero()
     if outside.numel():

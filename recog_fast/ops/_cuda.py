@@ -12,8 +12,10 @@ from torch import Tensor
 
 from .. import reference
 from . import _checks, _dispatch, _library, chunks
+from ._graphs import Inputs, run_loop
+from ._operands import Classes, Plan
 from ._rows import Injection
-from .chunks import Classes, Plan, d_prototypes
+from .chunks import ClassSweep
 from .class_gradient import _reference as _gradient_reference
 from .class_step import _check_in_place
 from .class_step import _reference as _step_reference
@@ -63,23 +65,25 @@ def _positions(ids: Tensor, classes: Tensor) -> Tensor:
 def forward(
     unit_embeddings: Tensor, weight: Tensor, labels: Tensor, scale: float, rules: Tensor | None, memory_rows: Tensor | None,
     strength: Tensor | None, slot: Tensor | None, unit: bool, renormalize: bool, half: bool = False, want_pull: bool = True,
-    members: Tensor | None = None, plan: Plan | None = None,
+    members: Tensor | None = None, bounded: bool = False, plan: Plan | None = None,
 ) -> Sweep:  # fmt: skip
     """`negative_logsumexp` by the chunk loop."""
     _check_rows(unit_embeddings, weight, labels)
     memory = memory_rows, strength, slot
     if members is None:
         classes = Classes(weight, *memory, unit, renormalize, _dtype(half))
-        return chunks.negative_logsumexp(unit_embeddings, classes, labels, scale, rules, want_pull, plan)
+        return chunks.negative_logsumexp(unit_embeddings, classes, labels, scale, rules, want_pull, plan, bounded=bounded)
     some, its = _compact(weight, memory, members)
     classes = Classes(some, *its, unit, renormalize, _dtype(half))
-    lse, cosine, index, pull = chunks.negative_logsumexp(unit_embeddings, classes, _positions(labels, members), scale, rules, want_pull, plan)
+    lse, cosine, index, pull = chunks.negative_logsumexp(
+        unit_embeddings, classes, _positions(labels, members), scale, rules, want_pull, plan, bounded=bounded
+    )
     index = torch.where(index >= 0, members[index.clamp_min(0)], index)
     alone = labels == -1  # these rows see all classes
     if bool(alone.any()):
         every = forward(
             unit_embeddings[alone], weight, labels[alone], scale, None if rules is None else rules[:, alone], *memory,
-            unit, renormalize, half, want_pull, None, plan,
+            unit, renormalize, half, want_pull, None, bounded, plan,
         )  # fmt: skip
         for old, new in zip((lse, cosine, index, pull), every, strict=True):
             if old.shape[0]:
@@ -134,15 +138,23 @@ def gradient(
         some, memory = _compact(weight, memory, visited)
         at = _within(targets, visited, weight)
     classes = Classes(some, *memory, unit, renormalize, _dtype(half))
+    sweep = ClassSweep.of(unit_embeddings, classes, at, terms, scale, rules, seen, plan, weight.shape[0])
     result = torch.empty_like(classes.rows)
-    for start, stop, d_rows in d_prototypes(unit_embeddings, classes, at, terms, scale, rules, seen, plan, weight.shape[0]):
-        out = result[start:stop].flatten(0, 1)
-        if unit:
-            out.copy_(d_rows)
-        else:
-            run_class_epilogue(
-                d_rows, classes.rows[start:stop].flatten(0, 1), classes.injection_of(start, stop), renormalize=renormalize, gradient=out
-            )
+
+    def loop(own: Inputs) -> tuple[Tensor, ...]:
+        there = classes.with_strengths(own["strengths"])
+        for start, stop, d_rows in sweep.reading(own).chunks(there):
+            out = result[start:stop].flatten(0, 1)
+            if unit:
+                out.copy_(d_rows)
+            else:
+                run_class_epilogue(
+                    d_rows, there.rows[start:stop].flatten(0, 1), there.injection_of(start, stop), renormalize=renormalize, gradient=out
+                )
+        return ()
+
+    inputs = {**sweep.inputs(), "strengths": classes.strengths}
+    run_loop(("class_gradient", classes.key(), sweep.key(), result.data_ptr()), inputs, loop, sweep.rows.x)
     if visited is None:
         return result.reshape(weight.shape)
     whole = torch.zeros(weight.shape, dtype=result.dtype, device=weight.device)
@@ -153,7 +165,7 @@ def step(
     unit_embeddings: Tensor, targets: Tensor, terms: Tensor, weight: Tensor, velocity: Tensor | None, scale: float,
     rules: Tensor | None, memory_rows: Tensor | None, strength: Tensor | None, slot: Tensor | None, renormalize: bool,
     lr: float, momentum: float, weight_decay: float, nesterov: bool, half: bool = False, members: Tensor | None = None,
-    sparse: bool = False, plan: Plan | None = None,
+    sparse: bool = False, rate: Tensor | None = None, plan: Plan | None = None,
 ) -> None:  # fmt: skip
     """`class_step` by the chunk loop, in place; classes outside the visited ones only decay (`sparse`: stay as they are)."""
     from ..triton_kernels.class_step import Sgd, run_class_epilogue
@@ -170,12 +182,22 @@ def step(
         some, memory = _compact(weight, memory, visited)
         speed, at = None if velocity is None else velocity[visited], _within(targets, visited, weight)
     classes = Classes(some, *memory, False, renormalize, _dtype(half))
-    sgd = Sgd(lr, momentum, weight_decay, nesterov)
-    for start, stop, d_rows in d_prototypes(unit_embeddings, classes, at, terms, scale, rules, seen, plan, weight.shape[0]):
-        run_class_epilogue(
-            d_rows, classes.rows[start:stop].flatten(0, 1), classes.injection_of(start, stop), renormalize=renormalize,
-            velocity=None if speed is None else speed[start:stop].view_as(classes.rows[start:stop]).flatten(0, 1), sgd=sgd,
-        )  # fmt: skip
+    sweep = ClassSweep.of(unit_embeddings, classes, at, terms, scale, rules, seen, plan, weight.shape[0])
+    sgd = Sgd(lr if rate is None else rate, momentum, weight_decay, nesterov)
+    rows = None if speed is None else speed.view_as(classes.rows)
+
+    def loop(own: Inputs) -> tuple[Tensor, ...]:
+        there = classes.with_strengths(own["strengths"])
+        for start, stop, d_rows in sweep.reading(own).chunks(there):
+            run_class_epilogue(
+                d_rows, there.rows[start:stop].flatten(0, 1), there.injection_of(start, stop), renormalize=renormalize,
+                velocity=None if rows is None else rows[start:stop].flatten(0, 1), rates=own["rates"], nesterov=nesterov,
+            )  # fmt: skip
+        return ()
+
+    inputs = {**sweep.inputs(), "strengths": classes.strengths, "rates": sgd.packed(weight.device)}
+    place = 0 if rows is None else rows.data_ptr()
+    run_loop(("class_step", classes.key(), sweep.key(), place, nesterov), inputs, loop, sweep.rows.x)
     if visited is None:
         return
     if not sparse:
@@ -205,10 +227,11 @@ def _negative_logsumexp(
     unit_embeddings: Tensor, weight: Tensor, labels: Tensor, scale: float, rules: Tensor | None, memory_rows: Tensor | None,
     strength: Tensor | None, slot: Tensor | None, unit: bool, renormalize: bool, half: bool = False, want_pull: bool = True,
     kept: Tensor | None = None, members: Tensor | None = None, floor: Tensor | None = None, listed: Tensor | None = None,
+    bounded: bool = False,
 ) -> Sweep:  # fmt: skip
     rest = scale, rules, memory_rows, strength, slot, unit, renormalize, half, want_pull
     if _runs("negative_logsumexp", unit_embeddings, weight, memory_rows, kept=kept):
-        return forward(unit_embeddings, weight, labels, *rest, members)
+        return forward(unit_embeddings, weight, labels, *rest, members, bounded)
     return _forward_reference(unit_embeddings, weight, labels, *rest, kept, members, floor, listed)
 
 
@@ -233,12 +256,12 @@ def _class_step(
     unit_embeddings: Tensor, targets: Tensor, terms: Tensor, weight: Tensor, velocity: Tensor | None, scale: float,
     rules: Tensor | None, memory_rows: Tensor | None, strength: Tensor | None, slot: Tensor | None, renormalize: bool,
     lr: float, momentum: float, weight_decay: float, nesterov: bool, half: bool = False, kept: Tensor | None = None,
-    members: Tensor | None = None, sparse: bool = False,
+    members: Tensor | None = None, sparse: bool = False, rate: Tensor | None = None,
 ) -> None:  # fmt: skip
     rest = scale, rules, memory_rows, strength, slot, renormalize, lr, momentum, weight_decay, nesterov, half
     if _runs("class_step", unit_embeddings, weight, velocity, memory_rows, kept=kept):
-        return step(unit_embeddings, targets, terms, weight, velocity, *rest, members, sparse)
-    return _step_reference(unit_embeddings, targets, terms, weight, velocity, *rest, kept, members, sparse)
+        return step(unit_embeddings, targets, terms, weight, velocity, *rest, members, sparse, rate)
+    return _step_reference(unit_embeddings, targets, terms, weight, velocity, *rest, kept, members, sparse, rate)
 
 
 def _effective_prototypes(weight: Tensor, memory_rows: Tensor | None, *rest: Any) -> Tensor:

@@ -27,14 +27,14 @@ SCHEMAS = {
     "effective_prototypes": f"(Tensor weight, {_MEMORY}, bool renormalize) -> Tensor",
     "negative_logsumexp": f"(Tensor unit_embeddings, Tensor weight, Tensor labels, float scale, Tensor? rules, {_MEMORY}, "
     "bool unit, bool renormalize, bool half=False, bool want_pull=True, Tensor(a!)? kept=None, "
-    f"{_MEMBERS}, Tensor? floor=None, Tensor(b!)? listed=None) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"{_MEMBERS}, Tensor? floor=None, Tensor(b!)? listed=None, bool bounded=False) -> (Tensor, Tensor, Tensor, Tensor)",
     "unknown_rejection": "(Tensor unit_embeddings, Tensor weight, Tensor nearest, Tensor lse, Tensor first_mean, float scale, "
     f"{_MEMORY}, bool unit, bool renormalize, bool half=False, Tensor? low=None) -> (Tensor, Tensor, Tensor, Tensor)",
     "class_gradient": f"({_ROWS}, Tensor weight, float scale, Tensor? rules, {_MEMORY}, bool unit, bool renormalize, "
     f"bool half=False, Tensor? kept=None, {_MEMBERS}) -> Tensor",
     "class_step": f"({_ROWS}, Tensor(a!) weight, Tensor(b!)? velocity, float scale, Tensor? rules, {_MEMORY}, "
     "bool renormalize, float lr, float momentum, float weight_decay, bool nesterov, "
-    f"bool half=False, Tensor? kept=None, {_MEMBERS}, bool sparse=False) -> ()",
+    f"bool half=False, Tensor? kept=None, {_MEMBERS}, bool sparse=False, Tensor? rate=None) -> ()",
     "memory_write": "(Tensor(a!) rows, Tensor(b!) row_strength, Tensor(c!) stamp, Tensor(d!) owner, Tensor(e!) slot, "
     "Tensor(f!) cursor, Tensor embeddings, Tensor labels, Tensor strengths, int step) -> Tensor",
 }

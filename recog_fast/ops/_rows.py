@@ -80,7 +80,10 @@ class RowRecords:
 
 def _plain_rules(n: int, like: Tensor) -> Tensor:
     column = [NO_CLAMP, NO_THRESHOLD, *PLAIN, *PLAIN]
-    return torch.tensor(column, dtype=like.dtype, device=like.device).unsqueeze(1).repeat(1, n)
+    packed = torch.empty(len(column), n, dtype=like.dtype, device=like.device)
+    for row, value in zip(packed, column, strict=True):
+        row.fill_(value)
+    return packed
 
 
 def join(records: Sequence[RowRecords]) -> RowRecords:

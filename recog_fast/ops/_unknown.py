@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -45,17 +46,31 @@ def _pull_of(batch: Batch, at: Tensor) -> Tensor:
     return batch.pull[at] if batch.pull.shape[0] else torch.zeros_like(batch.unit[at])
 
 
+def _unlabelled(batch: Batch, options: LossOptions) -> Tensor:
+    """Indices (U,) of the rows without a label; among labelled ones their number is something only the device knows."""
+    if options.margin is None:  # of `unknown_rejection_loss`: all of them
+        return torch.arange(batch.labels.numel(), device=batch.labels.device)
+    if batch.labels.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "margin softmax: expected unknown_weight = 0 in a CUDA graph, got unlabelled rows to count: the number of these rows "
+            "decides shapes; capture `unknown_rejection_loss` of a batch of its own instead"
+        )
+    return (batch.labels == -1).nonzero().squeeze(1)
+
+
 def reject_unknown(batch: Batch, exact: Tensor, nearest: Tensor, weight: Tensor, options: LossOptions) -> Unknown | None:
     """Excess of the unlabelled rows and its slopes; None where it does not count. exact: x^ (N, D) in double."""
-    at = (batch.labels == -1).nonzero().squeeze(1)
-    if options.unknown_weight == 0 or at.numel() == 0:
+    if options.unknown_weight == 0:
+        return None
+    at = _unlabelled(batch, options)
+    if at.numel() == 0:
         return None
     unit, lse, pull, classes = batch.unit[at], batch.lse[at], _pull_of(batch, at), weight.shape[0]
     if options.softmax == "single":
         if weight.dim() == 3:
             raise ValueError("unknown_rejection_loss: expected weight of shape (C, D) with softmax='single', got sub-centers")
         total = _prototype_sum(weight, options.injection)
-        excess = classes * (lse - torch.log(torch.tensor(float(classes), dtype=torch.float64))) - options.scale * (unit.double() @ total)
+        excess = classes * (lse - math.log(classes)) - options.scale * (unit.double() @ total)
         d_unit = options.scale * (classes * pull.double() - total)
         one = torch.ones_like(lse)
         nobody = torch.full_like(at, -1)

@@ -11,6 +11,7 @@ from .. import reference
 from . import _checks, _cpu, _library
 from .class_gradient import STEP
 
+_RATE = 11  # where lr is among them
 _OPERANDS = 15  # arguments of the reference; what follows chooses the kernels' arithmetic
 
 
@@ -22,8 +23,11 @@ def _check_in_place(t: Tensor, weight: Tensor, name: str) -> None:
 
 def _reference(*arguments: Any) -> None:
     """Materialised; without the kernels' `half` and `kept`, which come between the operands and the sampled classes."""
+    operands, rest = list(arguments[:_OPERANDS]), arguments[_OPERANDS + 2 :]
+    if len(rest) > 2:  # the learning rate as a tensor
+        operands[_RATE] = operands[_RATE] if rest[2] is None else float(rest[2])
     with torch.no_grad():
-        reference.class_step(*arguments[:_OPERANDS], *arguments[_OPERANDS + 2 :])
+        reference.class_step(*operands, *rest[:2])
 
 
 def _cpu_kernel(
@@ -46,7 +50,9 @@ def _cpu_kernel(
     kept: Tensor | None = None,
     members: Tensor | None = None,
     sparse: bool = False,
+    rate: Tensor | None = None,  # lr where it is a tensor
 ) -> None:
+    lr = lr if rate is None else float(rate)
     _checks.expect(velocity is not None or momentum == 0, "class_step", "velocity with momentum > 0", None)
     module = _library.compiled(unit_embeddings, weight, velocity)
     if module is None:

@@ -11,14 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from .. import reference
-from ..rules import RowStats, pack_rules
+from ..rules import RowStats, exponent_span, pack_rules
 from . import _library
 from ._buffers import GradientBuffers
+from ._flags import RowFlags
 from ._kept import KeptExponentials, Lease
 from ._lists import list_floor
 from ._rows import Injection, Key, RowRecords, least_mass, target_prototypes, wants_half, without
 from ._unknown import Unknown, reject_unknown
 from .class_gradient import recycled_class_gradient
+
+SAFE_SPAN = 144.0  # nats between a row's largest and smallest logit for which no sum of exponentials can vanish in float32
 
 
 class Margin(Protocol):
@@ -49,6 +52,8 @@ class LossOptions:
     members: Tensor | None = None  # (M,) ascending: sampled classes, the negatives of labelled rows; None: all
     unknown_stats: bool = True  # statistics of unlabelled rows are wanted even where they do not count
     buffers: GradientBuffers | None = None  # memory for dW
+    flags: RowFlags | None = None  # bad rows are noted there instead of being refused beforehand
+    spoiled: Tensor | None = None  # (N,) bool: rows found non-finite that way
 
     def parameters(self) -> tuple[nn.Parameter, ...]:
         """Learnable parameters of the margin: they get their gradient too."""
@@ -145,7 +150,8 @@ def _sweep(unit: Tensor, norms: Tensor, weight: Tensor, labels: Tensor, options:
     if margin is not None and hasattr(margin, "update") and getattr(margin, "training", True):
         margin.update(cosine, norms, labelled)
     rule, thresholds = margin.rule(cosine) if margin is not None and hasattr(margin, "rule") else (None, None)
-    rules = pack_rules(labels, rule, thresholds, float(getattr(margin, "clamp", 1.0)), unit.dtype)
+    clamp = float(getattr(margin, "clamp", 1.0))
+    rules = pack_rules(labels, rule, thresholds, clamp, unit.dtype)
     leaf, norm_leaf, target, penalty = _run_margin(options, cosine, norms)
     # Under sampling, rows labelled -1 cost a sweep over all classes: label -2 (see the members) where nobody wants it.
     apart = options.members is not None and not bool(labelled.all())
@@ -162,7 +168,7 @@ def _sweep(unit: Tensor, norms: Tensor, weight: Tensor, labels: Tensor, options:
     lse, nearest, index, pull = torch.ops.recog_fast.negative_logsumexp(
         unit, weight, torch.where(labelled, labels, -2) if apart and not wanted else labels, options.scale, rules,
         *options.injection.arguments(), False, True, half, options.record, None if kept is None else kept.buffer, options.members,
-        floor, listed,
+        floor, listed, options.scale * exponent_span(rule, clamp) <= SAFE_SPAN,
     )  # fmt: skip
     if half:
         swept = nearest
@@ -181,7 +187,7 @@ def _sweep(unit: Tensor, norms: Tensor, weight: Tensor, labels: Tensor, options:
         index,
         torch.where(labelled, 1 - q, zero).float(),
         torch.where(labelled, sub, torch.zeros_like(sub)),
-        torch.where(labelled, zero, probability).float(),
+        torch.where(labels == -1, probability, zero).float(),
         _dropped_mass(q, dropped, listed).float(),
     )
     batch = Batch(
@@ -208,8 +214,12 @@ def _row_shares(batch: Batch, unknown: Unknown | None, options: LossOptions) -> 
     if options.reduction != "mean":
         return torch.ones_like(batch.lse)
     labelled = batch.labelled
-    count = labelled.sum().clamp_min(1).double() if options.normalizer is None else torch.as_tensor(options.normalizer, device=labelled.device).double().reshape(())
-    unlabelled = (~labelled).sum().clamp_min(1).double()
+    if isinstance(options.normalizer, Tensor):
+        count = options.normalizer.to(labelled.device).double().reshape(())
+    else:
+        count = labelled.sum().clamp_min(1).double()
+        count = count if options.normalizer is None else torch.full_like(count, options.normalizer)
+    unlabelled = (batch.labels == -1).sum().clamp_min(1).double()
     return torch.where(labelled, 1 / count, 1 / unlabelled)
 
 
@@ -249,7 +259,8 @@ class _MarginSoftmax(torch.autograd.Function):
     def forward(ctx: Any, embeddings: Tensor, weight: Tensor, labels: Tensor, options: LossOptions, *parameters: Tensor) -> tuple[Tensor, ...]:
         with torch.autocast(embeddings.device.type, enabled=False):
             # in double: an error of |x| is one of all the row's logits at once, and shows in the UIR excess
-            exact, lengths = reference.unit_rows(embeddings.double())
+            rows_in = embeddings if options.spoiled is None else embeddings.masked_fill(options.spoiled.unsqueeze(1), 0.0)
+            exact, lengths = reference.unit_rows(rows_in.double())
             unit, norms = exact.to(weight.dtype), lengths.to(weight.dtype)
             # the single softmax multiplies the error of lse by C: float32 whatever is asked for
             half = options.compute_dtype == torch.bfloat16 and options.softmax == "double"
@@ -257,6 +268,8 @@ class _MarginSoftmax(torch.autograd.Function):
             unknown = reject_unknown(batch, exact, stats.nearest_index, weight, options)
             rows = _row_losses(batch, unknown, options)
             shares = _row_shares(batch, unknown, options)
+            if options.spoiled is not None:
+                rows = rows.masked_fill(options.spoiled, float("nan"))
             loss = rows if options.reduction == "none" else (rows * shares).sum()
         ctx.save_for_backward(weight)
         ctx.batch, ctx.unknown, ctx.shares, ctx.options = batch, unknown, shares, options
@@ -340,5 +353,9 @@ def margin_softmax(embeddings: Tensor, weight: Tensor, labels: Tensor, options: 
     # copies: backward reads both, and who reuses a buffer of labels or weights must not change its gradient
     sample_weight = None if options.sample_weight is None else options.sample_weight.detach().clone()
     options = dataclasses.replace(options, record=torch.is_grad_enabled(), compute_dtype=dtype, sample_weight=sample_weight)
-    loss, *stats = _MarginSoftmax.apply(embeddings, weight, labels.to(torch.int64, copy=True), options, *options.parameters())
+    labels = labels.to(torch.int64, copy=True)
+    if options.flags is not None:
+        labels, spoiled = options.flags.screen(embeddings.detach(), labels, weight.shape[0])
+        options = dataclasses.replace(options, spoiled=spoiled)
+    loss, *stats = _MarginSoftmax.apply(embeddings, weight, labels, options, *options.parameters())
     return loss, RowStats(*stats)

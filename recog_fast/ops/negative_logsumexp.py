@@ -37,6 +37,7 @@ def _cpu_kernel(
     members: Tensor | None = None,
     floor: Tensor | None = None,
     listed: Tensor | None = None,
+    bounded: bool = False,  # of the GPU's sweep: no sum can leave float32's range
 ) -> Sweep:
     module = _library.compiled(unit_embeddings, weight)
     if module is None:
@@ -99,6 +100,7 @@ def _reference(
     unit_embeddings: Tensor, weight: Tensor, labels: Tensor, scale: float, rules: Tensor | None, memory_rows: Tensor | None,
     strength: Tensor | None, slot: Tensor | None, unit: bool, renormalize: bool, half: bool = False, want_pull: bool = True,
     kept: Tensor | None = None, members: Tensor | None = None, floor: Tensor | None = None, listed: Tensor | None = None,
+    bounded: bool = False,
 ) -> Sweep:  # fmt: skip
     """Materialised, in the operands' own precision: `half`, `kept` and `floor` are the kernels' means, not part of the result."""
     lse, cosine, index, pull = reference.negative_logsumexp(
@@ -113,6 +115,7 @@ def _fake(
     unit_embeddings: Tensor, weight: Tensor, labels: Tensor, scale: float, rules: Tensor | None, memory_rows: Tensor | None,
     strength: Tensor | None, slot: Tensor | None, unit: bool, renormalize: bool, half: bool = False, want_pull: bool = True,
     kept: Tensor | None = None, members: Tensor | None = None, floor: Tensor | None = None, listed: Tensor | None = None,
+    bounded: bool = False,
 ) -> Sweep:  # fmt: skip
     n = unit_embeddings.shape[0]
     return (
@@ -123,7 +126,7 @@ def _fake(
     )
 
 
-_DEFAULTS = (False, True, None, None, None, None)  # half, want_pull, kept, members, floor, listed
+_DEFAULTS = (False, True, None, None, None, None, False)  # half, want_pull, kept, members, floor, listed, bounded
 
 
 class _NegativeLogsumexp(torch.autograd.Function):
@@ -135,7 +138,7 @@ class _NegativeLogsumexp(torch.autograd.Function):
             lse, cosine, index, pull = torch.ops.recog_fast.negative_logsumexp(unit_embeddings, weight, labels, scale, *rest)
         options = (*rest[4:], *_DEFAULTS[len(rest) - 6 :])
         ctx.scale, ctx.backend = scale, _library.backend()
-        ctx.unit, ctx.renormalize, ctx.half, ctx.want_pull, _, members, _, _ = options
+        ctx.unit, ctx.renormalize, ctx.half, ctx.want_pull, _, members, _, _, _ = options
         ctx.save_for_backward(unit_embeddings, weight, labels, lse, pull, *rest[:4], members)
         ctx.mark_non_differentiable(cosine, index, pull)
         return lse, cosine, index, pull
