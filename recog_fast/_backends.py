@@ -8,7 +8,7 @@ import importlib.util
 import torch
 
 from . import native
-from .ops import _dispatch, _library
+from .ops import _dispatch, _graphs, _library
 
 
 def _cpu() -> str:
@@ -28,7 +28,7 @@ def _cuda() -> str:
     if _library.backend() == "reference":
         return f"reference on {device} (use_backend)"
     missing = _dispatch.triton_missing(torch.cuda.current_device())
-    return f"Triton tiles and GEMMs on {device}" if missing is None else f"reference on {device}: {missing}"
+    return f"Triton tiles and GEMMs on {device}; {_graphs.describe()}" if missing is None else f"reference on {device}: {missing}"
 
 
 def _triton() -> str:

@@ -15,6 +15,7 @@ from .margins import ArcFace
 from .memory import PrototypeMemory
 from .ops import _checks
 from .ops._buffers import GradientBuffers
+from .ops._compile import outside_graphs
 from .ops._flags import HostCount, RowFlags
 from .ops._kept import BUDGET, kept_exponentials
 from .ops._rows import Injection, Key, RowRecords
@@ -141,6 +142,7 @@ class MarginHead(nn.Module):
         normalizer: float | Tensor | None = ..., check_labels: bool = ..., keys: Tensor | None = ...,
         step: int | None = ..., return_stats: Literal[True],
     ) -> tuple[Tensor, RowStats]: ...  # fmt: skip
+    @outside_graphs
     def forward(
         self,
         embeddings: Tensor,  # (N, D)
@@ -381,6 +383,7 @@ class MarginHead(nn.Module):
             best, ids = best.gather(1, order), ids.gather(1, order)
         return best, ids
 
+    @outside_graphs
     def cosine(self, embeddings: Tensor, class_ids: Tensor) -> Tensor:
         """<x_i/|x_i|, P_{class_ids_i}> (N,), differentiable in embeddings and weight (max over sub-centers).
 

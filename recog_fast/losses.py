@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .margins import ArcFace
 from .ops import _checks
+from .ops._compile import outside_graphs
 from .ops._flags import RowFlags, defers, flags_of
 from .ops._rows import Injection
 from .ops.margin_softmax import LossOptions, Margin, margin_softmax
@@ -67,6 +68,7 @@ def margin_softmax_loss(
     sample_weight: Tensor | None = ..., reduction: Reduction = ..., normalizer: float | Tensor | None = ...,
     compute_dtype: torch.dtype | None = ..., check_labels: bool = ..., return_stats: Literal[True],
 ) -> tuple[Tensor, RowStats]: ...  # fmt: skip
+@outside_graphs
 def margin_softmax_loss(
     embeddings: Tensor,  # (N, D)
     weight: Tensor,  # (C, D) or (C, K, D)
@@ -104,7 +106,7 @@ def margin_softmax_loss(
     non-finite row a nan loss and no gradient, nothing else is touched, and the next call raises the ValueError. check_labels=True
     waits and raises at once, as a call on CPU always does.
     Returns the loss in weight's dtype, or (loss, RowStats). Once differentiable in embeddings, weight and the margin's
-    parameters. There is no label smoothing and no double backward.
+    parameters. There is no label smoothing and no double backward. Inside torch.compile it is one graph break.
 
     Raises ValueError naming argument, value and expectation (labels out of range, a non-finite row: the first such row).
     Source: ArcFace (Deng 2019) eq. 3; UIR eq. 7; the form is math.md's.
@@ -131,6 +133,7 @@ def margin_softmax_loss(
     return (loss, stats) if return_stats else loss
 
 
+@outside_graphs
 def unknown_rejection_loss(
     embeddings: Tensor,  # (N, D)
     weight: Tensor,  # (C, D) or (C, K, D)
