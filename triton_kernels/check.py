@@ -100,9 +100,10 @@ _MODULES = {m.__name__.split(".")[-1]: m for m in (class_gradient, class_step, e
 
 
 def _tile_jobs(arch: int) -> Iterator[Job]:
-    """Every tile of the table with the variants that run on it; a tile that serves two shape classes once."""
+    """Every tile of the table and of its alternatives with the variants that run on it; a tile that serves two shape classes once."""
     seen = set()
-    for (of, kernel, dtype, shape), tile in configs.TABLE.items():
+    others = [entry for tiles in configs.ALTERNATIVES.values() for entry in tiles.items()]
+    for (of, kernel, dtype, shape), tile in (*configs.TABLE.items(), *others):
         module, function, variants = _TILES[kernel]
         heavy, half = shape.endswith("heavy"), dtype == torch.bfloat16
         for variant, own in variants.items():
@@ -132,7 +133,7 @@ def _tile_job(
         "D": dimension, "K": subcenters, "BN": tile.rows, "BC": tile.classes, "BK": tile.depth, "TMA": tma, "LAZY": tile.lazy_index, **own
     }  # fmt: skip
     named = getattr(_MODULES[module], function).arg_names
-    label = ", ".join(part for part in (name, f"{tile.rows}x{tile.classes}x{tile.depth}", f"K={subcenters}" if subcenters > 1 else "", f"D={dimension}" if dimension != DIMENSION else "", variant) if part)
+    label = ", ".join(part for part in (name, f"{tile.rows}x{tile.classes}x{tile.depth}", f"{tile.stages} stages" if tile.stages > 3 else "", f"K={subcenters}" if subcenters > 1 else "", f"D={dimension}" if dimension != DIMENSION else "", variant) if part)
     return Job(
         arch, kernel, f"{label}{' TMA' if tma else ''}", module, function, tuple(types.items()), tuple((name, value) for name, value in constants.items() if name in named),
         tile.warps, tile.stages, dtype == torch.bfloat16,

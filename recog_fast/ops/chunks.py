@@ -258,7 +258,8 @@ class ClassSweep:
     def reading(self, own: Inputs) -> ClassSweep:
         """The same sweep over the rows `own`."""
         rows = Rows(cast(Tensor, own["x"]), own["rules"], self.rows.ld)
-        return dataclasses.replace(self, rows=rows, targets=own["targets"], terms=own["terms"], marks=own["marks"])
+        targets, terms = cast(Tensor, own["targets"]), cast(Tensor, own["terms"])
+        return dataclasses.replace(self, rows=rows, targets=targets, terms=terms, marks=own["marks"])
 
     def key(self) -> tuple[Any, ...]:
         """What a captured loop depends on beside the inputs' values and the classes."""
