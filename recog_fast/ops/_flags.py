@@ -101,11 +101,12 @@ class HostCount:
         self._known = None
 
 
-_FUNCTIONAL: dict[torch.device, RowFlags] = {}
+_FUNCTIONAL: dict[tuple[torch.device, int], RowFlags] = {}
 _LOCK = threading.Lock()
 
 
 def flags_of(device: torch.device, where: str) -> RowFlags:
-    """The flags that calls without a head share, one set for each device."""
+    """The flags that calls without a head share, one set for each stream of a device."""
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     with _LOCK:
-        return _FUNCTIONAL.setdefault(device, RowFlags(where))
+        return _FUNCTIONAL.setdefault((device, stream), RowFlags(where))
