@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..rules import RULE_ROWS
 from . import _checks
+from ._cuda_native import run_prototype_rows
 from ._products import float32_product, ieee_float32, slab_products
 
 LOG2E, LN2 = math.log2(math.e), math.log(2.0)
@@ -103,8 +104,6 @@ class Classes:
 
     def chunk(self, start: int, stop: int) -> Tensor:
         """P (c, K, D) in the sweep's dtype; lies in a buffer that the next chunk overwrites."""
-        from ..triton_kernels.effective_prototypes import run_prototype_rows
-
         rows = self.rows[start:stop]
         if self.unit and self.dtype == torch.float32:
             return rows
