@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
-SOURCES := pyproject.toml constraints.txt setup.py CMakeLists.txt recog_fast/_version.py tools/environment.sh $(shell find csrc -type f)
+SOURCES := pyproject.toml constraints.txt setup.py CMakeLists.txt recog_fast/_version.py tools/environment.sh $(shell find csrc cmake -type f)
 export PYTHON
 unexport PYTHONPATH PYTHONHOME
 

@@ -5,9 +5,11 @@
 #include <string>
 
 #include "cpu/sweep.h"
+#include "cuda/kernels.h"
 
 namespace py = pybind11;
 namespace cpu = recog_fast::cpu;
+namespace cuda = recog_fast::cuda;
 
 namespace {
 
@@ -46,10 +48,94 @@ double micro_kernel_rate(const std::string& arithmetic, double seconds) {
   return cpu::micro_kernel_rate(arithmetic == "bfloat16", seconds);
 }
 
+#if defined(RECOG_FAST_CUDA_ARCHITECTURES)
+
+cuda::Injection injection(uintptr_t rows, uintptr_t strength, uintptr_t slot, bool bfloat16, bool renormalize) {
+  return {at<const void>(rows), at<const float>(strength), at<const int32_t>(slot), bfloat16, renormalize};
+}
+
+cuda::Ring ring(uintptr_t rows, uintptr_t strength, uintptr_t stamp, uintptr_t owner, uintptr_t slot, uintptr_t cursor, int64_t S, int64_t C,
+                int64_t D, bool bfloat16) {
+  return {at<void>(rows), at<float>(strength), at<int64_t>(stamp), at<int64_t>(owner), at<int32_t>(slot), at<int64_t>(cursor), S, C, D, bfloat16};
+}
+
+void check_columns(const char* function, int64_t D) {
+  if (D < 1 || D > cuda::kMostColumns)
+    throw py::value_error(std::string(function) + ": expected 1 <= D <= " + std::to_string(cuda::kMostColumns) + ", got " + std::to_string(D));
+}
+
+// What csrc/cuda offers; the address of a tensor is that of device memory, `stream` a cudaStream_t.
+void add_cuda(py::module_& m) {
+  m.def("cuda_missing", &cuda::missing, py::arg("device"), py::call_guard<py::gil_scoped_release>());
+  m.attr("CUDA_MOST_COLUMNS") = cuda::kMostColumns;
+  m.attr("CUDA_MOST_WRITTEN") = cuda::kMostWritten;
+  py::class_<cuda::Injection>(m, "CudaInjection", py::module_local())
+      .def(py::init(&injection), py::kw_only(), py::arg("rows") = 0, py::arg("strength") = 0, py::arg("slot") = 0, py::arg("bfloat16") = false,
+           py::arg("renormalize") = true);
+  py::class_<cuda::Ring>(m, "CudaRing", py::module_local())
+      .def(py::init(&ring), py::kw_only(), py::arg("rows"), py::arg("strength"), py::arg("stamp"), py::arg("owner"), py::arg("slot"),
+           py::arg("cursor"), py::arg("S"), py::arg("C"), py::arg("D"), py::arg("bfloat16"));
+  m.def(
+      "cuda_class_step",
+      [](uintptr_t d_prototypes, uintptr_t weight, const cuda::Injection& memory, int64_t R, int64_t D, uintptr_t velocity, uintptr_t gradient,
+         float lr, float momentum, float weight_decay, bool nesterov, uintptr_t prototypes, bool prototypes_bfloat16,
+         const cuda::Injection& next_memory, uintptr_t rates, uintptr_t stream, int device) {
+        check_columns("cuda_class_step", D);
+        cuda::class_step({at<const float>(d_prototypes), at<float>(weight), at<float>(velocity), at<float>(gradient), R, D, lr, momentum,
+                          weight_decay, nesterov, memory, {at<void>(prototypes), prototypes_bfloat16}, next_memory, at<const float>(rates)},
+                         {stream, device});
+      },
+      py::kw_only(), py::arg("d_prototypes"), py::arg("weight"), py::arg("memory"), py::arg("R"), py::arg("D"), py::arg("velocity") = 0,
+      py::arg("gradient") = 0, py::arg("lr") = 0.0f, py::arg("momentum") = 0.0f, py::arg("weight_decay") = 0.0f, py::arg("nesterov") = false,
+      py::arg("prototypes") = 0, py::arg("prototypes_bfloat16") = false, py::arg("next_memory") = cuda::Injection{}, py::arg("rates") = 0, py::arg("stream"),
+      py::arg("device"), py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "cuda_effective_prototypes",
+      [](uintptr_t weight, const cuda::Injection& memory, uintptr_t prototypes, bool bfloat16, int64_t R, int64_t D, uintptr_t stream, int device) {
+        check_columns("cuda_effective_prototypes", D);
+        cuda::effective_prototypes(at<const float>(weight), R, D, memory, {at<void>(prototypes), bfloat16}, {stream, device});
+      },
+      py::kw_only(), py::arg("weight"), py::arg("memory"), py::arg("prototypes"), py::arg("bfloat16"), py::arg("R"), py::arg("D"),
+      py::arg("stream"), py::arg("device"), py::call_guard<py::gil_scoped_release>());
+  m.def("cuda_memory_write_scratch", &cuda::memory_write_scratch, py::arg("N"), py::arg("S"));
+  m.def(
+      "cuda_memory_write",
+      [](const cuda::Ring& ring, uintptr_t embeddings, uintptr_t labels, uintptr_t strengths, int64_t N, int64_t step, bool bfloat16,
+         bool strengths_double, uintptr_t scratch, uintptr_t evicted, uintptr_t stream, int device) {
+        cuda::memory_write(ring, {at<const void>(embeddings), at<const int64_t>(labels), at<const void>(strengths), N, step, bfloat16, strengths_double},
+                           at<int32_t>(scratch), at<int64_t>(evicted), {stream, device});
+      },
+      py::arg("ring"), py::kw_only(), py::arg("embeddings"), py::arg("labels"), py::arg("strengths"), py::arg("N"), py::arg("step"),
+      py::arg("bfloat16"), py::arg("strengths_double"), py::arg("scratch"), py::arg("evicted"), py::arg("stream"), py::arg("device"),
+      py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "cuda_norm_statistics",
+      [](uintptr_t norms, uintptr_t labelled, int64_t N, bool norms_double, double old, uintptr_t mean, uintptr_t std, uintptr_t batches,
+         uintptr_t new_mean, uintptr_t new_std, uintptr_t new_batches, uintptr_t stream, int device) {
+        cuda::norm_statistics({at<const void>(norms), at<const bool>(labelled), N, norms_double, old, at<const double>(mean), at<const double>(std),
+                               at<const int64_t>(batches), at<double>(new_mean), at<double>(new_std), at<int64_t>(new_batches)},
+                              {stream, device});
+      },
+      py::kw_only(), py::arg("norms"), py::arg("labelled"), py::arg("N"), py::arg("norms_double"), py::arg("old"), py::arg("mean"),
+      py::arg("std"), py::arg("batches"), py::arg("new_mean"), py::arg("new_std"), py::arg("new_batches"), py::arg("stream"),
+      py::arg("device"), py::call_guard<py::gil_scoped_release>());
+}
+
+py::object cuda_built() { return py::make_tuple(RECOG_FAST_CUDA_VERSION, RECOG_FAST_CUDA_ARCHITECTURES); }
+
+#else
+
+void add_cuda(py::module_&) {}
+py::object cuda_built() { return py::none(); }
+
+#endif
+
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
-  m.doc() = "recog_fast's compiled kernels: CPU sweeps over classes.";
+  m.doc() = "recog_fast's compiled kernels: CPU sweeps over classes, and where nvcc was there, CUDA kernels over rows of W.";
+  add_cuda(m);
+  m.def("cuda_built", &cuda_built);
   m.def("select_isa", &select_isa, py::arg("force") = "");
   m.def("active_isa", &cpu::active_isa);
   m.def("runs_isa", &cpu::runs_isa, py::arg("name"));

@@ -22,13 +22,18 @@ def _cpu() -> str:
 
 
 def _cuda() -> str:
+    built = f"CUDA C++ kernels: {native.describe_cuda()}"
     if not torch.cuda.is_available():
-        return "not available: torch sees no CUDA device"
+        return f"not available: torch sees no CUDA device ({built})"
     device = f"{torch.cuda.get_device_name()} (CUDA {torch.version.cuda})"
     if _library.backend() == "reference":
         return f"reference on {device} (use_backend)"
     missing = _dispatch.triton_missing(torch.cuda.current_device())
-    return f"Triton tiles and GEMMs on {device}; {_graphs.describe()}" if missing is None else f"reference on {device}: {missing}"
+    if missing is not None:
+        return f"reference on {device}: {missing}"
+    alone = native.cuda_missing(torch.cuda.current_device())
+    rows = built if alone is None else f"no CUDA C++ kernels: {alone}"
+    return f"Triton tiles and GEMMs on {device}; {rows}; {_graphs.describe()}"
 
 
 def _triton() -> str:

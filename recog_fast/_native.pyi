@@ -64,3 +64,79 @@ def class_sweep(
     threads: int,
 ) -> None: ...
 def effective_prototypes(classes: Classes, *, prototypes: int, threads: int) -> None: ...
+
+# CUDA kernels: only where `cuda_built()` is (version of CUDA, architectures). Addresses are of device memory, `stream` is a
+# cudaStream_t. Every launch raises RuntimeError with the kernel's name and CUDA's text where it fails.
+
+CUDA_MOST_COLUMNS: int
+CUDA_MOST_WRITTEN: int
+
+class CudaInjection:
+    """The memory behind the rows of one call; rows 0: none."""
+
+    def __init__(self, *, rows: int = 0, strength: int = 0, slot: int = 0, bfloat16: bool = False, renormalize: bool = True) -> None: ...
+
+class CudaRing:
+    """The state of a prototype memory."""
+
+    def __init__(
+        self, *, rows: int, strength: int, stamp: int, owner: int, slot: int, cursor: int, S: int, C: int, D: int, bfloat16: bool
+    ) -> None: ...
+
+def cuda_built() -> tuple[str, str] | None: ...
+def cuda_missing(device: int) -> str: ...
+def cuda_class_step(
+    *,
+    d_prototypes: int,
+    weight: int,
+    memory: CudaInjection,
+    R: int,
+    D: int,
+    velocity: int = 0,
+    gradient: int = 0,
+    lr: float = 0.0,
+    momentum: float = 0.0,
+    weight_decay: float = 0.0,
+    nesterov: bool = False,
+    prototypes: int = 0,
+    prototypes_bfloat16: bool = False,
+    next_memory: CudaInjection = ...,
+    rates: int = 0,
+    stream: int,
+    device: int,
+) -> None: ...
+def cuda_effective_prototypes(
+    *, weight: int, memory: CudaInjection, prototypes: int, bfloat16: bool, R: int, D: int, stream: int, device: int
+) -> None: ...
+def cuda_memory_write_scratch(N: int, S: int) -> int: ...
+def cuda_memory_write(
+    ring: CudaRing,
+    *,
+    embeddings: int,
+    labels: int,
+    strengths: int,
+    N: int,
+    step: int,
+    bfloat16: bool,
+    strengths_double: bool,
+    scratch: int,
+    evicted: int,
+    stream: int,
+    device: int,
+) -> None: ...
+def cuda_norm_statistics(
+    *,
+    norms: int,
+    labelled: int,
+    N: int,
+    norms_double: bool,
+    old: float,
+    mean: int,
+    std: int,
+    batches: int,
+    new_mean: int,
+    new_std: int,
+    new_batches: int,
+    stream: int,
+    device: int,
+) -> None: ...

@@ -20,6 +20,27 @@ def load() -> tuple[ModuleType | None, str]:
 
 
 @functools.cache
+def cuda_missing(index: int = 0) -> str | None:
+    """Why the CUDA device of that number cannot run the extension's CUDA C++ kernels; None where it can."""
+    module, reason = load()
+    if module is None:
+        return f"extension {reason}"
+    if module.cuda_built() is None:
+        return "the extension was built without CUDA kernels"
+    return str(module.cuda_missing(index)) or None
+
+
+def describe_cuda() -> str:
+    """The compiler's version and the architectures of the CUDA C++ kernels, or why there are none."""
+    module, reason = load()
+    built = None if module is None else module.cuda_built()
+    if built is None:
+        return f"none: {'the extension was built without CUDA kernels' if module is not None else f'extension {reason}'}"
+    version, architectures = built
+    return f"CUDA {version} for {architectures}"
+
+
+@functools.cache
 def warn_missing() -> None:
     """Says once, when an operation first runs, that it runs on the slow reference."""
     module, reason = load()

@@ -123,8 +123,8 @@ def test_the_table_is_total_and_each_line_decides_something() -> None:
             for dtype in (torch.float32, torch.float64):
                 for isa in (None, *_dispatch.PAIR_FORMATS):
                     for half in (False, True):
-                        for stem, triton in itertools.product(_library.SCHEMAS, (False, True)):
-                            call = _dispatch.Call(backend, frozenset({device}), frozenset({dtype}), isa, half, stem, triton)
+                        for stem, triton, cuda in itertools.product(_library.SCHEMAS, (False, True), (False, True)):
+                            call = _dispatch.Call(backend, frozenset({device}), frozenset({dtype}), isa, half, stem, triton, cuda=cuda)
                             decided.add(_dispatch.choose(call))
     assert decided == set(_dispatch.TABLE)
 
@@ -142,6 +142,7 @@ def test_cuda_tensors_go_to_triton_or_the_reference(missing: str | None, monkeyp
     """float32 and 16-bit requests to the Triton kernels where the device can run them; float64, kept exponentials and mixed
     devices never; and `backends()` says so."""
     monkeypatch.setattr(_dispatch, "triton_missing", lambda index=0: missing)
+    monkeypatch.setattr(native, "cuda_missing", lambda index=0: "an old driver")
 
     def runs(backend: str = "auto", devices: tuple[str, ...] = ("cuda",), dtype: torch.dtype = torch.float32, kept: bool = False, stem: str = "class_gradient") -> str:
         call = dataclasses.replace(_dispatch.call_of_device(backend, [], operation=stem, kept=kept), devices=frozenset(devices), dtypes=frozenset({dtype}))
@@ -152,7 +153,24 @@ def test_cuda_tensors_go_to_triton_or_the_reference(missing: str | None, monkeyp
     for other in (runs("reference"), runs(dtype=torch.float64), runs(kept=True), runs(devices=("cuda", "cpu")), runs(stem="memory_write"), runs(devices=("meta",))):
         assert other == _dispatch.REFERENCE
     line = next(text for text in _dispatch.describe("auto").splitlines() if text.startswith("CUDA tensors: "))
-    assert line == f"CUDA tensors: {ours}" if missing is None else missing in line
+    assert line == f"CUDA tensors: {ours}; rows of W: Triton (an old driver)" if missing is None else missing in line
+
+
+@pytest.mark.parametrize("missing", [None, "an old driver"])
+def test_the_memory_of_a_cuda_device_goes_to_cuda_or_torch(missing: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """float32 and bfloat16 rings to the CUDA C++ kernel where the device can run it, with or without Triton; the rest never."""
+    monkeypatch.setattr(native, "cuda_missing", lambda index=0: missing)
+
+    def runs(backend: str = "auto", device: str = "cuda", *dtypes: torch.dtype, stem: str = "memory_write") -> str:
+        call = _dispatch.call_of_device(backend, [], operation=stem, kept=False)
+        return _dispatch.choose(dataclasses.replace(call, devices=frozenset({device}), dtypes=frozenset(dtypes))).runs
+
+    ours = _dispatch.CUDA_NATIVE if missing is None else _dispatch.REFERENCE
+    assert runs("auto", "cuda", torch.float32) == runs("auto", "cuda", torch.bfloat16, torch.float32) == ours
+    for other in (runs("reference"), runs("auto", "cpu"), runs("auto", "cuda", torch.float64), runs("auto", "cuda", torch.float16, torch.float32)):
+        assert other == _dispatch.REFERENCE
+    line = next(text for text in _dispatch.describe("auto").splitlines() if text.startswith("memory_write of"))
+    assert line.endswith(f": {ours}") if missing is None else missing in line
 
 
 def test_backends_has_its_keys() -> None:

@@ -174,6 +174,9 @@ def test_extension_has_no_torch_header_and_one_binding_file() -> None:
 def test_cmake_lists_every_source() -> None:
     listed = (ROOT / "CMakeLists.txt").read_text()
     missing = [p.name for p in (ROOT / "csrc").rglob("*.cpp") if p.relative_to(ROOT).as_posix() not in listed]
+    stems = re.search(r"set\(cuda_stems ([^)]*)\)", (ROOT / "cmake" / "cuda.cmake").read_text())
+    assert stems is not None
+    missing += [p.name for p in (ROOT / "csrc" / "cuda").rglob("*.cu") if p.stem not in stems[1].split()]
     assert not missing
 
 

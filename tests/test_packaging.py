@@ -83,7 +83,7 @@ def sources(folder: Path) -> set[str]:
 
 
 def test_sdist_holds_what_a_build_needs(sdist: Path) -> None:
-    for name in ("csrc", "triton_kernels", "recog_fast", "tests", "tools"):
+    for name in ("csrc", "cmake", "triton_kernels", "recog_fast", "tests", "tools"):
         assert sources(sdist / name) >= {f for f in sources(ROOT / name) if not f.endswith(".so")}, name
     for name in ("CMakeLists.txt", "setup.py", "pyproject.toml", "constraints.txt", "LICENSE", "README.md", "Makefile"):
         assert (sdist / name).is_file(), name
@@ -161,13 +161,23 @@ print(sorted((set(sys.modules) - before) & set({HEAVY})))
 
 
 @pytest.mark.parametrize(
-    ("value", "message"),
+    ("value", "code", "message"),
     [
-        ("on", "RECOG_FAST_CUDA=on: this version has no CUDA sources"),
-        ("maybe", "RECOG_FAST_CUDA: expected auto, on or off, got maybe"),
+        ("maybe", 1, "RECOG_FAST_CUDA: expected auto, on or off, got maybe"),
+        ("on", 1, "RECOG_FAST_CUDA=on: {nvcc} does not compile here (1): error: unsupported GNU version"),
+        ("auto", 0, "recog_fast: no CUDA kernels: {nvcc} does not compile here (1): error: unsupported GNU version"),
+        ("off", 0, "recog_fast: no CUDA kernels: RECOG_FAST_CUDA=off"),
     ],
 )
-def test_cuda_option_does_not_pretend(value: str, message: str, tmp_path: Path) -> None:
-    pytest.importorskip("cmake")
-    configure = [sys.executable, "-m", "cmake", "-S", ROOT, "-B", tmp_path, f"-DRECOG_FAST_CUDA={value}"]
-    assert message in " ".join(run(*configure, cwd=tmp_path, code=1).split())
+def test_without_a_working_nvcc(value: str, code: int, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`on` fails and says why, `auto` says why in one line and leaves the kernels out."""
+    pybind11, ninja = pytest.importorskip("pybind11"), pytest.importorskip("ninja")
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text("#!/bin/sh\necho building >&2; echo 'error: unsupported GNU version!' >&2; exit 1\n")
+    nvcc.chmod(0o755)
+    monkeypatch.setenv("CUDACXX", str(nvcc))
+    configure = [
+        sys.executable, "-m", "cmake", "-G", "Ninja", "-S", ROOT, "-B", tmp_path / "build", f"-DRECOG_FAST_CUDA={value}",
+        f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", f"-DCMAKE_MAKE_PROGRAM={ninja.BIN_DIR}/ninja",
+    ]  # fmt: skip
+    assert message.format(nvcc=nvcc) in " ".join(run(*configure, cwd=tmp_path, code=code).split())

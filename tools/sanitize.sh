@@ -21,7 +21,7 @@ done
 ln -s "$root/triton_kernels" "$package/triton_kernels"
 
 cmake="$py -m cmake"
-$cmake -G Ninja -S . -B build/sanitize/cmake -DRECOG_FAST_SANITIZE=ON -DPython_EXECUTABLE="$("$py" -c 'import sys; print(sys.executable)')" \
+$cmake -G Ninja -S . -B build/sanitize/cmake -DRECOG_FAST_SANITIZE=ON -DRECOG_FAST_CUDA=off -DPython_EXECUTABLE="$("$py" -c 'import sys; print(sys.executable)')" \
   -Dpybind11_DIR="$("$py" -m pybind11 --cmakedir)" -DCMAKE_MAKE_PROGRAM="$("$py" -c 'import os, ninja; print(os.path.join(ninja.BIN_DIR, "ninja"))')" \
   -DCMAKE_LIBRARY_OUTPUT_DIRECTORY="$package" >/dev/null
 $cmake --build build/sanitize/cmake --target _native kernel_check

@@ -9,6 +9,8 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from ..ops._cuda_native import norm_statistics
+
 
 class NormStatistics(NamedTuple):
     """Running statistics of the embedding norms; 0-dim tensors."""
@@ -121,12 +123,15 @@ class QAFace:
 
     def update(self, norms: Tensor, labelled: Tensor, statistics: NormStatistics) -> NormStatistics:
         """EMA of mean and unbiased deviation of the labelled norms (N,), in float64, without synchronisation."""
+        old = 1.0 - self.ema if self.literal else self.ema
+        fused = norm_statistics(norms, labelled, *statistics, old)
+        if fused is not None:
+            return NormStatistics(*fused)
         norms = norms.double()
         count = labelled.sum()
         mean = torch.where(labelled, norms, 0.0).sum() / count.clamp(min=1)
         square = torch.where(labelled, norms - mean, 0.0).square().sum()
         std = (square / (count - 1).clamp(min=1)).sqrt()
-        old = 1.0 - self.ema if self.literal else self.ema
         first = statistics.batches == 0
         new_mean = torch.where(first, mean, old * statistics.mean + (1.0 - old) * mean)
         new_std = torch.where(first, std, old * statistics.std + (1.0 - old) * std)

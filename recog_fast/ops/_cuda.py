@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .. import reference
 from . import _checks, _dispatch, _library, chunks
+from ._cuda_native import run_class_epilogue
 from ._graphs import Inputs, run_loop
 from ._operands import Classes, Plan
 from ._rows import Injection
@@ -128,8 +129,6 @@ def gradient(
     members: Tensor | None = None, plan: Plan | None = None,
 ) -> Tensor:  # fmt: skip
     """`class_gradient` by the chunk loop."""
-    from ..triton_kernels.class_step import run_class_epilogue
-
     _check_rows(unit_embeddings, weight, targets, terms)
     visited, seen = _visited(members, targets, terms, weight)
     memory: Memory = (memory_rows, strength, slot)
@@ -168,7 +167,7 @@ def step(
     sparse: bool = False, rate: Tensor | None = None, plan: Plan | None = None,
 ) -> None:  # fmt: skip
     """`class_step` by the chunk loop, in place; classes outside the visited ones only decay (`sparse`: stay as they are)."""
-    from ..triton_kernels.class_step import Sgd, run_class_epilogue
+    from ..triton_kernels.class_step import Sgd
 
     _check_rows(unit_embeddings, weight, targets, terms)
     _checks.expect(velocity is not None or momentum == 0, "class_step", "velocity with momentum > 0", None)

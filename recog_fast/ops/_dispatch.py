@@ -17,6 +17,7 @@ import torch
 from .. import native
 
 REFERENCE, NATIVE_FLOAT32, NATIVE_HALF, TRITON = "reference", "native float32", "native 16-bit", "Triton tiles and GEMMs"
+CUDA_NATIVE = "CUDA C++"
 
 # Format of the 16-bit operands of each build of the kernels; None: 16-bit requests run in float32.
 PAIR_FORMATS: dict[str, str | None] = {
@@ -28,7 +29,7 @@ PAIR_FORMATS: dict[str, str | None] = {
     "emulated_bf16": "bfloat16",  # never chosen by itself: the logic of avx512_bf16 in plain vectors, for tests
 }
 WITHOUT_HALF = ("effective_prototypes",)  # operations whose kernels are float32 whatever is asked for
-TORCH_ONLY = ("memory_write",)  # operations that are a few torch calls, on any device
+TORCH_ONLY = ("memory_write",)  # operations whose reference is a few torch calls, and no CPU kernel
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Call:
     operation: str = ""
     triton: bool = False  # the CUDA device can run the Triton kernels
     kept: bool = False  # exponentials are to be kept between the sweeps
+    cuda: bool = False  # the CUDA device can run the extension's CUDA C++ kernels
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,11 @@ class Rule:
 MISSING = Rule("extension not built", REFERENCE, lambda c: c.isa is None)
 # The first that holds decides.
 TABLE: tuple[Rule, ...] = (
+    Rule(
+        "memory_write of float32 or bfloat16, CUDA tensors", CUDA_NATIVE,
+        lambda c: c.operation in TORCH_ONLY and c.cuda and c.backend != "reference" and c.devices == {"cuda"}
+        and c.dtypes <= {torch.float32, torch.bfloat16},
+    ),
     Rule("memory_write", REFERENCE, lambda c: c.operation in TORCH_ONLY),
     Rule('use_backend("reference")', REFERENCE, lambda c: c.backend == "reference"),
     Rule(
@@ -104,7 +111,7 @@ def call_of_device(backend: str, operands: Iterable[torch.Tensor | None], *, ope
     there = [t for t in operands if t is not None]
     index = next((t.device.index or 0 for t in there if t.device.type == "cuda"), 0)
     devices, dtypes = frozenset(t.device.type for t in there), frozenset(t.dtype for t in there)
-    return Call(backend, devices, dtypes, None, False, operation, triton_missing(index) is None, kept)
+    return Call(backend, devices, dtypes, None, False, operation, triton_missing(index) is None, kept, native.cuda_missing(index) is None)
 
 
 def describe(backend: str) -> str:
@@ -114,8 +121,12 @@ def describe(backend: str) -> str:
     lines = []
     for rule in TABLE:
         if rule.runs == TRITON:
-            missing = triton_missing()
-            lines.append(f"{rule.when}: {TRITON if missing is None else f'the line below ({missing})'}")
+            missing, alone = triton_missing(), native.cuda_missing()
+            rows = f"; rows of W: {CUDA_NATIVE if alone is None else f'Triton ({alone})'}"
+            lines.append(f"{rule.when}: {TRITON + rows if missing is None else f'the line below ({missing})'}")
+        elif rule.runs == CUDA_NATIVE:
+            missing = native.cuda_missing()
+            lines.append(f"{rule.when}: {CUDA_NATIVE if missing is None else f'the line below ({missing})'}")
         elif rule.runs == REFERENCE:
             now = (rule is MISSING and isa is None) or rule.holds(Call(backend, frozenset({"cpu"}), frozenset(), "baseline"))
             if rule is not MISSING or isa is None:

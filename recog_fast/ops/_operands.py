@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..rules import RULE_ROWS
 from . import _checks
+from ._cuda_native import run_prototype_rows
 
 _L2, _PROCESSORS = 32 << 20, 1  # of a device that does not say
 
@@ -92,8 +93,6 @@ class Classes:
 
     def chunk(self, start: int, stop: int) -> Tensor:
         """P (c, K, D) in the sweep's dtype; lies in a buffer that the next chunk overwrites."""
-        from ..triton_kernels.effective_prototypes import run_prototype_rows
-
         rows = self.rows[start:stop]
         if self.unit and self.dtype == torch.float32:
             return rows

@@ -27,6 +27,7 @@ SMALLEST_SUM = 1e-20  # a row whose sum comes out below it is redone with an off
 NEVER_BELOW = 72.0  # scales up to this keep e^(64 - 2 s) normal: no row of unit vectors can vanish
 ALWAYS_BELOW = 144.0  # scales above it (Circle) lose most rows: their offset follows the maximum at once
 
+
 def _largest_exponent(bound: Tensor, rules: Tensor | None) -> Tensor:
     """max f(c) over |c| <= bound (N,): both branches of the rule, at the ends and at the vertex of the parabola."""
     if rules is None:
