@@ -15,6 +15,7 @@ from recog_fast.evaluation.embed import (
 )
 from recog_fast.evaluation.erc import error_versus_reject
 from recog_fast.evaluation.gallery import Gallery, GalleryItem, pair_galleries, png_data_uri, strip
+from recog_fast.evaluation.histograms import ScoreHistograms, all_pairs
 from recog_fast.evaluation.identification import identification, mean_average_precision
 from recog_fast.evaluation.report import write_report
 from recog_fast.evaluation.templates import template_embeddings
@@ -23,7 +24,9 @@ from recog_fast.evaluation.verification import equal_error_rate, roc_curve, tar_
 __all__ = [
     "Gallery",
     "GalleryItem",
+    "ScoreHistograms",
     "VerificationResult",
+    "all_pairs",
     "embed_images",
     "equal_error_rate",
     "error_versus_reject",
