@@ -144,7 +144,8 @@ def all_pairs(
 def _unit(where: str, name: str, value: ArrayLike | torch.Tensor) -> NDArray[np.float32]:
     rows = floats(where, name, value, 2)
     norms = np.linalg.norm(rows, axis=1, keepdims=True)
-    return np.divide(rows, norms, out=np.zeros_like(rows), where=norms > 1e-12).astype(np.float32)
+    unit: NDArray[np.float32] = np.divide(rows, norms, out=np.zeros_like(rows), where=norms > 1e-12).astype(np.float32)
+    return unit
 
 
 def _kept(i: int, j: int, shape: tuple[int, ...], within: bool, skip_equal: bool) -> NDArray[np.bool_] | None:
