@@ -58,8 +58,8 @@ def test_map_points_at_what_the_score_sees() -> None:
     red = class_activation(model, image, lambda y: y[:, 0], layer=model.norm)[0]
     blue = class_activation(model, image, lambda y: y[:, 1], layer=model.norm)[0]
     # Away from the border, whose padding is black.
-    assert red[4:12, 4:12].min() > 0.7 and red[20:, 20:].max() == 0
-    assert blue[20:28, 20:28].min() > 0.7 and blue[:12, :12].max() == 0
+    assert red[4:12, 4:12].min() > 0.7 and red[24:, 24:].max() == 0
+    assert blue[20:28, 20:28].min() > 0.7 and blue[:8, :8].max() == 0
     nothing = class_activation(model, image, lambda y: -y[:, 0], layer=model.norm)
     assert np.array_equal(nothing, np.zeros_like(nothing))
 

@@ -52,7 +52,9 @@ def collapsed() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def test_fixed_threshold_warns_where_bad_pairs_pass_it() -> None:
     scores, same, quality = collapsed()
-    with pytest.warns(UserWarning, match=r"\d\d % of the genuine pairs among the 25 % of lowest quality score above .*, \d % of"):
+    with pytest.warns(
+        UserWarning, match=r"\d\d % of the genuine pairs among the 25 % of lowest quality score above .*, \d % of"
+    ):
         error_versus_reject(scores, same, quality, 0.2)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -214,7 +216,10 @@ def test_robustness_sets() -> None:
         (lambda: compare_qualities(SCORES, SAME, {}, 0.1), "at least one quality measure"),
         (lambda: compare_qualities(SCORES, SAME, {"random": SCORES}, 0.1), "no measure called 'random'"),
         (lambda: subgroup_report(SCORES, SAME, ["a"]), r"groups of shape \(4000,\)"),
-        (lambda: subgroup_report(SCORES, SAME, SAME), "genuine and impostor pairs in every subgroup, got 0 and 2000 in False"),
+        (
+            lambda: subgroup_report(SCORES, SAME, SAME),
+            "genuine and impostor pairs in every subgroup, got 0 and 2000 in False",
+        ),
         (lambda: subgroup_report(SCORES, SAME, SAME, [2.0]), r"fars \(n,\) in \[0, 1\]"),
         (lambda: subgroup_report(SCORES, SAME, SAME, threshold="mine"), "'own' or 'pooled'"),  # type: ignore[arg-type]
         (lambda: cumulative_match(np.zeros((1, 1)), [0], [0], ranks=[0]), "ranks >= 1"),

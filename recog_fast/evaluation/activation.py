@@ -20,7 +20,8 @@ _COLOURS = np.array([[68, 1, 84], [59, 82, 139], [33, 145, 140], [94, 201, 98], 
 def class_activation(
     model: nn.Module,  # a Backbone (forward_features and embed), or any module with `layer`
     images: Tensor,  # (B, 3, H, W) the model's input
-    score: Callable[[Tensor], Tensor] | Tensor,  # model output -> (B,); or (B, D) / (D,): the cosine to these directions
+    score: Callable[[Tensor], Tensor]
+    | Tensor,  # model output -> (B,); or (B, D) / (D,): the cosine to these directions
     layer: nn.Module | None = None,
 ) -> Maps:
     """(B, H, W) float32 in [0, 1]: Grad-CAM of `score` at a feature map, resized to the image.
@@ -37,7 +38,9 @@ def class_activation(
     if images.ndim != 4:
         raise ValueError(f"{where}: expected images of shape (B, 3, H, W), got {tuple(images.shape)}")
     if layer is None and not (hasattr(model, "forward_features") and hasattr(model, "embed")):
-        raise ValueError(f"{where}: expected layer for a {type(model).__name__}, which has no forward_features, got None")
+        raise ValueError(
+            f"{where}: expected layer for a {type(model).__name__}, which has no forward_features, got None"
+        )
     modes = [(module, module.training) for module in model.modules()]
     try:
         model.eval()
@@ -68,7 +71,9 @@ def _forward(where: str, model: nn.Module, images: Tensor, layer: nn.Module | No
 
     def keep(_: nn.Module, __: object, made: Tensor) -> Tensor:
         if not isinstance(made, Tensor) or made.ndim != 4:
-            raise ValueError(f"{where}: expected layer to give a map (B, C, h, w), got {getattr(made, 'shape', type(made))}")
+            raise ValueError(
+                f"{where}: expected layer to give a map (B, C, h, w), got {getattr(made, 'shape', type(made))}"
+            )
         # A leaf: the score's gradient ends here and no weight below is touched.
         caught.append(made.detach().requires_grad_())
         return caught[-1]
@@ -86,7 +91,9 @@ def _forward(where: str, model: nn.Module, images: Tensor, layer: nn.Module | No
 def _score(where: str, output: Tensor, score: Callable[[Tensor], Tensor] | Tensor) -> Tensor:
     if isinstance(score, Tensor):
         if score.shape[-1] != output.shape[-1] or score.ndim > 2 or (score.ndim == 2 and len(score) != len(output)):
-            raise ValueError(f"{where}: expected score directions of shape {tuple(output.shape)} or ({output.shape[-1]},), got {tuple(score.shape)}")
+            raise ValueError(
+                f"{where}: expected score directions of shape {tuple(output.shape)} or ({output.shape[-1]},), got {tuple(score.shape)}"
+            )
         return F.cosine_similarity(output, score.to(output).expand_as(output), dim=1)
     value = score(output)
     if value.shape != (len(output),):

@@ -49,7 +49,9 @@ class ScoreHistograms:
         if values.shape != mask.shape:
             raise ValueError(f"ScoreHistograms.add: expected same of shape {values.shape}, got {mask.shape}")
         if np.isnan(values).any():
-            raise ValueError(f"ScoreHistograms.add: expected scores without NaN, got one at {np.isnan(values).argmax()}")
+            raise ValueError(
+                f"ScoreHistograms.add: expected scores without NaN, got one at {np.isnan(values).argmax()}"
+            )
         place = np.clip((values + 1) * (self.bins / 2), 0, self.bins - 1).astype(np.int64)
         self.genuine += np.bincount(place[mask], minlength=self.bins)
         self.impostor += np.bincount(place[~mask], minlength=self.bins)
@@ -61,7 +63,9 @@ class ScoreHistograms:
         """
         totals = int(self.genuine.sum()), int(self.impostor.sum())
         if 0 in totals:
-            raise ValueError(f"ScoreHistograms.roc: expected genuine and impostor pairs, got {totals[0]} and {totals[1]}")
+            raise ValueError(
+                f"ScoreHistograms.roc: expected genuine and impostor pairs, got {totals[0]} and {totals[1]}"
+            )
 
         def share_above(counts: Counts, total: int) -> FloatArray:
             return np.append(counts[::-1].cumsum()[::-1], 0) / total

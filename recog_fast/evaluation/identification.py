@@ -114,5 +114,7 @@ def cumulative_match(
     """
     if any(k < 1 for k in ranks):
         raise ValueError(f"cumulative_match: expected ranks >= 1, got {list(ranks)}")
-    first = np.array([lists[0] for lists in _ranked_lists("cumulative_match", similarity, query_ids, gallery_ids, junk)])
+    first = np.array(
+        [lists[0] for lists in _ranked_lists("cumulative_match", similarity, query_ids, gallery_ids, junk)]
+    )
     return np.array([(first <= k).mean() for k in ranks], dtype=np.float64)

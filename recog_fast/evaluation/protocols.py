@@ -58,7 +58,9 @@ def template_scores(ids: Rows, templates: Rows, first: Rows, second: Rows) -> Fl
         wanted = integers(where, name, asked)
         place = np.minimum(np.searchsorted(known, wanted), len(known) - 1)
         if (known[place] != wanted).any():
-            raise ValueError(f"{where}: expected template ids of {name} among ids, got {wanted[known[place] != wanted][0]}")
+            raise ValueError(
+                f"{where}: expected template ids of {name} among ids, got {wanted[known[place] != wanted][0]}"
+            )
         places.append(place)
     scores: FloatArray = (rows[places[0]] * rows[places[1]]).sum(axis=1)
     return scores
@@ -102,12 +104,16 @@ def scface(
     if len(metres) != len(q):
         raise ValueError(f"{where}: expected distances of shape ({len(q)},), got {metres.shape}")
     if not np.isin(who, whom).all():
-        raise ValueError(f"{where}: expected a mate in the gallery for every probe, got none for identity {who[~np.isin(who, whom)][0]}")
+        raise ValueError(
+            f"{where}: expected a mate in the gallery for every probe, got none for identity {who[~np.isin(who, whom)][0]}"
+        )
     similarity = unit_rows(q) @ unit_rows(g).T
     found: dict[str, float] = {}
     for distance in np.unique(metres)[::-1]:
         rows = metres == distance
-        found[f"{distance:g} m"] = float(identification(similarity[rows], who[rows, None] == whom[None], ranks=(1,))[0][0])
+        found[f"{distance:g} m"] = float(
+            identification(similarity[rows], who[rows, None] == whom[None], ranks=(1,))[0][0]
+        )
     found["average"] = float(np.mean(list(found.values())))
     return found
 
@@ -168,7 +174,9 @@ def tinyface_pairs(
     genuine = np.array([(a, b) for g in groups for k, a in enumerate(g) for b in g[k + 1 :]], dtype=np.int64)
     total = len(who) * (len(who) - 1) // 2 - len(genuine)
     if not len(genuine) or total < impostors or impostors < 1:
-        raise ValueError(f"{where}: expected genuine pairs and at least {impostors} impostor pairs, got {len(genuine)} and {total}")
+        raise ValueError(
+            f"{where}: expected genuine pairs and at least {impostors} impostor pairs, got {len(genuine)} and {total}"
+        )
     rng, codes = np.random.default_rng(seed), np.empty(0, dtype=np.int64)
     # Codes keep their order of drawing, so a smaller number of impostors is the beginning of a larger one.
     while len(codes) < impostors:

@@ -40,9 +40,15 @@ class SubgroupReport:
         width = max(len("pooled"), *map(len, self.names))
         lines = [f"{'':<{width}}{head}  (thresholds: {self.threshold})"]
         for name, row in zip(self.names, self.frr, strict=True):
-            lines.append(f"{name:<{width}}" + "".join(f"  {v:>{len(f'FRR@{f:g}')}.4f}" for v, f in zip(row, self.fars, strict=True)))
+            lines.append(
+                f"{name:<{width}}"
+                + "".join(f"  {v:>{len(f'FRR@{f:g}')}.4f}" for v, f in zip(row, self.fars, strict=True))
+            )
         for name, row in (("pooled", self.pooled), ("mean", self.mean)):
-            lines.append(f"{name:<{width}}" + "".join(f"  {v:>{len(f'FRR@{f:g}')}.4f}" for v, f in zip(row, self.fars, strict=True)))
+            lines.append(
+                f"{name:<{width}}"
+                + "".join(f"  {v:>{len(f'FRR@{f:g}')}.4f}" for v, f in zip(row, self.fars, strict=True))
+            )
         return "\n".join(lines)
 
 
