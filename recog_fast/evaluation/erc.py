@@ -65,7 +65,7 @@ def error_versus_reject(
 
 
 def _rates(where: str, reject: ArrayLike | None) -> FloatArray:
-    rates: FloatArray = np.arange(20) * 0.05 if reject is None else floats(where, "reject", reject, 1)
+    rates: FloatArray = np.arange(20, dtype=np.float64) * 0.05 if reject is None else floats(where, "reject", reject, 1)
     if rates.size == 0 or rates[0] < 0 or rates[-1] >= 1 or (np.diff(rates) <= 0).any():
         raise ValueError(f"{where}: expected reject rates ascending in [0, 1), got {rates.tolist()}")
     return rates
