@@ -53,9 +53,15 @@ def collapsed() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def test_fixed_threshold_warns_where_bad_pairs_pass_it() -> None:
     scores, same, quality = collapsed()
     with pytest.warns(
-        UserWarning, match=r"\d\d % of the genuine pairs among the 25 % of lowest quality score above .*, \d % of"
+        UserWarning, match=r"\d\d % of the genuine pairs among the 25 % of lowest quality, \d % of the others, score"
     ):
         error_versus_reject(scores, same, quality, 0.2)
+    # Only the impostors of the worst images look alike: they set the threshold, whoever is rejected.
+    alike = np.where(~same & (quality < 0.1), 4.0, SCORES)
+    with pytest.warns(
+        UserWarning, match=r"\d\d % of the impostor pairs among the 25 % of lowest quality, \d\S* % of the"
+    ):
+        error_versus_reject(alike, same, quality, 0.1)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         error_versus_reject(scores, same, quality, 0.2, fixed_threshold=False)

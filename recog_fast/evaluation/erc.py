@@ -13,9 +13,9 @@ from numpy.typing import ArrayLike
 from recog_fast.evaluation._arrays import BoolArray, FloatArray, floats, scored_pairs
 from recog_fast.evaluation.verification import conservative_thresholds
 
-# The warning looks at this share of the pairs, of lowest quality, if so many genuine ones are in it, and speaks where they
-# pass the threshold more often than the others by so many standard errors.
-LOW_SHARE, LOW_GENUINE, SURE = 0.25, 10, 3.0
+# The warning looks at this share of the pairs, of lowest quality. It speaks where their genuine pairs pass the threshold
+# more often than the others' by so many standard errors (and there are so many), or their impostors so many times as often.
+LOW_SHARE, LOW_PAIRS, SURE, TIMES = 0.25, 10, 3.0, 5.0
 
 
 def error_versus_reject(
@@ -30,9 +30,9 @@ def error_versus_reject(
 
     The threshold is the conservative one at false match rate `fmr`: on the full set (`fixed_threshold=True`, the
     usual ERC) or re-estimated on the pairs left. State which (`erc_protocol` says it in words). Fixed misleads where
-    low-quality pairs score high, because those pairs pass any threshold: then a UserWarning says so. Equal qualities
-    are rejected in their given order (stable). area = trapezoid over the reject rates, not normalised. A point without a
-    genuine pair left is NaN and makes the area NaN.
+    low-quality images look alike: their genuine pairs pass any threshold, and their impostors, long rejected, still set
+    it; a UserWarning says so where either is seen. Equal qualities are rejected in their given order (stable). area =
+    trapezoid over the reject rates, not normalised. A point without a genuine pair left is NaN and makes the area NaN.
     Raises ValueError for shapes that do not match, NaN scores or qualities, pairs of one kind, rates outside their
     ranges, and (re-estimated) a rejection that leaves no impostor pair.
     Source: Grother and Tabassi, Performance of Biometric Quality Measures, 2007.
@@ -74,19 +74,27 @@ def _rates(where: str, reject: ArrayLike | None) -> FloatArray:
 def _misleading(scores: FloatArray, same: BoolArray, threshold: float) -> str:
     """Why a fixed threshold misleads for pairs in rising order of quality; "" where it does not."""
     low = int(LOW_SHARE * len(scores))
-    worst, rest = scores[:low][same[:low]], scores[low:][same[low:]]
-    if len(worst) < LOW_GENUINE or len(rest) < LOW_GENUINE:
-        return ""
-    passed, others = float((worst > threshold).mean()), float((rest > threshold).mean())
-    share = (passed * len(worst) + others * len(rest)) / (len(worst) + len(rest))
-    error = np.sqrt(share * (1 - share) * (1 / len(worst) + 1 / len(rest)))
-    if passed - others <= SURE * error:
-        return ""
-    return (
-        f"{100 * passed:.0f} % of the genuine pairs among the {100 * LOW_SHARE:.0f} % of lowest quality score above the "
-        f"fixed threshold {threshold:.3f}, {100 * others:.0f} % of the others: low-quality images look alike, so "
-        "rejecting them cannot lower this curve; re-estimate the threshold (fixed_threshold=False)"
+    passed = scores > threshold
+    worst, rest = passed[:low][same[:low]], passed[low:][same[low:]]
+    false, others = passed[:low][~same[:low]], passed[low:][~same[low:]]
+    what = f"the {100 * LOW_SHARE:.0f} % of lowest quality"
+    advice = (
+        f"the fixed threshold {threshold:.3f}: low-quality images look alike; re-estimate it (fixed_threshold=False)"
     )
+    if len(worst) >= LOW_PAIRS and len(rest) >= LOW_PAIRS:
+        share = float(np.concatenate([worst, rest]).mean())
+        error = np.sqrt(share * (1 - share) * (1 / len(worst) + 1 / len(rest)))
+        if worst.mean() - rest.mean() > SURE * error:
+            return (
+                f"{100 * worst.mean():.0f} % of the genuine pairs among {what}, {100 * rest.mean():.0f} % of the others, "
+                f"score above {advice}"
+            )
+    if false.sum() >= LOW_PAIRS and len(others) and false.mean() > TIMES * others.mean():
+        return (
+            f"{100 * false.mean():.2g} % of the impostor pairs among {what}, {100 * others.mean():.2g} % of the others, "
+            f"score above {advice}"
+        )
+    return ""
 
 
 def erc_protocol(fmr: float, fixed_threshold: bool = True) -> str:
