@@ -40,6 +40,13 @@ def test_map_is_the_formula() -> None:
     cam = cam / cam.amax((1, 2), keepdim=True).clamp_min(1e-20)
     np.testing.assert_allclose(found, cam.detach().numpy(), atol=1e-6)
     assert found.shape == (2, 32, 48) and found.dtype == np.float32 and found.min() >= 0 and found.max() <= 1
+    found_by_place = class_activation(model, IMAGES, directions, method="hires")
+    cam = nn.functional.interpolate(
+        torch.relu((gradient * features).sum(1, keepdim=True)), size=(32, 48), mode="bilinear", align_corners=False
+    )[:, 0]
+    np.testing.assert_allclose(
+        found_by_place, (cam / cam.amax((1, 2), keepdim=True).clamp_min(1e-20)).detach().numpy(), atol=1e-6
+    )
     # One direction for all rows, and a layer by hand: the same last stage.
     np.testing.assert_allclose(
         class_activation(model, IMAGES, directions[0], layer=model.stages)[0], found[0], atol=1e-6
@@ -79,6 +86,8 @@ def test_bad_input() -> None:
     model = Parts()
     with pytest.raises(ValueError, match="expected layer for a Parts"):
         class_activation(model, IMAGES, torch.ones(2))
+    with pytest.raises(ValueError, match="method 'grad-cam' or 'hires', got 'other'"):
+        class_activation(model, IMAGES, torch.ones(2), layer=model.norm, method="other")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="one that did not"):
         class_activation(model, IMAGES, torch.ones(2), layer=model.idle)
     with pytest.raises(ValueError, match="score directions"):

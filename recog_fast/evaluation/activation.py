@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 import numpy as np
 import torch
@@ -23,16 +24,19 @@ def class_activation(
     score: Callable[[Tensor], Tensor]
     | Tensor,  # model output -> (B,); or (B, D) / (D,): the cosine to these directions
     layer: nn.Module | None = None,
+    method: Literal["grad-cam", "hires"] = "grad-cam",
 ) -> Maps:
     """(B, H, W) float32 in [0, 1]: Grad-CAM of `score` at a feature map, resized to the image.
 
     cam = relu(sum_c w_c A_c), w_c = mean over space of d score / d A_c; each map divided by its maximum (all zeros where
-    nothing speaks for the score). layer: the module whose output (B, C, h, w) is A: an attention gate, any stage; None:
+    nothing speaks for the score). method "hires" (HiResCAM) takes d score / d A itself instead of its mean: faithful where
+    the layers above weigh places differently, as the global depthwise convolution of face networks does. layer: the module whose output (B, C, h, w) is A: an attention gate, any stage; None:
     the last feature map of a `recog_fast.models.Backbone` (what `forward_features` gives). score: a prototype, the
     embedding of another image of the person (a tensor of directions), or any function, e.g. a quality head.
     The model runs in eval mode; its modes, gradients and weights are left as they were.
     Raises ValueError for a layer that gives no (B, C, h, w) map, a model without forward_features where layer is None, or
-    a score that is not (B,). Source: Selvaraju et al., Grad-CAM, 2017.
+    a score that is not (B,), or another method.
+    Sources: Selvaraju et al., Grad-CAM, 2017; Draelos and Carin, Use HiResCAM instead of Grad-CAM, 2020.
     """
     where = "class_activation"
     if images.ndim != 4:
@@ -41,6 +45,8 @@ def class_activation(
         raise ValueError(
             f"{where}: expected layer for a {type(model).__name__}, which has no forward_features, got None"
         )
+    if method not in ("grad-cam", "hires"):
+        raise ValueError(f"{where}: expected method 'grad-cam' or 'hires', got {method!r}")
     modes = [(module, module.training) for module in model.modules()]
     try:
         model.eval()
@@ -51,7 +57,9 @@ def class_activation(
     finally:
         for module, training in modes:
             module.training = training
-    weights = gradient.float().mean(dim=(2, 3), keepdim=True)
+    weights = gradient.float()
+    if method == "grad-cam":
+        weights = weights.mean(dim=(2, 3), keepdim=True)
     cam = F.relu((weights * features.detach().float()).sum(dim=1, keepdim=True))
     cam = F.interpolate(cam, size=images.shape[2:], mode="bilinear", align_corners=False)[:, 0]
     highest = cam.amax(dim=(1, 2), keepdim=True)
