@@ -111,7 +111,7 @@ def trained_figures(seed: int = 0) -> dict[str, Picture]:
         "similarity_of_two": figures.similarity_agreement_plot(
             alike[0], alike[1], ("without low-resolution augmentation", "with it")
         ),
-        "probability": figures.probability_plot(points),
+        "probability": figures.probability_against_cosine_plot(points),
     }
 
 

@@ -35,7 +35,7 @@ DRAWN: dict[str, Callable[[], Picture]] = {
     ),
     "norm_center": lambda: figures.norm_against_center_plot({k: (NORMS[k], 1 - DISTANCES[k]) for k in LEVELS}),
     "agreement": lambda: figures.similarity_agreement_plot(SCORES[SAME], SCORES[SAME] + 0.1, ("without", "with")),
-    "probability": lambda: figures.probability_plot({"full size": (np.linspace(-1, 1, 50), np.linspace(0, 1, 50))}),
+    "probability": lambda: figures.probability_against_cosine_plot({"full size": (np.linspace(-1, 1, 50), np.linspace(0, 1, 50))}),
     "embedding": lambda: figures.embedding_plot(ROWS, CENTER),
     "comparison": lambda: figures.score_comparison_plot(
         np.concatenate([*DISTANCES.values()]), np.concatenate([*NORMS.values()]), ("ERS", "RI"), np.repeat([*LEVELS], N)

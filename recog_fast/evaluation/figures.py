@@ -150,7 +150,7 @@ def similarity_agreement_plot(first: Values, second: Values, names: tuple[str, s
     return scatter_plot({"genuine pairs": (first, second)}, f"cosine, {names[0]}", f"cosine, {names[1]}", diagonal=True)
 
 
-def probability_plot(groups: Mapping[str, tuple[Values, Values]]) -> Picture:
+def probability_against_cosine_plot(groups: Mapping[str, tuple[Values, Values]]) -> Picture:
     """p_y against the target cosine, condition -> (cosines (N,), p_y (N,)): what the loss still has to learn (QAFace)."""
     return scatter_plot(groups, "cosine to the own prototype", "p_y")
 
