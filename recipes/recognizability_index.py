@@ -28,7 +28,8 @@ def ui_center(tail: lfw.Tail, faces: lfw.Faces, count: int = 1000) -> Tensor:
     tail.eval()
     rows = torch.from_numpy(lfw.embed(tail, faces.maps[2:, :count])[0]).float()
     tail.train(training)
-    return ri.unrecognizable_center(rows)[0]
+    center: Tensor = ri.unrecognizable_center(rows)[0]
+    return center
 
 
 def fine_tune(faces: lfw.Faces, settings: lfw.Settings) -> tuple[lfw.Tail, nn.Module]:
