@@ -13,7 +13,7 @@ PAGE = ROOT / "docs" / "reproduction.md"
 START, END = "<!-- stored results: python -m recipes -->", "<!-- end of stored results -->"
 # The order of the page; others follow by name.
 ORDER = (
-    "ers_decision", "ers_curve", "ers_center", "ers_templates", "low_resolution", "margin_gain", "memory",
+    "ers_decision", "ers_curve", "ers_center", "ers_templates", "low_resolution", "margin_gain", "margins", "memory",
     "unknown_identities", "recognizability_index",
 )  # fmt: skip
 

@@ -84,6 +84,7 @@ def quality_histograms(stages: Mapping[str, Mapping[str, Values]], xlabel: str =
                 axes.stairs(share, edges, color=_series(theme, i), fill=True, alpha=0.2, lw=0)
                 axes.stairs(share, edges, color=_series(theme, i), lw=1.3, label=name)
             _bare(axes)
+            axes.set_ylim(0, None)
             # Above the panel, where no hump can run through it.
             if len(rows) > 1:
                 axes.set_title(stage, loc="left", fontsize="medium", color=theme.text, pad=2)
@@ -320,7 +321,7 @@ def _threshold(axes: Axes, theme: Theme, threshold: float | None) -> None:
 
 
 def _bare(axes: Any) -> None:
+    """No y axis: heights are relative."""
     axes.set_yticks([])
     axes.spines["left"].set_visible(False)
-    axes.set_ylim(0, None) if axes.get_ylim()[0] < 0 else None
     axes.grid(False)
