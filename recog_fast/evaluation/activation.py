@@ -29,10 +29,11 @@ def class_activation(
     """(B, H, W) float32 in [0, 1]: Grad-CAM of `score` at a feature map, resized to the image.
 
     cam = relu(sum_c w_c A_c), w_c = mean over space of d score / d A_c; each map divided by its maximum (all zeros where
-    nothing speaks for the score). method "hires" (HiResCAM) takes d score / d A itself instead of its mean: faithful where
-    the layers above weigh places differently, as the global depthwise convolution of face networks does. layer: the module whose output (B, C, h, w) is A: an attention gate, any stage; None:
-    the last feature map of a `recog_fast.models.Backbone` (what `forward_features` gives). score: a prototype, the
-    embedding of another image of the person (a tensor of directions), or any function, e.g. a quality head.
+    nothing speaks for the score). method "hires" (HiResCAM) takes d score / d A itself instead of its mean: faithful
+    where the layers above weigh places differently, as the global depthwise convolution of face networks does.
+    layer: the module whose output (B, C, h, w) is A: an attention gate, any stage; None: the last feature map of a
+    `recog_fast.models.Backbone` (what `forward_features` gives). score: a prototype, the embedding of another image of
+    the person (a tensor of directions), or any function, e.g. a quality head.
     The model runs in eval mode; its modes, gradients and weights are left as they were.
     Raises ValueError for a layer that gives no (B, C, h, w) map, a model without forward_features where layer is None, or
     a score that is not (B,), or another method.
