@@ -125,7 +125,7 @@ class Settings:
     policy: Any = None  # rf.QAFace, rf.VPL or None
     epochs: int = 3
     batch: int = 64
-    lr: float = 0.01
+    lr: float = 0.03
     head_lr: float = 0.1
     scale: float = 32.0
     margin: float = 0.3
