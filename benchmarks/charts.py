@@ -68,14 +68,30 @@ def _classes(count: float) -> str:
     return f"{count / 1e6:g}M" if count >= 1e6 else f"{count / 1e3:g}k"
 
 
+def _spread(wanted: Sequence[float], gap: float, top: float = 0.98) -> list[float]:
+    """Places in the order of `wanted` (ascending), `gap` apart or more, as near as may be and none above `top`."""
+    places: list[float] = []
+    for at in wanted:
+        places.append(max(at, places[-1] + gap) if places else at)
+    limit = top
+    for i in reversed(range(len(places))):
+        places[i] = min(places[i], limit)
+        limit = places[i] - gap
+    return places
+
+
 def _label_ends(axes: Any, series: Series, unit: str) -> None:
-    """Each line's name and last value at its right end, moved apart where they would overlap."""
+    """Each line's name and last value at its right end, moved apart where they would overlap, none above the axes."""
     low, high = (math.log10(v) for v in axes.get_ylim())
-    ends = sorted((math.log10(points[-1][1]), name) for name, points in series.items())
-    place = -math.inf
-    for value, name in ends:
-        at = (value - low) / (high - low)
-        place = max(at, place + _GAP)
+    last_of_all = max(points[-1][0] for points in series.values())
+    # A line that ends far to the left is named where it ends: a leader would cross every other line.
+    early = {name: points[-1] for name, points in series.items() if points[-1][0] < last_of_all / 5}
+    for name, last in early.items():
+        text = f"{name}:\n{_number(last[1])} {unit}".replace(", ", ",\n")
+        axes.annotate(text, xy=last, xytext=(6, 6), textcoords="offset points", color=_COLOURS[name], fontsize=8.5)
+    ends = sorted((math.log10(points[-1][1]), name) for name, points in series.items() if name not in early)
+    places = _spread([(value - low) / (high - low) for value, _ in ends], _GAP)
+    for (_, name), place in zip(ends, places, strict=True):
         last = series[name][-1]
         axes.annotate(
             f"{name}: {_number(last[1])} {unit} at {_classes(last[0])}", xy=last, xycoords="data", xytext=(1.02, place),

@@ -107,6 +107,9 @@ def test_page_charts_and_readme_table_are_made_of_them(stored: Results, tmp_path
     page = report.markdown(stored.data)
     assert all(gate.name in page for gate in gates.GATES)
     written = charts.draw(stored.data, tmp_path)
+    # Labels keep their distance and stay below the title.
+    assert charts._spread([0.9, 0.95, 0.97, 1.0], 0.05) == pytest.approx([0.83, 0.88, 0.93, 0.98])
+    assert charts._spread([0.1, 0.11, 0.5], 0.05) == pytest.approx([0.1, 0.15, 0.5]) and charts._spread([], 0.05) == []
     assert [p.name for p in written] == ["time_against_c_n64.png", "memory_against_c.png", "roofline.png"]
     assert all(p.read_bytes().startswith(b"\x89PNG") for p in written)
     table = readme.table(stored.data)

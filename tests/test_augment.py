@@ -31,12 +31,15 @@ class Pictures:
         return self.images[index], int(self.labels[index])
 
 
-@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(Augmentation)[:8]])
+STEPS = [*(field.name for field in dataclasses.fields(Augmentation)[:8]), "rotation"]
+
+
+@pytest.mark.parametrize("name", STEPS)
 def test_each_step(name: str) -> None:
     """Probability 1 changes the image (flip: mirrors it), 0 leaves it, 1/2 does either; the input stays."""
     image = Pictures().images[0]
     before = image.copy()
-    off = dict.fromkeys([field.name for field in dataclasses.fields(Augmentation)[:8]], 0.0)
+    off = dict.fromkeys(STEPS, 0.0)
     assert np.array_equal(Augmentation(**off)(image, np.random.default_rng(0)), image)
     out = Augmentation(**{**off, name: 1.0})(image, np.random.default_rng(0))
     assert out.shape == image.shape and out.dtype == np.uint8 and not np.array_equal(out, image)
@@ -62,6 +65,7 @@ def test_ranges_reach_their_step() -> None:
             Augmentation(**none, motion=1, motion_length=(15, 15)),
         ),
         (Augmentation(**none, blur=1, blur_sigma=(0.3, 0.3)), Augmentation(**none, blur=1, blur_sigma=(5, 5))),
+        (Augmentation(**none, rotation=1, degrees=1), Augmentation(**none, rotation=1, degrees=90)),
         (Augmentation(**none, low_resolution=1, smallest=38), Augmentation(**none, low_resolution=1, smallest=2)),
     ]:
         change = [

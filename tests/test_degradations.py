@@ -25,6 +25,7 @@ RANDOM = {
     "low_resolution": d.low_resolution,
     "crop": d.crop,
     "light": d.light,
+    "unrecognizable": d.unrecognizable,
 }
 
 
@@ -64,10 +65,10 @@ def test_other_arrays_are_refused(name: str) -> None:
 
 @pytest.mark.parametrize("name", [*FIXED, *RANDOM])
 def test_flat_images_stay_flat(name: str) -> None:
-    """Every kernel sums to one; only occlusion and light may change a flat image."""
+    """Every kernel sums to one; only light and occlusion (here in `unrecognizable` too) may change a flat image."""
     flat = np.full((20, 20, 3), 77, np.uint8)
     out = FIXED[name](flat) if name in FIXED else RANDOM[name](flat, np.random.default_rng(3))
-    assert np.array_equal(out, flat) == (name not in ("occlude", "light"))
+    assert np.array_equal(out, flat) == (name not in ("occlude", "light", "unrecognizable"))
 
 
 @pytest.mark.parametrize("size", [4, 8, 16])
@@ -136,7 +137,8 @@ def test_slivers(shape: tuple[int, int, int]) -> None:
     """One row, one column, one pixel: no index falls outside."""
     sliver = RNG.integers(0, 256, shape, np.uint8)
     out = [d.down_up(sliver, 1), d.gaussian_blur(sliver, 2.0), d.motion_blur(sliver, 4, 20), d.rotate(sliver, 33)]
-    out += [function(sliver, np.random.default_rng(0)) for function in RANDOM.values()]
+    out += [function(sliver, np.random.default_rng(0)) for name, function in RANDOM.items() if name != "unrecognizable"]
+    out.append(d.unrecognizable(sliver, np.random.default_rng(0), (1, 1), 1.0, 1.0, 1.0, 1.0))
     assert all(image.shape == shape for image in out)
 
 
@@ -189,3 +191,24 @@ def test_light_is_affine_in_grey_levels() -> None:
     out = d.light(middle, np.random.default_rng(2), 0.1, 0.3).astype(float)
     slope, offset = np.polyfit(middle.ravel(), out.ravel(), 1)
     assert np.abs(slope * middle + offset - out).max() < 1.1 and abs(slope - 1) > 0.01
+
+
+def test_unrecognizable_keeps_nothing_fine() -> None:
+    """What is left has no more detail than the largest side allowed: few of the image's frequencies."""
+    image = RNG.integers(0, 256, (48, 48, 3), np.uint8)
+    for seed in range(10):
+        out = d.unrecognizable(image, np.random.default_rng(seed), (4, 6))
+        power = np.abs(np.fft.fft2(out[:, :, 0] - out[:, :, 0].mean())) ** 2
+        fine = power.copy()
+        fine[np.ix_(*[[*range(7), *range(-6, 0)]] * 2)] = 0
+        assert fine.sum() < 0.1 * power.sum()
+    # With every probability 0 it is down_up and nothing else.
+    plain = d.unrecognizable(image, np.random.default_rng(0), (5, 5), 0, 0, 0, 0)
+    assert np.array_equal(plain, d.down_up(image, 5))
+    for seed in range(5):
+        once = d.unrecognizable(image, np.random.default_rng(seed), (5, 5), 0, 0, 1, 0)
+        assert not np.array_equal(once, plain)
+    with pytest.raises(ValueError, match=r"unrecognizable: expected sides = \(low, high\) in \[1, 48\], got \(8, 4\)"):
+        d.unrecognizable(image, np.random.default_rng(0), (8, 4))
+    with pytest.raises(ValueError, match="unrecognizable: expected motion"):
+        d.unrecognizable(image, np.random.default_rng(0), motion=1.5)

@@ -212,6 +212,14 @@ def test_same_input_gives_the_same_bytes_and_leaves_no_setting_changed(tmp_path:
     assert dict(matplotlib.rcParams) == before
 
 
+def test_figures_have_their_section(tmp_path: Path) -> None:
+    from recog_fast.evaluation import figures
+
+    drawn = figures.ui_distance_plot({"clean": rng.random(20)})
+    text, page = write(tmp_path, figures=[("UI <centre>", "Two humps & more.", drawn)], baseline=None, metrics_jsonl=None)
+    assert drawn.light in text and "Quality" in page.text and "UI <centre>" in page.text and drawn.alt in page.alts
+
+
 def test_report_without_optional_parts(tmp_path: Path) -> None:
     path = write_report(tmp_path / "r.html", title="t", results={"full": RESULTS["8x8"]})
     page = Page(path.read_text(encoding="utf-8"))

@@ -21,10 +21,11 @@ class Augmentation:
     """Probability of each step, applied in this order, and the ranges they draw from; see `degradations` for what each
     does.
 
-    flip, affine, crop, light, occlusion, motion, blur, low_resolution  probabilities in [0, 1]
-    crop_scale      area kept by crop                       blur_sigma  pixels, Gaussian
+    flip, rotation, affine, crop, light, occlusion, motion, blur, low_resolution  probabilities in [0, 1]
+    degrees         rotation turns by up to so many         crop_scale  area kept by crop
     occlusion_area  share covered                           motion_length  pixels, at any angle
-    smallest        shortest side low_resolution goes to, pixels
+    blur_sigma      pixels, Gaussian                        smallest  shortest side low_resolution goes to, pixels
+    QAFace: crop and low_resolution 0.2 each.
     Raises ValueError for a probability outside [0, 1].
     """
 
@@ -41,18 +42,23 @@ class Augmentation:
     motion_length: tuple[float, float] = (3.0, 12.0)
     blur_sigma: tuple[float, float] = (0.5, 2.5)
     smallest: int = 12
+    rotation: float = 0.0
+    degrees: float = 20.0
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self)[:8]:
-            value = getattr(self, field.name)
+        for name in (*(field.name for field in dataclasses.fields(self)[:8]), "rotation"):
+            value = getattr(self, name)
             if not 0.0 <= value <= 1.0:
-                raise ValueError(f"Augmentation: expected {field.name} in [0, 1], got {value}")
+                raise ValueError(f"Augmentation: expected {name} in [0, 1], got {value}")
 
     def __call__(self, image: Image, rng: np.random.Generator) -> Image:
         """(H, W, 3) uint8 -> (H, W, 3) uint8; the input is left alone."""
         coin = rng.random(8)
         if coin[0] < self.flip:
             image = np.ascontiguousarray(image[:, ::-1])
+        # Its coin comes after the others and only where it is asked for: runs without it keep their pixels.
+        if self.rotation and rng.random() < self.rotation:
+            image = degradations.rotate(image, rng.uniform(-self.degrees, self.degrees))
         if coin[1] < self.affine:
             image = degradations.affine(image, rng)
         if coin[2] < self.crop:

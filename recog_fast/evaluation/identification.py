@@ -1,4 +1,4 @@
-"""1:N search: rank rates, open-set TPIR at FPIR, mean average precision (math.md section 6)."""
+"""1:N search: rank rates, open-set TPIR at FPIR, mean average precision, CMC (math.md section 6)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 
-from recog_fast.evaluation._arrays import BoolArray, FloatArray, booleans, floats, integers
+from recog_fast.evaluation._arrays import BoolArray, FloatArray, IntArray, booleans, floats, integers
 
 
 def identification(
@@ -55,6 +55,31 @@ def _tpir(best: FloatArray, within: BoolArray, alarms: FloatArray, k: int) -> fl
     return float((passed & within).mean())
 
 
+def _ranked_lists(
+    where: str,
+    similarity: ArrayLike | torch.Tensor,
+    query_ids: ArrayLike | torch.Tensor,
+    gallery_ids: ArrayLike | torch.Tensor,
+    junk: ArrayLike | torch.Tensor | None,
+) -> list[IntArray]:
+    """Positions (from 1) of each query's relevant entries in its list without junk; queries without one are left out."""
+    scores = floats(where, "similarity", similarity, 2)
+    queries = integers(where, "query_ids", query_ids, scores.shape[0])
+    gallery = integers(where, "gallery_ids", gallery_ids, scores.shape[1])
+    ignored = np.zeros(scores.shape, dtype=np.bool_) if junk is None else booleans(where, "junk", junk, scores.shape)
+    lists = []
+    for row, query, left_out in zip(scores, queries, ignored, strict=True):
+        order = np.argsort(-row, kind="stable")
+        positions: IntArray = np.flatnonzero((gallery == query)[order][~left_out[order]]) + 1
+        if positions.size:
+            lists.append(positions)
+    if not lists:
+        raise ValueError(
+            f"{where}: expected at least one query with a relevant gallery entry, got none among {len(queries)}"
+        )
+    return lists
+
+
 def mean_average_precision(
     similarity: ArrayLike | torch.Tensor,  # (Q, G) higher = more alike
     query_ids: ArrayLike | torch.Tensor,  # (Q,) int
@@ -70,20 +95,26 @@ def mean_average_precision(
     Raises ValueError for shapes that do not match, NaN similarity, or when no query has a relevant entry.
     Source: Zheng et al., Scalable Person Re-identification (Market-1501), 2015, without its trapezoid interpolation.
     """
-    where = "mean_average_precision"
-    scores = floats(where, "similarity", similarity, 2)
-    queries = integers(where, "query_ids", query_ids, scores.shape[0])
-    gallery = integers(where, "gallery_ids", gallery_ids, scores.shape[1])
-    ignored = np.zeros(scores.shape, dtype=np.bool_) if junk is None else booleans(where, "junk", junk, scores.shape)
-    precisions = []
-    for row, query, left_out in zip(scores, queries, ignored, strict=True):
-        order = np.argsort(-row, kind="stable")
-        relevant = (gallery == query)[order][~left_out[order]]
-        positions = np.flatnonzero(relevant) + 1
-        if positions.size:
-            precisions.append(float((np.arange(1, positions.size + 1) / positions).mean()))
-    if not precisions:
-        raise ValueError(
-            f"{where}: expected at least one query with a relevant gallery entry, got none among {len(queries)}"
-        )
-    return float(np.mean(precisions))
+    lists = _ranked_lists("mean_average_precision", similarity, query_ids, gallery_ids, junk)
+    return float(np.mean([(np.arange(1, len(positions) + 1) / positions).mean() for positions in lists]))
+
+
+def cumulative_match(
+    similarity: ArrayLike | torch.Tensor,  # (Q, G)
+    query_ids: ArrayLike | torch.Tensor,  # (Q,) int
+    gallery_ids: ArrayLike | torch.Tensor,  # (G,) int
+    junk: ArrayLike | torch.Tensor | None = None,  # (Q, G) bool, as in `mean_average_precision`
+    ranks: Sequence[int] = (1, 5, 10),
+) -> FloatArray:
+    """CMC: share of queries with a relevant entry among the first k of their list, junk removed beforehand ->
+    (len(ranks),).
+
+    Ties keep gallery order (stable). Queries without a relevant entry do not count.
+    Raises what `mean_average_precision` raises, and ValueError for ranks < 1. Source: Market-1501.
+    """
+    if any(k < 1 for k in ranks):
+        raise ValueError(f"cumulative_match: expected ranks >= 1, got {list(ranks)}")
+    first = np.array(
+        [lists[0] for lists in _ranked_lists("cumulative_match", similarity, query_ids, gallery_ids, junk)]
+    )
+    return np.array([(first <= k).mean() for k in ranks], dtype=np.float64)

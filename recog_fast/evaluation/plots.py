@@ -7,7 +7,8 @@ import base64
 import io
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -68,11 +69,24 @@ DARK = Theme(
 
 @dataclass(frozen=True)
 class Picture:
-    """One plot: data URIs for a light and a dark page, and what it shows in words."""
+    """One plot: data URIs for a light and a dark page, what it shows in words, and `save` for a file of its own."""
 
     light: str
     dark: str
     alt: str
+    render: Callable[[str, float], bytes] | None = field(
+        default=None, repr=False, compare=False
+    )  # (format, dpi) -> file
+
+    def save(self, path: str | Path, dpi: float = 150) -> Path:
+        """Writes the light version; the suffix is the format: .png, .pdf or .svg. Raises ValueError for another one."""
+        target = Path(path)
+        kind = target.suffix.lstrip(".").lower()
+        if kind not in ("png", "pdf", "svg") or self.render is None:
+            raise ValueError(f"Picture.save: expected a path ending in .png, .pdf or .svg, got {target}")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(self.render(kind, dpi))
+        return target
 
 
 def roc_plot(
@@ -292,25 +306,35 @@ def _legend(figure: Figure, axes: Axes, theme: Theme) -> None:
     )
 
 
-def _picture(draw: Callable[[Figure, Theme], None], height: float, alt: str) -> Picture:
+def _picture(draw: Callable[[Figure, Theme], None], height: float, alt: str, width: float = WIDTH) -> Picture:
     """Drawn once: layout is most of the time, and the dark version differs in colours only."""
-    light = _svg(draw, height)
-    return Picture(_data_uri(light), _data_uri(_darkened(light)), alt)
+    light = _svg(draw, height, width)
+
+    def render(kind: str, dpi: float) -> bytes:
+        return _file(draw, (width, height), kind, dpi)
+
+    return Picture(_data_uri(light), _data_uri(_darkened(light)), alt, render)
 
 
-def _svg(draw: Callable[[Figure, Theme], None], height: float) -> str:
-    """The drawing in light colours. The same drawing gives the same text: no date, fixed element ids."""
+def _file(draw: Callable[[Figure, Theme], None], size: tuple[float, float], kind: str, dpi: float) -> bytes:
+    """The drawing in light colours as a file; the same drawing gives the same bytes: no date, fixed element ids."""
     import matplotlib
     from matplotlib.figure import Figure
 
     # rc_context puts every setting back; a bare Figure never registers with pyplot, so no window system is touched.
     with matplotlib.rc_context({"font.size": FONT, "svg.fonttype": "none", "svg.hashsalt": "recog_fast"}):
-        figure = Figure(figsize=(WIDTH, height), layout="constrained")
+        figure = Figure(figsize=size, layout="constrained")
         draw(figure, LIGHT)
-        out = io.StringIO()
-        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+        out = io.BytesIO()
+        metadata = {"svg": {"Date": None, "Creator": None}, "pdf": {"CreationDate": None}}.get(kind)
+        figure.savefig(out, format=kind, dpi=dpi, transparent=kind == "svg", metadata=metadata)
+    return out.getvalue()
+
+
+def _svg(draw: Callable[[Figure, Theme], None], height: float, width: float = WIDTH) -> str:
     # Text stays text and takes the reader's own interface font instead of matplotlib's.
-    return re.sub(r"font-family: [^;\"]+", "font-family: " + FONT_STACK, out.getvalue())
+    text = _file(draw, (width, height), "svg", 150).decode("utf-8")
+    return re.sub(r"font-family: [^;\"]+", "font-family: " + FONT_STACK, text)
 
 
 def _darkened(svg: str) -> str:

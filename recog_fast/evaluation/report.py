@@ -34,6 +34,7 @@ def write_report(
     baseline: Results | None = None,
     baseline_name: str = "untrained",
     galleries: Sequence[Gallery] = (),
+    figures: Sequence[Figure] = (),
     versions: Mapping[str, Any] | None = None,
     backends: Mapping[str, Any] | None = None,
     summary: str = "",
@@ -44,6 +45,7 @@ def write_report(
     baseline       the same conditions of an untrained (or other, `baseline_name`) network, set beside them
     metrics_jsonl  the training log: a file of one JSON object a line, or its rows; keys used: step, loss,
                    target_cosine, nearest_cosine, target_probability, val/<name>; plots without data are left out
+    figures        (title, what to see in it, picture) of `recog_fast.evaluation.figures`, in a section "Quality"
     config, versions, backends  shown as tables, nested mappings with dotted names
     summary        one or two sentences under the title, plain text
     Every text is escaped. The file is replaced at once, never left half written.
@@ -62,6 +64,7 @@ def write_report(
     sections = [
         _section("Verification", verification + _figures(_evaluation_plots(results, baseline, baseline_name))),
         _section("Training", _figures(_training_plots(metrics))),
+        _section("Quality", _figures(list(figures))),
         _section("Pictures", "".join(map(_gallery, galleries))),
         _section("Kernels and versions", _columns({"Which path ran": backends, "Versions": versions})),
         _section("Configuration", _settings(config or {})),
