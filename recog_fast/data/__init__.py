@@ -23,7 +23,14 @@ if TYPE_CHECKING:
     from .images import decode_image as decode_image
     from .images import images_to_tensor as images_to_tensor
     from .images import resize_image as resize_image
-    from .records import RecordDataset as RecordDataset
+    from .mixed import MixedDataset as MixedDataset
+    from .mixed import StreamBatches as StreamBatches
+    from .protocols import read_ijb_landmarks as read_ijb_landmarks
+    from .protocols import read_ijb_media as read_ijb_media
+    from .protocols import read_ijb_pairs as read_ijb_pairs
+    from .protocols import read_survface_pairs as read_survface_pairs
+    from .protocols import read_tinyface as read_tinyface
+    from .record_dataset import RecordDataset as RecordDataset
     from .records import pack_record as pack_record
     from .records import read_records as read_records
     from .records import unpack_record as unpack_record
@@ -31,7 +38,6 @@ if TYPE_CHECKING:
     from .records import write_records as write_records
     from .sampler import ResumableBatches as ResumableBatches
     from .synthetic import SyntheticIdentities as SyntheticIdentities
-    from .tinyface import read_tinyface as read_tinyface
     from .wrappers import Resized as Resized
     from .wrappers import SkipCorrupt as SkipCorrupt
     from .wrappers import class_subset as class_subset
@@ -42,10 +48,12 @@ _HOME = {
     "CorruptImage": "images",
     "FolderDataset": "datasets",
     "ListDataset": "datasets",
-    "RecordDataset": "records",
+    "MixedDataset": "mixed",
+    "RecordDataset": "record_dataset",
     "Resized": "wrappers",
     "ResumableBatches": "sampler",
     "SkipCorrupt": "wrappers",
+    "StreamBatches": "mixed",
     "SyntheticIdentities": "synthetic",
     "TarDataset": "datasets",
     "ZipDataset": "datasets",
@@ -54,8 +62,12 @@ _HOME = {
     "images_to_tensor": "images",
     "pack_record": "records",
     "read_bin": "bins",
+    "read_ijb_landmarks": "protocols",
+    "read_ijb_media": "protocols",
+    "read_ijb_pairs": "protocols",
     "read_records": "records",
-    "read_tinyface": "tinyface",
+    "read_survface_pairs": "protocols",
+    "read_tinyface": "protocols",
     "resize_image": "images",
     "unpack_record": "records",
     "write_identities": "records",
