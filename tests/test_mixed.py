@@ -91,7 +91,9 @@ def test_streams_through_a_loader_with_workers() -> None:
 
     streams = StreamBatches([10, 4], [3, 2], steps=4)
     expected = [[index for _, index in keys] for keys in streams]
-    assert [batch.tolist() for batch in streams.track(DataLoader(Keys(), batch_sampler=streams, num_workers=1))] == expected
+    assert [
+        batch.tolist() for batch in streams.track(DataLoader(Keys(), batch_sampler=streams, num_workers=1))
+    ] == expected
     assert streams.done == 4
 
 

@@ -46,7 +46,9 @@ def test_matlab_equals_scipy(tmp_path: Path, compressed: bool) -> None:
 
 def test_matlab_takes_no_size_on_trust() -> None:
     """A cell array of 2^28 entries and a compressed one of 2^28 zeros, in files of a few hundred bytes."""
-    array = struct.pack("<6I", 6, 8, 1, 0, 5, 8) + struct.pack("<ii", 1 << 28, 1) + struct.pack("<II", 1 << 16 | 1, 0x61)
+    array = (
+        struct.pack("<6I", 6, 8, 1, 0, 5, 8) + struct.pack("<ii", 1 << 28, 1) + struct.pack("<II", 1 << 16 | 1, 0x61)
+    )
     variable = struct.pack("<II", 14, len(array)) + array
     header = b"MATLAB 5.0".ljust(124) + b"\x00\x01IM"
     with pytest.raises(ValueError, match="268435456 entries in 0 bytes"):
@@ -64,7 +66,9 @@ def test_survface_pairs(tmp_path: Path) -> None:
     scipy_io.savemat(path, {"positive_pairs_names": cells(pairs)})
     assert read_survface_pairs(path) == pairs
     scipy_io.savemat(path, {"positive_pairs_names": cells([["a"], ["b"]])})
-    with pytest.raises(ValueError, match=r"\(n, 2\) cell array of names in .*names.mat, got ValueError: cells of dimensions \(2, 1\)"):
+    with pytest.raises(
+        ValueError, match=r"\(n, 2\) cell array of names in .*names.mat, got ValueError: cells of dimensions \(2, 1\)"
+    ):
         read_survface_pairs(path)
     scipy_io.savemat(path, {"gallery_set": cells([["3_1.jpg"]]), "gallery_ids": np.array([[3.0]])})
     assert read_tinyface(path)[1].tolist() == [3]

@@ -250,7 +250,9 @@ class TarDataset(NamedDataset):
         if all(label is None for label in classes):
             found: list[str] = [_folder(name) for name in names]
         elif None in classes:
-            raise ValueError(f"TarDataset: expected a .cls or .json label for {names[classes.index(None)]}, got none")
+            bare = classes.index(None)
+            shard = self.shards[self._places[bare][0]]
+            raise ValueError(f"TarDataset: expected a .cls or .json label for {names[bare]} in {shard}, got none")
         else:
             found = [str(label) for label in classes]
         numbers = _whole_numbers(found)

@@ -61,7 +61,9 @@ class _Reader:
         kind, start, end = self.element()
         if kind not in _NUMBERS or (end - start) % int(_NUMBERS[kind][1]):
             raise ValueError(f"{end - start} bytes of type {kind} for numbers")
-        return np.frombuffer(self.data, np.dtype(self.order + _NUMBERS[kind]), (end - start) // int(_NUMBERS[kind][1]), start)
+        return np.frombuffer(
+            self.data, np.dtype(self.order + _NUMBERS[kind]), (end - start) // int(_NUMBERS[kind][1]), start
+        )
 
     def string(self) -> str:
         kind, start, end = self.element()
