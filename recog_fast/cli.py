@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from recog_fast import __version__
+from recog_fast.commands import data as data_commands
 
 _LIBRARIES = "numpy triton jsonargparse yaml rich tensorboard PIL simplejpeg scipy sklearn matplotlib safetensors"
 
@@ -96,6 +97,8 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--device", default="cpu", help="cpu (default), cuda, ...")
     evaluate.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     evaluate.set_defaults(run=_eval)
+
+    data_commands.add(commands, [debug])
 
     doctor = commands.add_parser("doctor", parents=[debug], help="say which code path runs here and why")
     doctor.set_defaults(run=_doctor)

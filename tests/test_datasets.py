@@ -190,7 +190,7 @@ def test_truncated_tar_and_missing_label(root: Path) -> None:
         add(archive, "a.png", encode(1))
         add(archive, "a.cls", b"0")
         add(archive, "b.png", encode(2) + bytes(20000))
-    with pytest.raises(ValueError, match="a .cls or .json label for b.png, got none"):
+    with pytest.raises(ValueError, match="a .cls or .json label for b.png in .*t.tar, got none"):
         TarDataset(path)
     path.write_bytes(path.read_bytes()[:4000])
     with pytest.raises(ValueError, match="whole tar"):

@@ -37,13 +37,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "triton_kernels": set(),
 }
 # These use what any user could: every public module, no name that begins with an underscore.
-USERS = {"training", "cli", "__main__"}
+USERS = {"training", "commands", "cli", "__main__"}
 # Third-party packages of a layer beside torch and numpy.
 LIBRARIES: dict[str, set[str]] = {
     "triton_kernels": {"triton"},
     "recognizability": {"scipy", "sklearn"},
     "evaluation": {"scipy", "matplotlib"},
-    "data": {"scipy", "PIL", "simplejpeg"},
+    "data": {"PIL", "simplejpeg", "matplotlib"},
     "models": {"safetensors"},
     "training": {"jsonargparse", "yaml", "rich", "PIL", "matplotlib"},
     "cli": {"jsonargparse", "yaml", "rich"},

@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from .augment import Augmentation as Augmentation
     from .augment import Augmented as Augmented
     from .bins import read_bin as read_bin
+    from .check import DataReport as DataReport
+    from .check import check_dataset as check_dataset
+    from .check import plot_class_sizes as plot_class_sizes
+    from .convert import convert_dataset as convert_dataset
     from .datasets import FolderDataset as FolderDataset
     from .datasets import ListDataset as ListDataset
     from .datasets import TarDataset as TarDataset
@@ -25,6 +29,7 @@ if TYPE_CHECKING:
     from .images import resize_image as resize_image
     from .mixed import MixedDataset as MixedDataset
     from .mixed import StreamBatches as StreamBatches
+    from .opening import open_dataset as open_dataset
     from .protocols import read_ijb_landmarks as read_ijb_landmarks
     from .protocols import read_ijb_media as read_ijb_media
     from .protocols import read_ijb_pairs as read_ijb_pairs
@@ -46,6 +51,7 @@ _HOME = {
     "Augmentation": "augment",
     "Augmented": "augment",
     "CorruptImage": "images",
+    "DataReport": "check",
     "FolderDataset": "datasets",
     "ListDataset": "datasets",
     "MixedDataset": "mixed",
@@ -57,10 +63,14 @@ _HOME = {
     "SyntheticIdentities": "synthetic",
     "TarDataset": "datasets",
     "ZipDataset": "datasets",
+    "check_dataset": "check",
     "class_subset": "wrappers",
+    "convert_dataset": "convert",
     "decode_image": "images",
     "images_to_tensor": "images",
+    "open_dataset": "opening",
     "pack_record": "records",
+    "plot_class_sizes": "check",
     "read_bin": "bins",
     "read_ijb_landmarks": "protocols",
     "read_ijb_media": "protocols",

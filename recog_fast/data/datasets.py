@@ -251,8 +251,8 @@ class TarDataset(NamedDataset):
             found: list[str] = [_folder(name) for name in names]
         elif None in classes:
             bare = classes.index(None)
-            shard = self.shards[self._places[bare][0]]
-            raise ValueError(f"TarDataset: expected a .cls or .json label for {names[bare]} in {shard}, got none")
+            holder = self.shards[self._places[bare][0]]
+            raise ValueError(f"TarDataset: expected a .cls or .json label for {names[bare]} in {holder}, got none")
         else:
             found = [str(label) for label in classes]
         numbers = _whole_numbers(found)

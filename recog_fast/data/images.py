@@ -23,6 +23,18 @@ _PIXELS_PER_BYTE, _PIXELS_PER_JPEG_BYTE = 8 * 1032, 8 * 64
 _FEW_PIXELS = 1 << 16
 
 
+_FORMATS = (
+    (b"\xff\xd8", "JPEG", ".jpg"), (b"\x89PNG", "PNG", ".png"), (b"GIF8", "GIF", ".gif"), (b"BM", "BMP", ".bmp"),
+    (b"RIFF", "WebP", ".webp"), (b"II*\0", "TIFF", ".tif"), (b"MM\0*", "TIFF", ".tif"),
+    *((b"P%d" % k, "PNM", ".pgm") for k in range(1, 7)),
+)  # fmt: skip
+
+
+def image_format(data: bytes) -> tuple[str, str]:
+    """(name, file suffix) of an encoded image by its first bytes; ("unknown", ".img") for none of them."""
+    return next(((name, suffix) for magic, name, suffix in _FORMATS if data.startswith(magic)), ("unknown", ".img"))
+
+
 class CorruptImage(ValueError):
     """An image that cannot be read or decoded; `.source` names the file or record, `.index` its place in the dataset
     (-1: none)."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import struct
 import zlib
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,7 +28,7 @@ class Matrix(NamedTuple):
     """A variable: numbers (dims) in `numbers`, or text cells in column-major order in `cells`, one text in `text`."""
 
     dims: tuple[int, ...]
-    numbers: NDArray[np.float64] | NDArray[np.int64] | None = None
+    numbers: NDArray[Any] | None = None
     cells: list[str] | None = None
     text: str | None = None
 
@@ -80,7 +80,7 @@ class _Reader:
         name = self.data[start:end].decode("latin-1")
         if not len(flags) or kind not in (1, 2, 16) or not 2 <= len(dims) <= 32 or min(dims) < 0:
             raise ValueError(f"an array of dimensions {dims}")
-        family, count = int(flags[0]) & 0xFF, math.prod(dims)  # type: ignore[call-overload]
+        family, count = int(flags[0]) & 0xFF, math.prod(dims)
         if count > self.end - self.at + 8:
             raise ValueError(f"{count} entries in {self.end - self.at} bytes")
         if family == _CHAR:
@@ -88,7 +88,7 @@ class _Reader:
             if len(text) != count or max(dims) != count:
                 raise ValueError(f"{len(text)} characters for dimensions {dims}")
             return name, Matrix(dims, text=text)
-        if family in _NUMERIC and not int(flags[0]) & 0x800:  # type: ignore[call-overload]
+        if family in _NUMERIC and not int(flags[0]) & 0x800:
             values = self.numbers()
             if len(values) != count:
                 raise ValueError(f"{len(values)} numbers for dimensions {dims}")

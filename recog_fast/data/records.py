@@ -8,6 +8,7 @@ labels, then the image file.
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import struct
@@ -232,28 +233,61 @@ def _split(payload: bytes) -> list[bytes]:
     return [*parts, payload[start:]]
 
 
+class RecordWriter:
+    """Appends (key, payload) pairs to a .rec and its .idx, byte for byte what mxnet.recordio.MXIndexedRecordIO writes.
+
+    resume: (bytes of the .rec, bytes of the .idx) that are whole: both files are cut there and gone on with; keys
+    written before are then not checked for repetition. Raises ValueError for a repeated key or a payload of 2^29 bytes
+    or more.
+    """
+
+    def __init__(self, path: PathLike, idx: PathLike | None = None, resume: tuple[int, int] | None = None) -> None:
+        self._seen: set[int] = set()
+        mode = "wb" if resume is None else "r+b"
+        self._rec, self._idx = open(path, mode), open(index_path(path) if idx is None else idx, mode)
+        for file, size in zip((self._rec, self._idx), resume or (0, 0), strict=True):
+            file.seek(size)
+            file.truncate()
+
+    def write(self, key: int, payload: bytes) -> None:
+        """Append one record."""
+        if key in self._seen or len(payload) > _LENGTH_MASK:
+            fault = "a key seen before" if key in self._seen else f"{len(payload)} bytes"
+            raise ValueError(
+                f"write_records: expected items of distinct keys, payloads below 2^29 bytes, got key {key}: {fault}"
+            )
+        self._seen.add(key)
+        self._idx.write(f"{key}\t{self._rec.tell()}\n".encode())
+        parts = _split(payload)
+        for place, part in enumerate(parts):
+            kind = 0 if len(parts) == 1 else 1 if place == 0 else 3 if place == len(parts) - 1 else 2
+            self._rec.write(_PART.pack(MAGIC, kind << 29 | len(part)) + part + bytes(-len(part) % 4))
+
+    def sync(self) -> tuple[int, int]:
+        """Put everything on the disk; the sizes that `resume` takes."""
+        for file in (self._rec, self._idx):
+            file.flush()
+            os.fsync(file.fileno())
+        return self._rec.tell(), self._idx.tell()
+
+    def close(self) -> None:
+        """Close both files."""
+        self._rec.close()
+        self._idx.close()
+
+
 def write_records(path: PathLike, items: Iterable[tuple[int, bytes]], *, idx: PathLike | None = None) -> int:
-    """Write (key, payload) pairs as .rec and .idx, byte for byte what mxnet.recordio.MXIndexedRecordIO writes; returns
-    their number.
+    """Write (key, payload) pairs as .rec and .idx (`RecordWriter`); returns their number.
 
     `idx` defaults to the .idx beside `path`. Image payloads come from `pack_record`. Raises ValueError for a repeated
     key or a payload of 2^29 bytes or more.
     """
-    seen: set[int] = set()
-    with open(path, "wb") as rec, open(index_path(path) if idx is None else idx, "w", newline="\n") as index:
+    count = 0
+    with contextlib.closing(RecordWriter(path, idx)) as writer:
         for key, payload in items:
-            if key in seen or len(payload) > _LENGTH_MASK:
-                fault = "a key seen before" if key in seen else f"{len(payload)} bytes"
-                raise ValueError(
-                    f"write_records: expected items of distinct keys, payloads below 2^29 bytes, got key {key}: {fault}"
-                )
-            seen.add(key)
-            index.write(f"{key}\t{rec.tell()}\n")
-            parts = _split(payload)
-            for place, part in enumerate(parts):
-                kind = 0 if len(parts) == 1 else 1 if place == 0 else 3 if place == len(parts) - 1 else 2
-                rec.write(_PART.pack(MAGIC, kind << 29 | len(part)) + part + bytes(-len(part) % 4))
-    return len(seen)
+            writer.write(key, payload)
+            count += 1
+    return count
 
 
 def write_identities(path: PathLike, images: Iterable[tuple[int, bytes]], *, idx: PathLike | None = None) -> int:
