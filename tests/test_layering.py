@@ -42,10 +42,12 @@ USERS = {"training", "commands", "cli", "__main__"}
 LIBRARIES: dict[str, set[str]] = {
     "triton_kernels": {"triton"},
     "recognizability": {"scipy", "sklearn"},
-    "evaluation": {"scipy", "matplotlib"},
+    "evaluation": {"scipy", "matplotlib", "faiss"},
     "data": {"PIL", "simplejpeg", "matplotlib"},
-    "models": {"safetensors"},
+    "models": {"safetensors", "onnx", "onnxruntime"},
     "training": {"jsonargparse", "yaml", "rich", "PIL", "matplotlib"},
+    "compat": {"yaml"},
+    "commands": {"yaml", "safetensors"},
     "cli": {"jsonargparse", "yaml", "rich"},
 }
 DISTRIBUTED = {"sharding", "checkpoint"}

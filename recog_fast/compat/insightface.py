@@ -25,7 +25,7 @@ from torch import Tensor
 from recog_fast.heads import MarginHead
 from recog_fast.margins import ArcFace, CosFace, InterclassFilter
 
-__all__ = ["CombinedMarginLoss", "PartialFC_V2", "head_shards", "import_head", "margin_from_list"]
+__all__ = ["CombinedMarginLoss", "PartialFC_V2", "head_shards", "import_head", "margin_from_list", "read_head"]
 
 
 def margin_from_list(margin_list: Sequence[float], interclass_filtering_threshold: float = 0.0) -> Any:
@@ -146,32 +146,47 @@ def _shard_weight(path: Path) -> Tensor:
     return content
 
 
-def import_head(
-    head: MarginHead, source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
-) -> list[tuple[Path, int, int]]:
-    """Copy arcface_torch's per-rank class centres into `head.weight` (C, D), whatever the number of ranks and however the
-    classes were split: rows follow each other in the order of the ranks. Returns (file, first class, past last).
+Placed = list[tuple[Path, int, int]]
+Source = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
-    Raises ValueError as `head_shards`, for a file of anything else, another D, or rows that do not add up to C; the head
-    is then left as it was.
+
+def _shards(source: Source, classes: int | None, dim: int | None) -> tuple[list[Tensor], Placed]:
+    """The parts of W and where they go, their sizes checked."""
+    paths = head_shards(source)
+    weights = [_shard_weight(path) for path in paths]
+    for path, weight in zip(paths, weights, strict=True):
+        if weight.shape[1] != (weights[0].shape[1] if dim is None else dim):
+            raise ValueError(f"import_head: expected D = {dim or weights[0].shape[1]} in {path}, got {weight.shape[1]}")
+    sizes = [len(weight) for weight in weights]
+    if classes is not None and sum(sizes) != classes:
+        raise ValueError(
+            f"import_head: expected {classes} classes in {len(sizes)} files, got {sum(sizes)} "
+            f"({', '.join(map(str, sizes))}): a file is missing or of another run"
+        )
+    ends = [sum(sizes[: k + 1]) for k in range(len(sizes))]
+    return weights, [(path, end - size, end) for path, size, end in zip(paths, sizes, ends, strict=True)]
+
+
+def read_head(source: Source, num_classes: int | None = None) -> tuple[Tensor, Placed]:
+    """(W (C, D), [(file, first class, past last)]) of arcface_torch's per-rank files, whatever the number of ranks and
+    however the classes were split: rows follow each other in the order of the ranks.
+
+    Raises ValueError as `head_shards`, for a file of anything else, D that differ, or rows that do not add up to
+    `num_classes`.
     """
-    weights = [(path, _shard_weight(path)) for path in head_shards(source)]
+    weights, placed = _shards(source, num_classes, None)
+    return torch.cat([weight.float() for weight in weights]), placed
+
+
+def import_head(head: MarginHead, source: Source) -> Placed:
+    """Copy arcface_torch's per-rank class centres into `head.weight` (C, D), as `read_head` orders them, one file at a
+    time. Raises ValueError as there, for another D, and for a head with sub-centers; the head is then left as it was.
+    """
     if head.subcenters != 1:
         raise ValueError(f"import_head: expected a head without sub-centers, got {head.subcenters}")
-    for path, weight in weights:
-        if weight.shape[1] != head.embedding_dim:
-            raise ValueError(f"import_head: expected D = {head.embedding_dim} in {path}, got {weight.shape[1]}")
-    total = sum(len(weight) for _, weight in weights)
-    if total != head.num_classes:
-        raise ValueError(
-            f"import_head: expected {head.num_classes} classes in {len(weights)} files, got {total} "
-            f"({', '.join(str(len(weight)) for _, weight in weights)}): a file is missing or of another run"
-        )
-    placed, start = [], 0
+    weights, placed = _shards(source, head.num_classes, head.embedding_dim)
     with torch.no_grad():
-        for path, weight in weights:
-            head.weight[start : start + len(weight)].copy_(weight)
-            placed.append((path, start, start + len(weight)))
-            start += len(weight)
+        for weight, (_, first, past) in zip(weights, placed, strict=True):
+            head.weight[first:past].copy_(weight)
     head.invalidate()
     return placed

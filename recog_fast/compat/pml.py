@@ -89,7 +89,8 @@ class _MarginLoss(nn.Module):
         """scale * cosine without margin, (N, C): materialised, for inference over few classes."""
         unit = F.normalize(embeddings, dim=1)
         cosine = unit @ F.normalize(self.W.to(unit.dtype), dim=0)
-        return self.scale * cosine.unflatten(1, (self.num_classes, self.sub_centers)).amax(dim=2)
+        logits: Tensor = self.scale * cosine.unflatten(1, (self.num_classes, self.sub_centers)).amax(dim=2)
+        return logits
 
     def to_head(self, **options: Any) -> MarginHead:
         """A `MarginHead` with this margin, scale and a copy of W, for `HeadSGD`, memories, sampling; options: the head's."""

@@ -16,6 +16,7 @@ from recog_fast.evaluation.embed import (
 from recog_fast.evaluation.erc import error_versus_reject
 from recog_fast.evaluation.gallery import Gallery, GalleryItem, pair_galleries, png_data_uri, strip
 from recog_fast.evaluation.identification import identification, mean_average_precision
+from recog_fast.evaluation.nearest import search
 from recog_fast.evaluation.report import write_report
 from recog_fast.evaluation.templates import template_embeddings
 from recog_fast.evaluation.verification import equal_error_rate, roc_curve, tar_at_far, verification_accuracy
@@ -35,6 +36,7 @@ __all__ = [
     "post_processing",
     "resize",
     "roc_curve",
+    "search",
     "strip",
     "tar_at_far",
     "template_embeddings",
