@@ -39,6 +39,7 @@ __version__ = _version.__version__
 
 # Loaded when first used: `import recog_fast` costs torch and numpy only.
 _LAZY = {
+    "compat": ".compat",
     "data": ".data",
     "evaluation": ".evaluation",
     "models": ".models",
@@ -49,7 +50,7 @@ _LAZY = {
 }
 
 if TYPE_CHECKING:
-    from . import data, evaluation, models, training
+    from . import compat, data, evaluation, models, training
     from .checkpoint import load_checkpoint, save_checkpoint
 
 
@@ -82,6 +83,7 @@ __all__ = [
     "SphereFace",
     "backends",
     "center_sparsity",
+    "compat",
     "data",
     "effective_prototypes",
     "evaluation",

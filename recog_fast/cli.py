@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from recog_fast import __version__
+from recog_fast.commands import data as data_commands
+from recog_fast.commands import interchange
 
 _LIBRARIES = "numpy triton jsonargparse yaml rich tensorboard PIL simplejpeg scipy sklearn matplotlib safetensors"
 
@@ -82,7 +84,8 @@ def _parser() -> argparse.ArgumentParser:
         "eval", parents=[debug], help="verify a trained backbone on pair files", description=_eval.__doc__
     )
     evaluate.add_argument(
-        "model", help="output folder of a run, one of its checkpoints, or a file of weights (.pt; then give --network)"
+        "model",
+        help="output folder of a run, one of its checkpoints, a model folder (card.json), or a file of weights (.pt; then give --network)",
     )
     evaluate.add_argument(
         "--target", action="append", required=True, help=".bin file of pairs; may be given several times"
@@ -96,6 +99,9 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--device", default="cpu", help="cpu (default), cuda, ...")
     evaluate.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     evaluate.set_defaults(run=_eval)
+
+    data_commands.add(commands, [debug])
+    interchange.add(commands, [debug])
 
     doctor = commands.add_parser("doctor", parents=[debug], help="say which code path runs here and why")
     doctor.set_defaults(run=_doctor)

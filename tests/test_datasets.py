@@ -10,6 +10,7 @@ import pickle
 import struct
 import tarfile
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -189,7 +190,7 @@ def test_truncated_tar_and_missing_label(root: Path) -> None:
         add(archive, "a.png", encode(1))
         add(archive, "a.cls", b"0")
         add(archive, "b.png", encode(2) + bytes(20000))
-    with pytest.raises(ValueError, match="a .cls or .json label for b.png, got none"):
+    with pytest.raises(ValueError, match="a .cls or .json label for b.png in .*t.tar, got none"):
         TarDataset(path)
     path.write_bytes(path.read_bytes()[:4000])
     with pytest.raises(ValueError, match="whole tar"):
@@ -355,3 +356,40 @@ def test_omniglot() -> None:
 def test_orl_folder() -> None:
     dataset = FolderDataset(data_dir() / "orl")
     assert (len(dataset), dataset.num_classes, dataset[0][0].shape) == (400, 40, (112, 92, 3))
+
+
+def test_one_wild_label_costs_nothing(root: Path) -> None:
+    (root / "wild.csv").write_text("greek/c01/a.png,2147483647\n")
+    dataset = ListDataset(root / "wild.csv")
+    assert dataset.num_classes == 1 << 31 and dataset[0][1] == (1 << 31) - 1
+
+
+def test_folder_of_shards_and_unlabelled_samples(root: Path) -> None:
+    folder = root.parent / "shards"
+    folder.mkdir()
+    for k, labels in enumerate((["-1", "10"], ["2", "-1"])):
+        with tarfile.open(folder / f"{k}.tar", "w") as archive:
+            for i, label in enumerate(labels):
+                add(archive, f"{k}{i}.png", encode(10 * k + i))
+                add(archive, f"{k}{i}.cls", label.encode())
+    dataset = TarDataset(folder)
+    assert dataset.labels.tolist() == [-1, 10, 2, -1] and dataset.num_classes == 11
+    assert [int(image[0, 0, 0]) for image, _ in dataset] == [0, 1, 10, 11]
+    (root.parent / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"images in .*empty, got none"):
+        TarDataset(root.parent / "empty")
+
+
+def test_a_header_may_not_claim_what_its_file_cannot_hold() -> None:
+    """7,000 x 7,000 pixels from 600 bytes: under the limit on pixels, far more than any codec could pack."""
+    png, jpeg = bytearray(encode(1)), encode(7, "jpg", (64, 64))
+    png[16:24] = struct.pack(">II", 7000, 7000)
+    png[29:33] = struct.pack(">I", zlib.crc32(png[12:29]))
+    sof = jpeg.index(b"\xff\xc0") + 5
+    for data in (bytes(png), jpeg[:sof] + struct.pack(">HH", 7000, 7000) + jpeg[sof + 4 :]):
+        with pytest.raises(CorruptImage, match=rf"7000 x 7000 pixels in {len(data)} bytes"):
+            decode_image(data)
+    for mode, kind in (("1", "PNG"), ("L", "JPEG"), ("RGB", "GIF"), ("RGB", "JPEG")):
+        buffer = io.BytesIO()
+        PIL.Image.new(mode, (2000, 2000)).save(buffer, kind)
+        assert decode_image(buffer.getvalue()).shape == (2000, 2000, 3), "flat images pack best and are fine"

@@ -37,15 +37,17 @@ MAY_IMPORT: dict[str, set[str]] = {
     "triton_kernels": set(),
 }
 # These use what any user could: every public module, no name that begins with an underscore.
-USERS = {"training", "cli", "__main__"}
+USERS = {"training", "commands", "cli", "__main__"}
 # Third-party packages of a layer beside torch and numpy.
 LIBRARIES: dict[str, set[str]] = {
     "triton_kernels": {"triton"},
     "recognizability": {"scipy", "sklearn"},
-    "evaluation": {"scipy", "matplotlib"},
-    "data": {"scipy", "PIL", "simplejpeg"},
-    "models": {"safetensors"},
+    "evaluation": {"scipy", "matplotlib", "faiss"},
+    "data": {"PIL", "simplejpeg", "matplotlib"},
+    "models": {"safetensors", "onnx", "onnxruntime"},
     "training": {"jsonargparse", "yaml", "rich", "PIL", "matplotlib"},
+    "compat": {"yaml"},
+    "commands": {"yaml", "safetensors"},
     "cli": {"jsonargparse", "yaml", "rich"},
 }
 DISTRIBUTED = {"sharding", "checkpoint"}

@@ -286,3 +286,17 @@ def test_lfw_train(tmp_path: Path) -> None:
         assert np.array_equal(dataset[i][0], pillow) and dataset[i][1] == label
     write_identities(tmp_path / "again.rec", ((label, data) for data, label in raw))
     assert (tmp_path / "again.rec").read_bytes() == rec.read_bytes()
+
+
+def test_labels_beyond_float32(tmp_path: Path) -> None:
+    """Above 2^24 float32 labels of different people fall together: our records carry the number itself in id2."""
+    labels = [2**24 - 1, 2**24, 2**24 + 1, 2**40 + 3, 7]
+    write_records(tmp_path / "big.rec", [(k, pack_record(label, b"x", key=k)) for k, label in enumerate(labels)])
+    dataset = RecordDataset(tmp_path / "big.rec", decode=False)
+    assert dataset.labels.tolist() == labels == [label for _, label in dataset]
+    # MXNet's own bytes stay as they are: a small label touches nothing.
+    assert pack_record(2**24 - 1, b"x") == struct.pack("<IfQQ", 0, 2.0**24 - 1, 0, 0) + b"x"
+    # id2 of other writers, which is no label, is not taken for one.
+    write_records(tmp_path / "big.rec", [(0, pack_record(2.0**25, b"x", id2=5))])
+    with pytest.raises(ValueError, match="whole label"):
+        _ = RecordDataset(tmp_path / "big.rec").labels

@@ -251,7 +251,7 @@ def test_corrupt_image_is_replaced_and_counted(tmp_path: Path) -> None:
     (folder / "id03" / "2.png").write_bytes(b"\x89PNG no image")
     result = train(settings(tmp_path, folder, num_epoch=3, batch_size=12, num_workers=2))
     assert read_metrics(result.output / "metrics.jsonl")[-1]["corrupt_images"] == 1
-    assert "id03" in (result.output / "corrupt_data.jsonl").read_text()
+    assert "id03" in (result.output / "quarantine.jsonl").read_text()
     with pytest.raises(RuntimeError, match="corrupt"):
         train(settings(tmp_path, folder, data__max_corrupt=0, output=str(tmp_path / "strict")))
 

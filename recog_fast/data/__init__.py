@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from .augment import Augmentation as Augmentation
     from .augment import Augmented as Augmented
     from .bins import read_bin as read_bin
+    from .check import DataReport as DataReport
+    from .check import check_dataset as check_dataset
+    from .check import plot_class_sizes as plot_class_sizes
+    from .convert import convert_dataset as convert_dataset
     from .datasets import FolderDataset as FolderDataset
     from .datasets import ListDataset as ListDataset
     from .datasets import TarDataset as TarDataset
@@ -23,7 +27,15 @@ if TYPE_CHECKING:
     from .images import decode_image as decode_image
     from .images import images_to_tensor as images_to_tensor
     from .images import resize_image as resize_image
-    from .records import RecordDataset as RecordDataset
+    from .mixed import MixedDataset as MixedDataset
+    from .mixed import StreamBatches as StreamBatches
+    from .opening import open_dataset as open_dataset
+    from .protocols import read_ijb_landmarks as read_ijb_landmarks
+    from .protocols import read_ijb_media as read_ijb_media
+    from .protocols import read_ijb_pairs as read_ijb_pairs
+    from .protocols import read_survface_pairs as read_survface_pairs
+    from .protocols import read_tinyface as read_tinyface
+    from .record_dataset import RecordDataset as RecordDataset
     from .records import pack_record as pack_record
     from .records import read_records as read_records
     from .records import unpack_record as unpack_record
@@ -31,7 +43,6 @@ if TYPE_CHECKING:
     from .records import write_records as write_records
     from .sampler import ResumableBatches as ResumableBatches
     from .synthetic import SyntheticIdentities as SyntheticIdentities
-    from .tinyface import read_tinyface as read_tinyface
     from .wrappers import Resized as Resized
     from .wrappers import SkipCorrupt as SkipCorrupt
     from .wrappers import class_subset as class_subset
@@ -40,22 +51,33 @@ _HOME = {
     "Augmentation": "augment",
     "Augmented": "augment",
     "CorruptImage": "images",
+    "DataReport": "check",
     "FolderDataset": "datasets",
     "ListDataset": "datasets",
-    "RecordDataset": "records",
+    "MixedDataset": "mixed",
+    "RecordDataset": "record_dataset",
     "Resized": "wrappers",
     "ResumableBatches": "sampler",
     "SkipCorrupt": "wrappers",
+    "StreamBatches": "mixed",
     "SyntheticIdentities": "synthetic",
     "TarDataset": "datasets",
     "ZipDataset": "datasets",
+    "check_dataset": "check",
     "class_subset": "wrappers",
+    "convert_dataset": "convert",
     "decode_image": "images",
     "images_to_tensor": "images",
+    "open_dataset": "opening",
     "pack_record": "records",
+    "plot_class_sizes": "check",
     "read_bin": "bins",
+    "read_ijb_landmarks": "protocols",
+    "read_ijb_media": "protocols",
+    "read_ijb_pairs": "protocols",
     "read_records": "records",
-    "read_tinyface": "tinyface",
+    "read_survface_pairs": "protocols",
+    "read_tinyface": "protocols",
     "resize_image": "images",
     "unpack_record": "records",
     "write_identities": "records",

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from .images import MAX_ENCODED_BYTES, CorruptImage, EncodedDataset
 
 PathLike = str | os.PathLike[str]
+MAX_LABEL = 1 << 31
 _MAX_LABEL_BYTES = 1 << 20
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".pgm", ".ppm", ".bmp", ".webp", ".tif", ".tiff", ".gif")
 
@@ -32,14 +33,21 @@ class NamedDataset(EncodedDataset):
         """`classes`: for each path its class name (numbered in sorted order) or, if all are ints, its label itself."""
         self.paths = paths
         self.decode = decode
+        self._names: list[str] | None = None
         if all(isinstance(name, int) for name in classes):
             self.labels: NDArray[np.int64] = np.array(classes, np.int64)
-            self.class_names = [str(label) for label in range(int(self.labels.max()) + 1)]
+            self.num_classes = int(self.labels.max()) + 1
         else:
-            self.class_names = sorted({str(name) for name in classes})
-            number = {name: label for label, name in enumerate(self.class_names)}
+            self._names = sorted({str(name) for name in classes})
+            number = {name: label for label, name in enumerate(self._names)}
             self.labels = np.array([number[str(name)] for name in classes], np.int64)
-        self.num_classes = len(self.class_names)
+            self.num_classes = len(self._names)
+
+    @property
+    def class_names(self) -> list[str]:
+        """The name of each class; numbers name themselves."""
+        # Made when asked for: one wild label in a list must not cost a name for every number below it.
+        return [str(label) for label in range(self.num_classes)] if self._names is None else self._names
 
     def source(self, index: int) -> str:
         return self.paths[index]
@@ -159,11 +167,17 @@ class ListDataset(NamedDataset):
             raise ValueError(f"ListDataset: expected UTF-8 text in {source}, got {error}") from error
         if not paths:
             raise ValueError(f"ListDataset: expected images in {source}, got an empty list")
-        numbers = [int(label) if label.isascii() and label.isdigit() else -1 for label in labels]
-        plain = all(number >= 0 or label == "-1" for number, label in zip(numbers, labels, strict=True))
-        if plain and max(numbers) >= 1 << 31:
+        numbers = _whole_numbers(labels)
+        if numbers and max(numbers) >= MAX_LABEL:
             raise ValueError(f"ListDataset: expected labels below 2^31 in {source}, got {max(numbers)}")
-        super().__init__(paths, numbers if plain else labels, decode)
+        super().__init__(paths, numbers or labels, decode)
+
+
+def _whole_numbers(labels: Sequence[str]) -> list[int]:
+    """The labels as numbers if all are whole numbers >= -1, else none."""
+    if not all(label == "-1" or (label.isascii() and label.isdigit() and len(label) < 19) for label in labels):
+        return []
+    return [int(label) for label in labels]
 
 
 class ZipDataset(NamedDataset):
@@ -209,16 +223,19 @@ class ZipDataset(NamedDataset):
 
 
 class TarDataset(NamedDataset):
-    """Images in uncompressed WebDataset tars (one path or several), indexed once, then read at random.
+    """Images in uncompressed WebDataset tars (one path, several, or a folder of them), indexed once, then read at random.
 
     A sample is all members of one name up to the first dot of the base name: an image, and a label in `.cls` (text) or
-    in the "label" of `.json`. Labels that are all whole numbers >= 0 are taken as they are, others are names, numbered
-    in sorted order. Where no sample has a label the folder is the class. Raises ValueError for compressed or truncated
+    in the "label" of `.json`. Labels that are all whole numbers >= -1 (-1: unlabelled) are taken as they are, others are
+    names, numbered in sorted order. Where no sample has a label the folder is the class. Raises ValueError for compressed or truncated
     tars and for samples without a label.
     """
 
     def __init__(self, path: PathLike | Sequence[PathLike], decode: bool = True) -> None:
-        self.shards = [os.fspath(p) for p in ([path] if isinstance(path, (str, os.PathLike)) else path)]
+        shards = [path] if isinstance(path, (str, os.PathLike)) else path
+        if isinstance(path, (str, os.PathLike)) and os.path.isdir(path):
+            shards = sorted(Path(path).glob("*.tar"))
+        self.shards = [os.fspath(shard) for shard in shards]
         self._handles: dict[tuple[int, int], int] = {}
         names: list[str] = []
         classes: list[str | None] = []
@@ -229,15 +246,17 @@ class TarDataset(NamedDataset):
                 classes.append(label)
                 self._places.append((shard, offset, size))
         if not names:
-            raise ValueError(f"TarDataset: expected images in {self.shards}, got none")
+            raise ValueError(f"TarDataset: expected images in {self.shards or path}, got none")
         if all(label is None for label in classes):
             found: list[str] = [_folder(name) for name in names]
         elif None in classes:
-            raise ValueError(f"TarDataset: expected a .cls or .json label for {names[classes.index(None)]}, got none")
+            bare = classes.index(None)
+            holder = self.shards[self._places[bare][0]]
+            raise ValueError(f"TarDataset: expected a .cls or .json label for {names[bare]} in {holder}, got none")
         else:
             found = [str(label) for label in classes]
-        numbers = all(label.isascii() and label.isdigit() and len(label) < 10 for label in found)
-        super().__init__(names, [int(label) for label in found] if numbers else found, decode)
+        numbers = _whole_numbers(found)
+        super().__init__(names, numbers if numbers and max(numbers) < MAX_LABEL else found, decode)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_handles": {}}

@@ -17,6 +17,22 @@ Image = NDArray[np.uint8]
 # Above these a file is refused as corrupt: a few forged header bytes must not be able to ask for gigabytes.
 MAX_PIXELS = 1 << 26
 MAX_ENCODED_BYTES = 1 << 28
+# The best the codecs do, on flat images: PNG's deflate packs 1032 bytes of eight 1-bit pixels into one, JPEG an 8x8 block
+# into a bit.
+_PIXELS_PER_BYTE, _PIXELS_PER_JPEG_BYTE = 8 * 1032, 8 * 64
+_FEW_PIXELS = 1 << 16
+
+
+_FORMATS = (
+    (b"\xff\xd8", "JPEG", ".jpg"), (b"\x89PNG", "PNG", ".png"), (b"GIF8", "GIF", ".gif"), (b"BM", "BMP", ".bmp"),
+    (b"RIFF", "WebP", ".webp"), (b"II*\0", "TIFF", ".tif"), (b"MM\0*", "TIFF", ".tif"),
+    *((b"P%d" % k, "PNM", ".pgm") for k in range(1, 7)),
+)  # fmt: skip
+
+
+def image_format(data: bytes) -> tuple[str, str]:
+    """(name, file suffix) of an encoded image by its first bytes; ("unknown", ".img") for none of them."""
+    return next(((name, suffix) for magic, name, suffix in _FORMATS if data.startswith(magic)), ("unknown", ".img"))
 
 
 class CorruptImage(ValueError):
@@ -39,7 +55,8 @@ def decode_image(data: bytes, source: str = "bytes", index: int = -1) -> Image:
 
     JPEG goes through simplejpeg (bit-identical to Pillow, twice as fast), everything else and what it refuses through
     Pillow. Grey, palette and 1-bit images are spread over three channels; alpha is dropped; 16-bit grey keeps its high
-    byte; EXIF rotation is ignored. Raises CorruptImage for anything else, and above 2^26 pixels.
+    byte; EXIF rotation is ignored. Raises CorruptImage for anything else, above 2^26 pixels, and for more pixels than so
+    few bytes can hold.
     """
     if not data:
         raise CorruptImage(source, index, "0 bytes")
@@ -58,8 +75,7 @@ def _decode_jpeg(data: bytes, source: str, index: int) -> Image | None:
         return None
     try:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
-        if height * width > MAX_PIXELS:
-            raise CorruptImage(source, index, f"{width} x {height} pixels, more than {MAX_PIXELS}")
+        _check_size(width, height, len(data), _PIXELS_PER_JPEG_BYTE, source, index)
         if colorspace in ("CMYK", "YCCK"):
             return None
         image: Image = simplejpeg.decode_jpeg(data, colorspace="RGB")
@@ -70,14 +86,20 @@ def _decode_jpeg(data: bytes, source: str, index: int) -> Image | None:
         return None
 
 
+def _check_size(width: int, height: int, size: int, per_byte: int, source: str, index: int) -> None:
+    """Refuse a header that asks for more memory than its file can fill, before anything is taken."""
+    if width * height > min(MAX_PIXELS, max(_FEW_PIXELS, per_byte * size)):
+        raise CorruptImage(source, index, f"{width} x {height} pixels in {size} bytes")
+
+
 def _decode_pillow(data: bytes, source: str, index: int) -> Image:
     import PIL.Image
 
     try:
         with PIL.Image.open(io.BytesIO(data)) as opened:
             width, height = opened.size
-            if width * height > MAX_PIXELS:
-                raise CorruptImage(source, index, f"{width} x {height} pixels, more than {MAX_PIXELS}")
+            per_byte = _PIXELS_PER_JPEG_BYTE if opened.format == "JPEG" else _PIXELS_PER_BYTE
+            _check_size(width, height, len(data), per_byte, source, index)
             if opened.mode.startswith("I;16"):
                 high = (np.asarray(opened).astype(np.uint16) >> 8).astype(np.uint8)
                 return np.repeat(high[:, :, None], 3, axis=2)

@@ -1,4 +1,4 @@
-"""MXNet RecordIO (.rec/.idx) and InsightFace's use of it, math.md section 7: reader, byte-identical writer, dataset.
+"""MXNet RecordIO (.rec/.idx) and InsightFace's use of it, math.md section 7: reader and byte-identical writer.
 
 A record is one or more parts [u32 magic][u32 cflag << 29 | length][payload][pad to 4]; cflag 0 is a whole record, 1 / 2
 / 3 its first, middle and last part. The writer cuts the payload at every 4-byte-aligned magic word and drops that word;
@@ -8,6 +8,7 @@ labels, then the image file.
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import struct
@@ -18,16 +19,15 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .images import EncodedDataset
-
 MAGIC = 0xCED7230A
+EXACT = 1 << 24  # float32 counts exactly up to here
 _MAGIC_BYTES = struct.pack("<I", MAGIC)
 _PART = struct.Struct("<II")
 _HEADER = struct.Struct("<IfQQ")
 _LENGTH_MASK = (1 << 29) - 1
 _HEAD = np.dtype([("magic", "<u4"), ("word", "<u4"), ("flag", "<u4"), ("label", "<f4")])
-_MAX_LABEL = 1 << 24  # float32 counts exactly up to here
-_IDENTITY_BYTES = _PART.size + _HEADER.size + 8  # flag 2, two float32, no image
+HEADER_BYTES = _HEADER.size
+IDENTITY_BYTES = _PART.size + _HEADER.size + 8  # flag 2, two float32, no image
 
 PathLike = str | os.PathLike[str]
 Int64 = NDArray[np.int64]
@@ -46,7 +46,9 @@ class ImageRecord(NamedTuple):
 
 def pack_record(label: float | Sequence[float], image: bytes, *, key: int = 0, id2: int = 0) -> bytes:
     """The payload of an image record, as mxnet.recordio.pack writes it: a number gives flag 0, a sequence gives flag =
-    its length."""
+    its length. An int label of 2^24 or more, which float32 may round, is also written to `id2` (where that is 0)."""
+    if isinstance(label, int) and label >= EXACT and not id2:
+        id2 = label
     if isinstance(label, Sequence):
         return _HEADER.pack(len(label), 0.0, key, id2) + np.asarray(label, "<f4").tobytes() + image
     return _HEADER.pack(0, float(label), key, id2) + image
@@ -190,7 +192,7 @@ def index_path(path: PathLike) -> str:
     return os.fspath(Path(path).with_suffix(".idx"))
 
 
-def _load_index(file: RecordFile, idx: PathLike | None) -> tuple[Int64, Int64]:
+def load_index(file: RecordFile, idx: PathLike | None) -> tuple[Int64, Int64]:
     """Keys and offsets from `idx`, from the .idx beside the file, or from a scan (keys 0, 1, 2, ...)."""
     if idx is None and os.path.isfile(index_path(file.path)):
         idx = index_path(file.path)
@@ -215,7 +217,7 @@ def read_records(path: PathLike, idx: PathLike | None = None) -> Iterator[tuple[
     expectation for a truncated file, a bad magic number, a wild length or an index that points outside.
     """
     file = RecordFile(path)
-    keys, offsets = _load_index(file, idx)
+    keys, offsets = load_index(file, idx)
     return ((int(key), file.read(int(offset))) for key, offset in zip(keys, offsets, strict=True))
 
 
@@ -231,28 +233,61 @@ def _split(payload: bytes) -> list[bytes]:
     return [*parts, payload[start:]]
 
 
+class RecordWriter:
+    """Appends (key, payload) pairs to a .rec and its .idx, byte for byte what mxnet.recordio.MXIndexedRecordIO writes.
+
+    resume: (bytes of the .rec, bytes of the .idx) that are whole: both files are cut there and gone on with; keys
+    written before are then not checked for repetition. Raises ValueError for a repeated key or a payload of 2^29 bytes
+    or more.
+    """
+
+    def __init__(self, path: PathLike, idx: PathLike | None = None, resume: tuple[int, int] | None = None) -> None:
+        self._seen: set[int] = set()
+        mode = "wb" if resume is None else "r+b"
+        self._rec, self._idx = open(path, mode), open(index_path(path) if idx is None else idx, mode)
+        for file, size in zip((self._rec, self._idx), resume or (0, 0), strict=True):
+            file.seek(size)
+            file.truncate()
+
+    def write(self, key: int, payload: bytes) -> None:
+        """Append one record."""
+        if key in self._seen or len(payload) > _LENGTH_MASK:
+            fault = "a key seen before" if key in self._seen else f"{len(payload)} bytes"
+            raise ValueError(
+                f"write_records: expected items of distinct keys, payloads below 2^29 bytes, got key {key}: {fault}"
+            )
+        self._seen.add(key)
+        self._idx.write(f"{key}\t{self._rec.tell()}\n".encode())
+        parts = _split(payload)
+        for place, part in enumerate(parts):
+            kind = 0 if len(parts) == 1 else 1 if place == 0 else 3 if place == len(parts) - 1 else 2
+            self._rec.write(_PART.pack(MAGIC, kind << 29 | len(part)) + part + bytes(-len(part) % 4))
+
+    def sync(self) -> tuple[int, int]:
+        """Put everything on the disk; the sizes that `resume` takes."""
+        for file in (self._rec, self._idx):
+            file.flush()
+            os.fsync(file.fileno())
+        return self._rec.tell(), self._idx.tell()
+
+    def close(self) -> None:
+        """Close both files."""
+        self._rec.close()
+        self._idx.close()
+
+
 def write_records(path: PathLike, items: Iterable[tuple[int, bytes]], *, idx: PathLike | None = None) -> int:
-    """Write (key, payload) pairs as .rec and .idx, byte for byte what mxnet.recordio.MXIndexedRecordIO writes; returns
-    their number.
+    """Write (key, payload) pairs as .rec and .idx (`RecordWriter`); returns their number.
 
     `idx` defaults to the .idx beside `path`. Image payloads come from `pack_record`. Raises ValueError for a repeated
     key or a payload of 2^29 bytes or more.
     """
-    seen: set[int] = set()
-    with open(path, "wb") as rec, open(index_path(path) if idx is None else idx, "w", newline="\n") as index:
+    count = 0
+    with contextlib.closing(RecordWriter(path, idx)) as writer:
         for key, payload in items:
-            if key in seen or len(payload) > _LENGTH_MASK:
-                fault = "a key seen before" if key in seen else f"{len(payload)} bytes"
-                raise ValueError(
-                    f"write_records: expected items of distinct keys, payloads below 2^29 bytes, got key {key}: {fault}"
-                )
-            seen.add(key)
-            index.write(f"{key}\t{rec.tell()}\n")
-            parts = _split(payload)
-            for place, part in enumerate(parts):
-                kind = 0 if len(parts) == 1 else 1 if place == 0 else 3 if place == len(parts) - 1 else 2
-                rec.write(_PART.pack(MAGIC, kind << 29 | len(part)) + part + bytes(-len(part) % 4))
-    return len(seen)
+            writer.write(key, payload)
+            count += 1
+    return count
 
 
 def write_identities(path: PathLike, images: Iterable[tuple[int, bytes]], *, idx: PathLike | None = None) -> int:
@@ -281,108 +316,3 @@ def write_identities(path: PathLike, images: Iterable[tuple[int, bytes]], *, idx
 
     write_records(path, items(), idx=idx)
     return len(labelled)
-
-
-class RecordDataset(EncodedDataset):
-    """Images of a .rec file, memory-mapped: im2rec files (no record 0) and InsightFace's (record 0, identity records at
-    the end).
-
-    `idx=None` takes the .idx beside the file, else scans. Items come in the order of the .idx, as InsightFace reads
-    them; `.keys` has their keys. The label is the header's number, the first of a label array. With identity records
-    `.num_classes` is their number, otherwise the largest label + 1: record 0's float32 counts are never used (exact to
-    2^24 only). `.labels` reads every header on first use. Raises ValueError naming file and offset for truncated or
-    foreign files, and for labels that are no whole numbers >= -1 or above 2^24, where float32 labels of different
-    identities fall together.
-    """
-
-    def __init__(self, rec: PathLike, idx: PathLike | None = None, decode: bool = True) -> None:
-        self.file = RecordFile(rec)
-        self.decode = decode
-        keys, offsets = _load_index(self.file, idx)
-        last = int(offsets.max())
-        self.file.read(last)
-        images = np.ones(len(keys), bool)
-        self._identities = 0
-        zero = np.flatnonzero(keys == 0)
-        if len(zero):
-            first = self.file.read(int(offsets[zero[0]]))
-            if (
-                len(first) >= _HEADER.size
-                and (record := unpack_record(first, f"record 0 of {self.file.path}")).flag
-                and not record.image
-            ):
-                self._check_complete(len(keys), record.labels, idx)
-                identities = self._identity_records(offsets)
-                identities[zero[0]] = False
-                images = ~identities
-                images[zero[0]] = False
-                self._identities = int(identities.sum())
-        self.keys, self.offsets = keys[images], offsets[images]
-        if not len(self.keys):
-            raise ValueError(
-                f"RecordDataset: expected image records in {self.file.path}, got none of {len(keys)} records"
-            )
-        self._labels: Int64 | None = None
-        self._paths: list[str] | None = None
-
-    def _check_complete(self, records: int, counts: tuple[float, ...], idx: PathLike | None) -> None:
-        """A scan cannot see a file cut off between two records; record 0's count can, as far as float32 is exact."""
-        scanned = idx is None and not os.path.isfile(index_path(self.file.path))
-        if scanned and np.float32(records) < counts[-1]:
-            raise ValueError(
-                f"RecordDataset: expected {counts[-1]:.0f} records in {self.file.path}, got {records}: truncated"
-            )
-
-    def _identity_records(self, offsets: Int64) -> NDArray[np.bool_]:
-        """Which records are [first, past last] without an image: found by size from the index, so that image pages stay
-        untouched."""
-        order = np.argsort(offsets, kind="stable")
-        sizes = np.empty(len(offsets), np.int64)
-        sizes[order] = np.diff(np.append(offsets[order], self.file.size))
-        found: NDArray[np.bool_] = np.equal(sizes, _IDENTITY_BYTES)
-        candidates = np.flatnonzero(found)
-        head, plain = self.file.heads(offsets[candidates])
-        found[candidates] = plain & (head["word"] == _IDENTITY_BYTES - _PART.size) & (head["flag"] == 2)
-        return found
-
-    def _class(self, label: float, index: int) -> int:
-        if not (-1 <= label <= _MAX_LABEL and label == int(label)):
-            raise ValueError(
-                f"RecordDataset: expected a whole label in [-1, 2^24] at offset {self.offsets[index]} "
-                f"of {self.file.path}, got {label}"
-            )
-        return int(label)
-
-    @property
-    def labels(self) -> Int64:
-        """(n,) int64 labels of all images, read from their headers on first use."""
-        if self._labels is None:
-            labels = self.file.first_labels(self.offsets)
-            wrong = ~((labels >= -1) & (labels <= _MAX_LABEL) & (labels == np.floor(labels)))
-            if wrong.any():
-                self._class(float(labels[np.argmax(wrong)]), int(np.argmax(wrong)))
-            self._labels = labels.astype(np.int64)
-        return self._labels
-
-    @property
-    def num_classes(self) -> int:
-        """Number of identity records, else the largest label + 1."""
-        return self._identities or int(self.labels.max()) + 1
-
-    @property
-    def paths(self) -> list[str]:
-        """A name for every image: "<file>#<key>"."""
-        if self._paths is None:
-            self._paths = [f"{self.file.path}#{key}" for key in self.keys.tolist()]
-        return self._paths
-
-    def source(self, index: int) -> str:
-        return f"{self.file.path}#{self.keys[index]}"
-
-    def __len__(self) -> int:
-        return len(self.keys)
-
-    def encoded(self, index: int) -> tuple[bytes, int]:
-        payload = self.file.read(int(self.offsets[index]))
-        record = unpack_record(payload, f"{self.file.path} at offset {self.offsets[index]}")
-        return record.image, self._class(record.labels[0], index)

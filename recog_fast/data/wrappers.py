@@ -57,6 +57,7 @@ class SkipCorrupt(Wrapper):
         if budget < 0:
             raise ValueError(f"SkipCorrupt: expected budget >= 0, got {budget}")
         self.budget = budget
+        self._noted: set[str] = set()  # written down by this process, within the budget
         if quarantine is None:
             handle, name = tempfile.mkstemp(prefix="quarantine", suffix=".jsonl")
             os.close(handle)
@@ -81,6 +82,8 @@ class SkipCorrupt(Wrapper):
         return list(found.values())
 
     def _note(self, error: CorruptImage) -> None:
+        if error.source in self._noted:
+            return  # met again in a later epoch
         known = self.corrupt()
         if all(entry["source"] != error.source for entry in known):
             line = json.dumps({"source": error.source, "index": error.index, "error": error.reason}) + "\n"
@@ -96,6 +99,7 @@ class SkipCorrupt(Wrapper):
                 f"SkipCorrupt: expected at most {self.budget} corrupt images (budget), got {len(known)}, "
                 f"the last {error.source}: {error.reason}; the list is in {self.quarantine}"
             ) from error
+        self._noted.add(error.source)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
         place = checked_index(index, len(self))

@@ -24,6 +24,7 @@ from recog_fast.evaluation.erc import (
 from recog_fast.evaluation.gallery import Gallery, GalleryItem, pair_galleries, png_data_uri, strip
 from recog_fast.evaluation.histograms import ScoreHistograms, all_pairs
 from recog_fast.evaluation.identification import cumulative_match, identification, mean_average_precision
+from recog_fast.evaluation.nearest import search
 from recog_fast.evaluation.protocols import (
     four_forms,
     robustness,
@@ -68,6 +69,7 @@ __all__ = [
     "robustness",
     "roc_curve",
     "scface",
+    "search",
     "strip",
     "subgroup_report",
     "survface_identification",

@@ -9,10 +9,12 @@ Every model is a `Backbone`: `forward(x) = embed(forward_features(x))`, so an at
 """
 
 from .backbone import Backbone, Preprocessing
+from .card import ModelCard, load_model, read_card, save_model
 from .iresnet import IResNet
 from .loading import LoadReport, load_backbone
 from .mobilefacenet import MobileFaceNet
 from .mobilenet import MobileNetV1, MobileNetV2
+from .onnx_export import export_onnx, onnx_errors
 from .registry import build_model, model_names
 from .tiny import TinyNet
 
@@ -23,9 +25,15 @@ __all__ = [
     "MobileFaceNet",
     "MobileNetV1",
     "MobileNetV2",
+    "ModelCard",
     "Preprocessing",
     "TinyNet",
     "build_model",
+    "export_onnx",
     "load_backbone",
+    "load_model",
     "model_names",
+    "onnx_errors",
+    "read_card",
+    "save_model",
 ]

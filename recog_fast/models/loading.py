@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from .adaface import BGR, adaface_state, is_adaface
+
 # Wrappers that put their own name in front of every key: DistributedDataParallel, torch.compile.
 _PREFIXES = ("module.", "_orig_mod.")
 # Where training scripts keep the backbone inside a checkpoint (arcface_torch; common usage).
@@ -107,6 +109,7 @@ def load_backbone(
     path_or_state: a torch.save file (read with weights_only=True: no code runs) or a .safetensors file, holding a state dict or
     a checkpoint with one under "state_dict_backbone", "state_dict" or "model"; or a state dict itself. "module." and
     "_orig_mod." prefixes of DDP and torch.compile are dropped on both sides. Values are cast to the model's dtype and device.
+    AdaFace's checkpoints are known by their names and rewritten for IResNet (`adaface_state`); the model then takes BGR.
 
     strict=True: a missing, unexpected or wrongly shaped key raises ValueError with the report and the model is left untouched.
     strict=False: what matches is loaded, the rest is named in a UserWarning and in the report; nothing matching raises ValueError.
@@ -121,6 +124,8 @@ def load_backbone(
     else:
         raise TypeError(f"load_backbone: expected path_or_state as a path or mapping, got {type(path_or_state).__name__}")
     given = _tensors(content, source)
+    foreign = is_adaface(given)
+    given = adaface_state(given) if foreign else given
     own = model.state_dict()
     if any(value.is_meta for value in own.values()):
         raise ValueError("load_backbone: expected model with storage, got one on the meta device (see Module.to_empty)")
@@ -138,4 +143,6 @@ def load_backbone(
             raise ValueError(f"load_backbone: expected all {len(own)} tensors of {type(model).__name__}, got {refused}")
         warnings.warn(f"load_backbone: partial load, {report}", stacklevel=2)
     model.load_state_dict(fitting, strict=False)
+    if foreign:
+        model.preprocessing = BGR  # type: ignore[assignment]
     return report

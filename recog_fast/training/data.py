@@ -116,23 +116,24 @@ def split_classes(source: Any, config: DataConfig, seed: int) -> tuple[Split, Sp
 class TrainingImages(Dataset[Item]):
     """Labelled (and unlabelled) images, resized and augmented; item (epoch, i) is a pure function of (seed, epoch, i).
 
-    A corrupt image is replaced by the next readable one of its source, listed in output/corrupt_*.jsonl and counted; more than
-    `max_corrupt` of them raise.
+    A corrupt image is replaced by the next readable one of its source, listed in output/quarantine.jsonl (of the unlabelled
+    source: quarantine_unlabelled.jsonl) and counted; more than `max_corrupt` of them raise.
     """
 
     def __init__(self, config: TrainConfig) -> None:
         self.size, self.seed = config.data.size, config.seed
         self.augment = config.augment
+        self.augmented = config.augment.steps
         labelled, self.held = split_classes(open_source(config.data), config.data, config.seed)
         self.num_classes = labelled.num_classes
-        parts = [(labelled, config.data, "data")]
+        parts = [(labelled, config.data, "quarantine")]
         if config.unlabelled is not None:
             # Every image of it counts as unlabelled, whatever its source calls it.
             nobody = Split(_Unlabelled(open_source(config.unlabelled)), np.empty(0, dtype=np.int64), unlabelled=True)
-            parts.append((nobody, config.unlabelled, "unlabelled"))
+            parts.append((nobody, config.unlabelled, "quarantine_unlabelled"))
         self.splits = [part for part, _, _ in parts]
         self.parts = [
-            sources.SkipCorrupt(part, Path(config.output) / f"corrupt_{name}.jsonl", data.max_corrupt)
+            sources.SkipCorrupt(part, Path(config.output) / f"{name}.jsonl", data.max_corrupt)
             for part, data, name in parts
         ]
         self.starts = np.cumsum([0] + [len(part) for part in self.parts])
@@ -146,6 +147,8 @@ class TrainingImages(Dataset[Item]):
     def __getitem__(self, key: tuple[int, int]) -> Item:
         epoch, i = key
         image, label = self._decode(i) if self.cached is None else self.cached[i]
+        if not self.augmented:
+            return image, label, i
         return self.augment(image, np.random.default_rng((self.seed, epoch, i))), label, i
 
     def path(self, i: int) -> str:

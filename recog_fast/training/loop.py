@@ -386,7 +386,7 @@ def _log_training(run: Run, log: Log, lr: float, speed: float) -> None:
     if corrupt := run.images.corrupt():
         values["corrupt_images"] = float(corrupt)
         if corrupt > run.corrupt:
-            log.line(f"{corrupt} unreadable images replaced so far, listed in {run.config.output}/corrupt_*.jsonl")
+            log.line(f"{corrupt} unreadable images replaced so far, listed in {run.config.output}/quarantine*.jsonl")
             run.corrupt = corrupt
     if run.skipped:
         values["skipped_steps"] = float(run.skipped)

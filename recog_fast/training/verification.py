@@ -157,17 +157,23 @@ def verify_all(
 
 
 def load_backbone(path: str | Path, network: str | None, embedding_size: int, size: int) -> tuple[torch.nn.Module, int]:
-    """(backbone in eval mode, input size) from a run's output folder, one of its checkpoints, or a file of weights.
+    """(backbone in eval mode, input size) from a run's output folder, one of its checkpoints, a model folder (card.json), or
+    a file of weights.
 
-    A folder brings its settings (config.yaml); a file needs `network`, `embedding_size` and `size`.
+    A folder brings its settings (config.yaml or the card); a file needs `network`, `embedding_size` and `size`.
     Raises FileNotFoundError or ValueError when nothing loadable is there or the weights do not fit.
     """
     from recog_fast.checkpoint import latest_checkpoint, read_checkpoint
     from recog_fast.models import load_backbone as load_weights
+    from recog_fast.models import load_model
+    from recog_fast.models.card import CARD
     from recog_fast.training.config import read_config
     from recog_fast.training.model import build_backbone
 
     place = Path(path)
+    if (place / CARD).is_file():
+        described, card = load_model(place)
+        return described, card.input_size[0]
     if place.is_dir():
         checkpoint = place if (place / "manifest.json").is_file() else latest_checkpoint(place / "checkpoints")
         run = place.parent.parent if checkpoint == place else place

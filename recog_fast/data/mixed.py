@@ -1,0 +1,123 @@
+"""Several sources as one: identities side by side, unlabelled images apart, and batches with a fixed share of each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch.utils.data import Dataset, Sampler
+
+from .images import LabelledImages, checked_index
+from .sampler import ResumableBatches
+
+
+class MixedDataset(Dataset[tuple[Any, int]]):
+    """The images of several datasets one after the other; `.starts` says where each begins.
+
+    share_classes=False: every dataset has people of its own, and its labels come after those of the datasets before it.
+    share_classes=True: label k is the same person in all of them. unlabelled: numbers of the datasets whose images are
+    of nobody known, whatever they are called there: label -1, no classes. Label -1 stays -1. Raises ValueError for no
+    datasets or a number that is none.
+    """
+
+    def __init__(
+        self, datasets: Sequence[LabelledImages], *, share_classes: bool = False, unlabelled: Sequence[int] = ()
+    ) -> None:
+        if not len(datasets) or not set(unlabelled) <= set(range(len(datasets))):
+            raise ValueError(
+                f"MixedDataset: expected datasets, unlabelled ones by their number, got {len(datasets)} of them, "
+                f"unlabelled {list(unlabelled)}"
+            )
+        self.datasets = list(datasets)
+        self.starts: NDArray[np.int64] = np.cumsum([0] + [len(dataset) for dataset in datasets]).astype(np.int64)
+        known = [0 if k in unlabelled else dataset.num_classes for k, dataset in enumerate(datasets)]
+        self.num_classes = max(known) if share_classes else sum(known)
+        before = np.zeros(len(known), np.int64) if share_classes else np.cumsum([0, *known[:-1]])
+        self._shift = [None if k in unlabelled else int(shift) for k, shift in enumerate(before)]
+        self.labels: NDArray[np.int64] = np.concatenate(
+            [_shifted(dataset.labels, shift) for dataset, shift in zip(datasets, self._shift, strict=True)]
+        )
+
+    @property
+    def paths(self) -> list[str]:
+        return [path for dataset in self.datasets for path in dataset.paths]
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        place = checked_index(index, len(self))
+        part = int(np.searchsorted(self.starts, place, side="right")) - 1
+        image, label = self.datasets[part][place - int(self.starts[part])]
+        shift = self._shift[part]
+        return image, -1 if shift is None or label < 0 else label + shift
+
+
+def _shifted(labels: NDArray[np.int64], shift: int | None) -> NDArray[np.int64]:
+    return np.where(labels < 0, -1, labels + shift).astype(np.int64) if shift is not None else np.full_like(labels, -1)
+
+
+class StreamBatches(Sampler[list[tuple[int, int]]]):
+    """Batches of a fixed number of images from each of several streams, e.g. 96 labelled and 32 unlabelled ones.
+
+    lengths (S,): images of each stream, in the order of a `MixedDataset`; counts (S,): how many of a batch come from each,
+    per rank. Every stream is shuffled by itself, epoch by epoch, as `ResumableBatches` does with seed + its number, and
+    starts again when it is through: short streams repeat. Yields `steps` batches of keys (epoch of the stream, index into
+    the mixture), without end for steps=None. state_dict counts the batches that `track` handed out. Raises ValueError as
+    `ResumableBatches`, and for lengths and counts that do not match.
+    """
+
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        counts: Sequence[int],
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        steps: int | None = None,
+    ) -> None:
+        if not len(lengths) or len(lengths) != len(counts):
+            raise ValueError(f"StreamBatches: expected one count per length, got {list(lengths)}, {list(counts)}")
+        self.steps = steps
+        self.starts = np.cumsum([0, *lengths[:-1]]).tolist()
+        self.streams = [
+            ResumableBatches(length, count, seed + k, rank, world_size)
+            for k, (length, count) in enumerate(zip(lengths, counts, strict=True))
+        ]
+        self.done = 0
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        """Batches from the saved position on; the position stays."""
+        parts = [self._keys(k, self.done) for k in range(len(self.streams))]
+        step = self.done
+        while self.steps is None or step < self.steps:
+            yield [key for part in parts for key in next(part)]
+            step += 1
+
+    def _keys(self, stream: int, done: int) -> Iterator[list[tuple[int, int]]]:
+        batches, start = self.streams[stream], self.starts[stream]
+        epoch, place = divmod(done, batches.batches_per_epoch)
+        while True:
+            batches.epoch, batches.done = epoch, place * batches.batch_size * batches.world_size
+            for keys in list(batches):
+                yield [(of, start + index) for of, index in keys]
+            epoch, place = epoch + 1, 0
+
+    def track(self, loader: Any) -> Iterator[Any]:
+        """Iterate over `loader` (a DataLoader of this sampler, or the sampler itself), counting each batch as it is handed out."""
+        for batch in loader:
+            self.done += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Batches handed out, and what the order depends on."""
+        return {"done": self.done, "streams": [[s.length, s.batch_size, s.seed, s.world_size] for s in self.streams]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go to a saved position; lengths, counts, seed and ranks must be the same: ValueError."""
+        own = self.state_dict()["streams"]
+        if [list(s) for s in state.get("streams", [])] != own or int(state["done"]) < 0:
+            raise ValueError(f"StreamBatches: expected a state of streams {own}, got {state}")
+        self.done = int(state["done"])

@@ -1,0 +1,46 @@
+"""One call that opens any source by what it looks like."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from .datasets import FolderDataset, ListDataset, TarDataset, ZipDataset
+from .images import EncodedDataset
+from .record_dataset import RecordDataset
+
+KINDS: dict[str, Any] = {
+    "rec": RecordDataset, "folder": FolderDataset, "list": ListDataset, "zip": ZipDataset, "tar": TarDataset,
+}  # fmt: skip
+_SUFFIXES = {".rec": "rec", ".csv": "list", ".jsonl": "list", ".zip": "zip", ".tar": "tar"}
+
+
+def source_kind(path: str | os.PathLike[str]) -> str:
+    """ "rec", "folder", "list", "zip" or "tar": by the suffix; a folder with tars and no folder in it is of tars.
+
+    Raises ValueError for anything else.
+    """
+    place = Path(path)
+    if place.is_dir():
+        return "tar" if any(place.glob("*.tar")) and not any(p.is_dir() for p in place.iterdir()) else "folder"
+    kind = _SUFFIXES.get(place.suffix.lower())
+    if kind is None:
+        raise ValueError(f"open_dataset: expected a folder or a file ending in {', '.join(_SUFFIXES)}, got {place}")
+    return kind
+
+
+def open_dataset(path: str | os.PathLike[str], kind: str | None = None, **options: Any) -> EncodedDataset:
+    """The dataset at `path`: `kind` ("rec", "folder", "list", "zip", "tar") or what it looks like; InsightFace's folders
+    open by their train.rec. options: of the dataset, e.g. decode=False.
+
+    Raises ValueError for a kind or source that is none.
+    """
+    place = Path(path)
+    if kind is None and (place / "train.rec").is_file():
+        place = place / "train.rec"
+    found = source_kind(place) if kind is None else kind
+    if found not in KINDS:
+        raise ValueError(f"open_dataset: expected kind in {', '.join(KINDS)}, got {kind!r}")
+    opened: EncodedDataset = KINDS[found](place, **options)
+    return opened

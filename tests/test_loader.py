@@ -1,0 +1,83 @@
+"""The training loader: killed without warning and resumed, corrupt images replaced and written down."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from paths import ROOT
+from training_data import make_folder, settings
+
+from recog_fast.data import Augmentation, FolderDataset, SkipCorrupt
+from recog_fast.evaluation.report import read_metrics
+from recog_fast.training.data import TrainingImages, step_loader
+from recog_fast.training.loop import train
+
+
+def test_killed_and_resumed_with_workers(tmp_path: Path) -> None:
+    """SIGKILL at a random step, two workers: the resumed run has the losses of the uninterrupted one, step by step, and so
+    its sample order."""
+    folder = make_folder(tmp_path / "faces")
+    (folder / "id03" / "2.png").write_bytes(b"no image")
+    changes = {"num_epoch": 3, "num_workers": 2, "save_interval": 2}
+    whole = train(settings(tmp_path, folder, output=str(tmp_path / "whole"), **changes))
+    config = settings(tmp_path, folder, **changes)
+    stop = int(np.random.default_rng(os.getpid()).integers(3, 10))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "recog_fast", "train", str(tmp_path / "settings.yaml")]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if f"Global Step: {stop} " in line:
+                break
+        process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, f"stopped at step {stop}"
+    resumed = train(dataclasses.replace(config, resume=True))
+    losses = [
+        {row["step"]: row["loss"] for row in read_metrics(result.output / "metrics.jsonl") if "loss" in row}
+        for result in (whole, resumed)
+    ]
+    assert losses[0] == losses[1] and len(losses[0]) == 12, f"stopped at step {stop}"
+    rows = [json.loads(line) for line in (resumed.output / "quarantine.jsonl").read_text().splitlines()]
+    assert {Path(row["source"]).name for row in rows} == {"2.png"}
+
+
+def test_the_order_is_one_permutation_whatever_the_workers(tmp_path: Path) -> None:
+    config = settings(tmp_path, make_folder(tmp_path / "faces", identities=6, images=4), batch_size=4)
+    orders = []
+    for workers in (0, 2):
+        chosen = dataclasses.replace(config, num_workers=workers, augment=Augmentation(flip=0.5, crop=0.5))
+        position, loader = step_loader(TrainingImages(chosen), chosen, pin_memory=False)
+        batches = [batch for _ in range(2) for batch in position.track(loader)]
+        orders.append(([batch.samples for batch in batches], torch.cat([batch.images for batch in batches])))
+    assert orders[0][0] == orders[1][0] and torch.equal(orders[0][1], orders[1][1])
+    expected = [np.random.default_rng((config.seed, epoch)).permutation(24).tolist() for epoch in (0, 1)]
+    assert [sample for samples in orders[0][0] for sample in samples] == expected[0] + expected[1]
+
+
+def test_a_corrupt_image_is_looked_up_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Later epochs meet it again without reading the list: its length is no cost of every epoch."""
+    folder = make_folder(tmp_path / "faces", identities=2, images=2)
+    (folder / "id00" / "0.png").write_bytes(b"")
+    dataset = SkipCorrupt(FolderDataset(folder), tmp_path / "quarantine.jsonl", budget=1)
+    first = dataset[0]
+    monkeypatch.setattr(SkipCorrupt, "corrupt", lambda self: pytest.fail("read again"))
+    assert (
+        np.array_equal(dataset[0][0], first[0]) and len((tmp_path / "quarantine.jsonl").read_text().splitlines()) == 1
+    )
+
+
+def test_no_augmentation_draws_nothing(tmp_path: Path) -> None:
+    config = settings(tmp_path, make_folder(tmp_path / "faces", identities=2, images=2))
+    plain = TrainingImages(dataclasses.replace(config, augment=Augmentation(flip=0.0)))
+    assert not plain.augmented and np.array_equal(plain[0, 1][0], plain[5, 1][0])
+    mirrored = TrainingImages(dataclasses.replace(config, augment=Augmentation(flip=1.0)))
+    assert np.array_equal(mirrored[0, 1][0], plain[0, 1][0][:, ::-1])
