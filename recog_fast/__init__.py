@@ -42,6 +42,7 @@ _LAZY = {
     "data": ".data",
     "evaluation": ".evaluation",
     "models": ".models",
+    "recognizability": ".recognizability",
     "training": ".training",
     "triton_kernels": ".triton_kernels",
     "save_checkpoint": ".checkpoint",
@@ -49,7 +50,7 @@ _LAZY = {
 }
 
 if TYPE_CHECKING:
-    from . import data, evaluation, models, training
+    from . import data, evaluation, models, recognizability, training
     from .checkpoint import load_checkpoint, save_checkpoint
 
 
@@ -90,6 +91,7 @@ __all__ = [
     "models",
     "negative_logsumexp",
     "ops",
+    "recognizability",
     "save_checkpoint",
     "training",
     "unknown_rejection_loss",
