@@ -1,0 +1,37 @@
+"""What a run says about itself: the announcement, a line every few steps, verifications."""
+
+from __future__ import annotations
+
+from recog_fast.training.config import to_yaml
+from recog_fast.training.logs import Log
+from recog_fast.training.run import Run
+
+
+def announce(run: Run, log: Log) -> None:
+    parameters = sum(p.numel() for p in run.backbone.parameters())
+    log.line(to_yaml(run.config).rstrip())
+    log.line(
+        f"{run.images.num_classes} identities, {len(run.images)} images; {run.config.network} with {parameters / 1e6:.2f} M parameters on {run.device}; "
+        f"{run.steps_per_epoch} steps an epoch, {run.total} in all, starting at {run.step}"
+    )
+
+
+def log_training(run: Run, log: Log, lr: float, speed: float) -> None:
+    means = run.meter.flush()
+    epoch = (run.step - 1) // run.steps_per_epoch
+    values = {**means, "lr": lr, "epoch": float(epoch), "images_per_second": speed}
+    if corrupt := run.images.corrupt():
+        values["corrupt_images"] = float(corrupt)
+        if corrupt > run.corrupt:
+            log.line(f"{corrupt} unreadable images replaced so far, listed in {run.config.output}/corrupt_*.jsonl")
+            run.corrupt = corrupt
+    if run.skipped:
+        values["skipped_steps"] = float(run.skipped)
+    log.scalars(run.step, values)
+    log.training_line(run.step, epoch, speed, means.get("loss", float("nan")), lr)
+
+
+def log_verification(run: Run, log: Log, metrics: dict[str, float]) -> None:
+    log.scalars(run.step, metrics)
+    text = "   ".join(f"{name.removeprefix('val/')} {value:.4f}" for name, value in metrics.items())
+    log.line(f"Verification at step {run.step}: {text}")

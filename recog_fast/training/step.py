@@ -1,0 +1,112 @@
+"""One optimizer step: forward and backward of its micro-batches, clipping, both optimizers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from recog_fast.training.data import Batch
+from recog_fast.training.logs import dropped_share
+from recog_fast.training.model import set_learning_rate
+from recog_fast.training.run import NonFiniteError, Run
+
+
+def train_step(run: Run, batch: Batch, lr: float, head_lr: float) -> None:
+    """Forward and backward of each micro-batch of a step's rows, then one step of both optimizers.
+
+    The mean is over the labelled rows of the whole step: each micro-batch divides by that count, so accumulation changes nothing.
+    """
+    config = run.config
+    run.backbone.train()
+    run.head.train()
+    run.ramp.set(run.step)
+    set_learning_rate(run.optimizer, lr)
+    set_learning_rate(run.head_optimizer, head_lr)
+    run.optimizer.zero_grad(set_to_none=True)
+    run.head_optimizer.zero_grad()
+    if run.encoder is not None:
+        run.encoder.update(run.backbone)
+    labelled = max(1, int((batch.labels >= 0).sum()))
+    unlabelled = max(1, int((batch.labels < 0).sum()))
+    loss = 0.0
+    try:
+        for micro_batch in batch.split(config.batch_size):
+            # The head's mean over unlabelled rows is that of one forward: weigh it by its share of the step.
+            run.head.unknown_weight = config.unknown_weight * int((micro_batch.labels < 0).sum()) / unlabelled
+            loss += _forward_backward(run, micro_batch, labelled)
+        if config.clip_grad_norm:
+            norm = nn.utils.clip_grad_norm_(run.backbone.parameters(), config.clip_grad_norm)
+            if not bool(torch.isfinite(norm)):
+                raise NonFiniteError(f"train: step {run.step}: the backbone's gradient is not finite (loss {loss:.4g})")
+            run.meter.add({"gradient_norm": (float(norm), 1)})
+    except NonFiniteError:
+        if config.nonfinite == "raise":
+            raise
+        run.skipped += 1
+        run.optimizer.zero_grad(set_to_none=True)
+        run.head_optimizer.zero_grad()
+        if run.head.memory is not None:
+            run.head.memory.flush()
+        return
+    run.optimizer.step()
+    run.head_optimizer.step()
+    run.meter.add({"loss": (loss, 1)})
+
+
+def _forward_backward(run: Run, batch: Batch, labelled: int) -> float:
+    # Pixels cross to the device as bytes and become floats there.
+    images = run.prepare(batch.images.to(run.device, non_blocking=True))
+    labels = batch.labels.to(run.device, non_blocking=True)
+    with torch.autocast(run.device.type, dtype=torch.bfloat16, enabled=run.autocast):
+        embeddings = run.backbone(images)
+        _refuse_nonfinite(run, batch, "embeddings", torch.isfinite(embeddings.detach()).all(dim=1))
+        keys = None
+        if run.head.memory is not None:
+            keys = run.encoder(images) if run.encoder is not None else embeddings.detach()
+        # HeadSGD moves the head's clock once a step; other optimizers leave it counting forwards.
+        step = None if run.config.head_optimizer == "headsgd" else run.step
+        loss, stats = run.head(embeddings, labels, normalizer=labelled, keys=keys, step=step, return_stats=True)
+    if not bool(torch.isfinite(loss.detach())):
+        rows = torch.isfinite(stats.lse) & torch.isfinite(stats.target_cosine)
+        _refuse_nonfinite(run, batch, "loss", rows if not bool(rows.all()) else torch.zeros_like(rows))
+    loss.backward()
+    run.meter.add(_statistics(embeddings.detach(), labels, stats))
+    if run.config.drop_mass or run.config.drop_elements:
+        run.meter.add(dropped_share(labels, stats))
+    return float(loss.detach())
+
+
+def _statistics(embeddings: Tensor, labels: Tensor, stats: Any) -> dict[str, tuple[float, float]]:
+    """(sum, count) over the labelled rows of what the sweep says about them, and of the feature norm over all rows."""
+    known = labels >= 0
+    count = float(known.sum())
+    sums = torch.stack(
+        [
+            stats.target_cosine[known].double().sum(),
+            stats.nearest_cosine[known].double().sum(),
+            stats.target_probability[known].double().sum(),
+            stats.max_probability[~known].double().sum(),
+            embeddings.double().norm(dim=1).sum(),
+        ]
+    ).tolist()
+    unknown = len(labels) - count
+    return {
+        "target_cosine": (sums[0], count),
+        "nearest_cosine": (sums[1], count),
+        "target_probability": (sums[2], count),
+        "unknown_max_probability": (sums[3], unknown),
+        "feature_norm": (sums[4], float(len(labels))),
+    }
+
+
+def _refuse_nonfinite(run: Run, batch: Batch, what: str, finite: Tensor) -> None:
+    if bool(finite.all()):
+        return
+    rows = (~finite).nonzero().flatten().tolist()
+    paths = ", ".join(run.images.path(batch.samples[row]) for row in rows[:3])
+    more = f" and {len(rows) - 3} more" if len(rows) > 3 else ""
+    raise NonFiniteError(
+        f"train: step {run.step}: non-finite {what} in rows {rows[:8]} of {len(finite)} (images {paths}{more})"
+    )
