@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from recog_fast import __version__
+from recog_fast.training.commands import add_commands
 
 _LIBRARIES = "numpy triton jsonargparse yaml rich tensorboard PIL simplejpeg scipy sklearn matplotlib safetensors"
 
@@ -28,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command is None:
         parser.print_help()
         return 2
-    if rest and options.command not in ("train", "demo"):
+    if rest and options.command not in ("train", "demo", "sweep"):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         code: int = options.run(options, rest)
@@ -97,6 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     evaluate.set_defaults(run=_eval)
 
+    add_commands(commands, debug)
     doctor = commands.add_parser("doctor", parents=[debug], help="say which code path runs here and why")
     doctor.set_defaults(run=_doctor)
     return parser

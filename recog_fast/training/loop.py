@@ -4,7 +4,8 @@
     recog-fast train configs/lfw112.yaml --data.path train.rec --val_targets '[lfw_fold05.bin]' --output runs/lfw
     recog-fast train configs/lfw112.yaml --output runs/lfw --resume true          # goes on where it stopped, bit for bit
 
-A run writes to `output`: config.yaml (resolved), metrics.jsonl, tensorboard/, checkpoints/step_*, model.pt (the backbone).
+A run writes to `output`: config.yaml (resolved), metrics.jsonl, tensorboard/, checkpoints/step_*, model.pt (the backbone),
+recognizability.pt (method ri: the quality head beside it).
 SIGTERM and SIGUSR1 save a checkpoint after the step in progress and end the run normally (exit code 0).
 """
 
@@ -34,10 +35,20 @@ from recog_fast.checkpoint import (
 from recog_fast.training.config import TrainConfig, to_yaml
 from recog_fast.training.data import Batch, TrainingImages, step_loader
 from recog_fast.training.logs import Log, Meter
-from recog_fast.training.model import MarginRamp, build_backbone, build_head, build_optimizers, learning_rate
-from recog_fast.training.reports import announce, log_training, log_verification
+from recog_fast.training.methods import apply_method
+from recog_fast.training.model import (
+    MarginRamp,
+    build_backbone,
+    build_branches,
+    build_head,
+    build_optimizers,
+    learning_rate,
+)
+from recog_fast.training.reports import announce, log_norms, log_training, log_verification
 from recog_fast.training.run import NonFiniteError, Run
+from recog_fast.training.saved import load_pretrained
 from recog_fast.training.step import train_step
+from recog_fast.training.unrecognizable import unrecognizable_images
 from recog_fast.training.verification import pair_sets, verify_all
 
 __all__ = ["NonFiniteError", "Run", "TrainResult", "restore", "save", "setup", "stop_signals", "train", "train_step"]
@@ -64,6 +75,7 @@ def train(config: TrainConfig) -> TrainResult:
         raise ValueError(
             f"train: expected one process, got WORLD_SIZE={world}: this version trains in a single process"
         )
+    config = apply_method(config)
     run = setup(config)
     rate = learning_rate(config, run.steps_per_epoch, run.total)
     verify_every = config.verbose or run.steps_per_epoch
@@ -87,6 +99,8 @@ def train(config: TrainConfig) -> TrainResult:
                 log_training(run, log, lr, seen / max(1e-9, time.monotonic() - clock))
                 clock, seen = time.monotonic(), 0
             log.advance(run.step)
+            if run.step % run.steps_per_epoch == 0:
+                log_norms(run, log)
             if pairs and (run.step % verify_every == 0 or last):
                 metrics = verify_all(run.backbone, pairs, config, run.device)
                 log_verification(run, log, metrics)
@@ -99,6 +113,8 @@ def train(config: TrainConfig) -> TrainResult:
                 )
                 break
     torch.save(run.backbone.state_dict(), Path(config.output) / "model.pt")
+    if run.branches is not None:
+        torch.save(run.branches.state_dict(), Path(config.output) / "recognizability.pt")
     return TrainResult(run.step, run.step == run.total, metrics, Path(config.output))
 
 
@@ -107,6 +123,7 @@ def train(config: TrainConfig) -> TrainResult:
 
 def setup(config: TrainConfig) -> Run:
     """Data, model and optimizers of a run, restored from its last checkpoint with `resume`."""
+    config = apply_method(config)
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
     random.seed(config.seed)
@@ -123,8 +140,12 @@ def setup(config: TrainConfig) -> Run:
     total = min(total, config.max_steps) if config.max_steps else total
 
     backbone = build_backbone(config).to(device)
-    head = build_head(config, images.num_classes).to(device)
-    optimizer, head_optimizer = build_optimizers(config, backbone, head)
+    head = build_head(config, images.num_classes, steps_per_epoch).to(device)
+    if config.pretrained:
+        load_pretrained(config, backbone, head)
+    branches = build_branches(config, backbone)
+    branches = None if branches is None else branches.to(device)
+    optimizer, head_optimizer = build_optimizers(config, backbone, head, branches)
     ramp = MarginRamp(head, round(config.margin_ramp * steps_per_epoch), config.margin)
     encoder = None
     if config.memory is not None and config.memory_momentum:
@@ -134,7 +155,7 @@ def setup(config: TrainConfig) -> Run:
     run = Run(
         config=config, images=images, device=device, autocast=autocast, backbone=backbone,
         prepare=backbone.preprocessing, head=head, optimizer=optimizer, head_optimizer=head_optimizer, encoder=encoder,
-        ramp=ramp, meter=Meter(), position=position, loader=loader,
+        branches=branches, ui=[] if branches is None else unrecognizable_images(config, images), ramp=ramp, meter=Meter(), position=position, loader=loader,
         steps_per_epoch=steps_per_epoch, total=total,
     )  # fmt: skip
     output = Path(config.output)
@@ -162,10 +183,12 @@ def save(run: Run) -> None:
         model=run.backbone.state_dict(),
         backbone_optimizer=run.optimizer.state_dict(),
         encoder=None if run.encoder is None else run.encoder.state_dict(),
+        recognizability=None if run.branches is None else run.branches.state_dict(),
         random=_random_state(),
         meter=run.meter.state,
         skipped=run.skipped,
         position=run.position.state_dict(),
+        steps_per_epoch=run.steps_per_epoch,
         rows_per_step=run.config.batch_size * run.config.gradient_acc,
     )
     prune_checkpoints(folder, run.config.keep_last)
@@ -190,6 +213,8 @@ def restore(run: Run) -> bool:
     run.optimizer.load_state_dict(saved["backbone_optimizer"])
     if run.encoder is not None and saved["encoder"] is not None:
         run.encoder.load_state_dict(saved["encoder"])
+    if run.branches is not None and saved.get("recognizability") is not None:
+        run.branches.load_state_dict(saved["recognizability"])
     run.step, run.skipped = saved["step"], saved["skipped"]
     run.meter = Meter(saved["meter"])
     _set_random_state(saved["random"])

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from recog_fast import QAFace
 from recog_fast.training.config import to_yaml
 from recog_fast.training.logs import Log
 from recog_fast.training.run import Run
+from recog_fast.training.unrecognizable import norms_by_resolution
 
 
 def announce(run: Run, log: Log) -> None:
@@ -25,10 +27,26 @@ def log_training(run: Run, log: Log, lr: float, speed: float) -> None:
         if corrupt > run.corrupt:
             log.line(f"{corrupt} unreadable images replaced so far, listed in {run.config.output}/corrupt_*.jsonl")
             run.corrupt = corrupt
+    if run.head.memory is not None:
+        values |= {f"memory/{name}": float(count) for name, count in run.head.memory.stats(run.step).items()}
     if run.skipped:
         values["skipped_steps"] = float(run.skipped)
     log.scalars(run.step, values)
     log.training_line(run.step, epoch, speed, means.get("loss", float("nan")), lr)
+
+
+def log_norms(run: Run, log: Log) -> None:
+    """Feature norm by resolution where a memory takes it for quality, and a warning where it is none."""
+    if run.head.memory is None or not isinstance(run.head.memory.policy, QAFace):
+        return
+    found = norms_by_resolution(run)
+    log.scalars(run.step, {f"norm/{name}": value for name, value in found.items()})
+    if found["correlation"] < 0:
+        norms = ", ".join(f"{name} {value:.2f}" for name, value in found.items())
+        log.line(
+            f"Warning: feature norm and resolution anti-correlate at step {run.step} (mean norm: {norms}): in this network the "
+            "norm QAFace weighs samples by says the opposite of quality"
+        )
 
 
 def log_verification(run: Run, log: Log, metrics: dict[str, float]) -> None:

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from recog_fast.recognizability import RecognizabilityBranches
 from recog_fast.training.config import TrainConfig
-from recog_fast.training.data import TrainingImages
+from recog_fast.training.data import Image, TrainingImages
 from recog_fast.training.logs import Meter
 from recog_fast.training.model import MarginRamp
 
@@ -32,6 +33,8 @@ class Run:
     optimizer: torch.optim.Optimizer
     head_optimizer: Any
     encoder: Any  # momentum encoder of the memory, or None
+    branches: RecognizabilityBranches | None  # of the recognizability index
+    ui: list[Image]  # unrecognizable faces its centre comes from
     ramp: MarginRamp
     meter: Meter
     position: Any  # ResumableBatches: where in the data the run is

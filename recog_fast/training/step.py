@@ -11,6 +11,7 @@ from recog_fast.training.data import Batch
 from recog_fast.training.logs import dropped_share
 from recog_fast.training.model import set_learning_rate
 from recog_fast.training.run import NonFiniteError, Run
+from recog_fast.training.unrecognizable import refresh_center
 
 
 def train_step(run: Run, batch: Batch, lr: float, head_lr: float) -> None:
@@ -19,6 +20,10 @@ def train_step(run: Run, batch: Batch, lr: float, head_lr: float) -> None:
     The mean is over the labelled rows of the whole step: each micro-batch divides by that count, so accumulation changes nothing.
     """
     config = run.config
+    if run.branches is not None:
+        if run.step % run.steps_per_epoch == 0 or not run.branches.ready:
+            refresh_center(run)
+        run.branches.train()
     run.backbone.train()
     run.head.train()
     run.ramp.set(run.step)
@@ -30,17 +35,19 @@ def train_step(run: Run, batch: Batch, lr: float, head_lr: float) -> None:
         run.encoder.update(run.backbone)
     labelled = max(1, int((batch.labels >= 0).sum()))
     unlabelled = max(1, int((batch.labels < 0).sum()))
+    weight = config.unknown_weight or 0.0
+    if run.step < round(config.unknown_start * run.steps_per_epoch):
+        weight = 0.0
     loss = 0.0
     try:
         for micro_batch in batch.split(config.batch_size):
             # The head's mean over unlabelled rows is that of one forward: weigh it by its share of the step.
-            run.head.unknown_weight = config.unknown_weight * int((micro_batch.labels < 0).sum()) / unlabelled
+            run.head.unknown_weight = weight * int((micro_batch.labels < 0).sum()) / unlabelled
             loss += _forward_backward(run, micro_batch, labelled)
-        if config.clip_grad_norm:
-            norm = nn.utils.clip_grad_norm_(run.backbone.parameters(), config.clip_grad_norm)
-            if not bool(torch.isfinite(norm)):
-                raise NonFiniteError(f"train: step {run.step}: the backbone's gradient is not finite (loss {loss:.4g})")
-            run.meter.add({"gradient_norm": (float(norm), 1)})
+        _clip(run, run.backbone, config.clip_grad_norm, "backbone", "gradient_norm", loss)
+        if run.branches is not None and config.recognizability is not None:
+            limit = config.recognizability.clip_grad_norm
+            _clip(run, run.branches, limit, "recognizability modules", "recognizability/gradient_norm", loss)
     except NonFiniteError:
         if config.nonfinite == "raise":
             raise
@@ -55,12 +62,25 @@ def train_step(run: Run, batch: Batch, lr: float, head_lr: float) -> None:
     run.meter.add({"loss": (loss, 1)})
 
 
+def _clip(run: Run, module: nn.Module, limit: float, name: str, entry: str, loss: float) -> None:
+    """Clips the gradient of one module apart from every other; 0: not at all."""
+    if not limit:
+        return
+    norm = nn.utils.clip_grad_norm_(module.parameters(), limit)
+    if not bool(torch.isfinite(norm)):
+        raise NonFiniteError(f"train: step {run.step}: the gradient of the {name} is not finite (loss {loss:.4g})")
+    run.meter.add({entry: (float(norm), 1)})
+
+
 def _forward_backward(run: Run, batch: Batch, labelled: int) -> float:
     # Pixels cross to the device as bytes and become floats there.
     images = run.prepare(batch.images.to(run.device, non_blocking=True))
     labels = batch.labels.to(run.device, non_blocking=True)
     with torch.autocast(run.device.type, dtype=torch.bfloat16, enabled=run.autocast):
-        embeddings = run.backbone(images)
+        if run.branches is None:
+            embeddings, features = run.backbone(images), None
+        else:
+            embeddings, features = run.backbone(images, return_features=True)
         _refuse_nonfinite(run, batch, "embeddings", torch.isfinite(embeddings.detach()).all(dim=1))
         keys = None
         if run.head.memory is not None:
@@ -68,6 +88,8 @@ def _forward_backward(run: Run, batch: Batch, labelled: int) -> float:
         # HeadSGD moves the head's clock once a step; other optimizers leave it counting forwards.
         step = None if run.config.head_optimizer == "headsgd" else run.step
         loss, stats = run.head(embeddings, labels, normalizer=labelled, keys=keys, step=step, return_stats=True)
+        if features is not None:
+            loss = loss + _recognizability(run, embeddings, features, labels, stats) / labelled
     if not bool(torch.isfinite(loss.detach())):
         rows = torch.isfinite(stats.lse) & torch.isfinite(stats.target_cosine)
         _refuse_nonfinite(run, batch, "loss", rows if not bool(rows.all()) else torch.zeros_like(rows))
@@ -76,6 +98,20 @@ def _forward_backward(run: Run, batch: Batch, labelled: int) -> float:
     if run.config.drop_mass or run.config.drop_elements:
         run.meter.add(dropped_share(labels, stats))
     return float(loss.detach())
+
+
+def _recognizability(run: Run, embeddings: Tensor, features: Tensor, labels: Tensor, stats: Any) -> Tensor:
+    """The weighted terms of the recognizability index summed over the labelled rows, and what they are for the log."""
+    assert run.branches is not None
+    known = labels >= 0
+    terms = run.branches.losses(
+        embeddings[known], features[known], stats.target_cosine[known], stats.nearest_cosine[known]
+    )
+    count = float(known.sum())
+    sums = torch.stack([terms.regression, terms.diversion, terms.attention, terms.xi.sum(), terms.predicted.sum()])
+    names = ("regression", "diversion", "attention", "index", "predicted")
+    run.meter.add({f"recognizability/{n}": (v, count) for n, v in zip(names, sums.double().tolist(), strict=True)})
+    return terms.total
 
 
 def _statistics(embeddings: Tensor, labels: Tensor, stats: Any) -> dict[str, tuple[float, float]]:
