@@ -84,7 +84,10 @@ def test_loader_gives_three_quarters_and_one(tmp_path: Path) -> None:
     assert position.batches_per_epoch == 70 // 12
     for batch in position.track(loader):
         assert (batch.labels < 0).sum() == 4 and len(batch.labels) == 16
-        assert all(("unknown" in images.path(sample)) == bool(label < 0) for sample, label in zip(batch.samples, batch.labels, strict=True))
+        assert all(
+            ("unknown" in images.path(sample)) == bool(label < 0)
+            for sample, label in zip(batch.samples, batch.labels, strict=True)
+        )
     wrong = settings(tmp_path, faces, unlabelled={"kind": "folder", "path": str(unknown)}, unlabelled_share=0.01)
     with pytest.raises(ValueError, match="leave rows of both kinds"):
         step_loader(images, wrong, pin_memory=False)

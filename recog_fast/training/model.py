@@ -94,7 +94,7 @@ def build_memory(config: TrainConfig, num_classes: int, steps_per_epoch: int) ->
         settings["start"] = round(start * steps_per_epoch)
     policy = named(settings, POLICIES, "memory")
     if capacity is None:
-        capacity = min(num_classes, max(1, policy.delta * config.batch_size * config.gradient_acc))
+        capacity = min(num_classes, max(1, policy.delta) * config.batch_size * config.gradient_acc)
     return rf.PrototypeMemory(num_classes, config.embedding_size, policy, capacity=capacity)
 
 
