@@ -54,6 +54,7 @@ class RecognizabilityConfig:
     ui: DataConfig | None = None  # unrecognizable faces; null: training images, severely corrupted
     ui_images: int = 1000  # at most so many of them
     clip_grad_norm: float = 5.0  # of these modules, apart from the backbone's: one common clip would starve it
+    start: float = 0.0  # epochs before these terms count, for a run that does not start from a pretrained network
 
 
 @dataclass(frozen=True)
@@ -276,7 +277,7 @@ def _check(config: TrainConfig) -> None:
 
 
 def _check_recognizability(config: RecognizabilityConfig) -> None:
-    for name in ("regression", "diversion", "attention", "tau", "clip_grad_norm"):
+    for name in ("regression", "diversion", "attention", "tau", "clip_grad_norm", "start"):
         if not getattr(config, name) >= 0:
             raise ValueError(f"train: expected recognizability.{name} >= 0, got {getattr(config, name)}")
     if config.ui_images < 2:

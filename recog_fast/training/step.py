@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from recog_fast.recognizability import RecognizabilityBranches
 from recog_fast.training.data import Batch
 from recog_fast.training.logs import dropped_share
 from recog_fast.training.model import set_learning_rate
@@ -20,10 +21,11 @@ def train_step(run: Run, batch: Batch, lr: float, head_lr: float) -> None:
     The mean is over the labelled rows of the whole step: each micro-batch divides by that count, so accumulation changes nothing.
     """
     config = run.config
-    if run.branches is not None:
-        if run.step % run.steps_per_epoch == 0 or not run.branches.ready:
+    branches = _active_branches(run)
+    if branches is not None:
+        if run.step % run.steps_per_epoch == 0 or not branches.ready:
             refresh_center(run)
-        run.branches.train()
+        branches.train()
     run.backbone.train()
     run.head.train()
     run.ramp.set(run.step)
@@ -45,9 +47,9 @@ def train_step(run: Run, batch: Batch, lr: float, head_lr: float) -> None:
             run.head.unknown_weight = weight * int((micro_batch.labels < 0).sum()) / unlabelled
             loss += _forward_backward(run, micro_batch, labelled)
         _clip(run, run.backbone, config.clip_grad_norm, "backbone", "gradient_norm", loss)
-        if run.branches is not None and config.recognizability is not None:
+        if branches is not None and config.recognizability is not None:
             limit = config.recognizability.clip_grad_norm
-            _clip(run, run.branches, limit, "recognizability modules", "recognizability/gradient_norm", loss)
+            _clip(run, branches, limit, "recognizability modules", "recognizability/gradient_norm", loss)
     except NonFiniteError:
         if config.nonfinite == "raise":
             raise
@@ -77,7 +79,8 @@ def _forward_backward(run: Run, batch: Batch, labelled: int) -> float:
     images = run.prepare(batch.images.to(run.device, non_blocking=True))
     labels = batch.labels.to(run.device, non_blocking=True)
     with torch.autocast(run.device.type, dtype=torch.bfloat16, enabled=run.autocast):
-        if run.branches is None:
+        branches = _active_branches(run)
+        if branches is None:
             embeddings, features = run.backbone(images), None
         else:
             embeddings, features = run.backbone(images, return_features=True)
@@ -88,8 +91,8 @@ def _forward_backward(run: Run, batch: Batch, labelled: int) -> float:
         # HeadSGD moves the head's clock once a step; other optimizers leave it counting forwards.
         step = None if run.config.head_optimizer == "headsgd" else run.step
         loss, stats = run.head(embeddings, labels, normalizer=labelled, keys=keys, step=step, return_stats=True)
-        if features is not None:
-            loss = loss + _recognizability(run, embeddings, features, labels, stats) / labelled
+        if branches is not None and features is not None:
+            loss = loss + _recognizability(run, branches, embeddings, features, labels, stats) / labelled
     if not bool(torch.isfinite(loss.detach())):
         rows = torch.isfinite(stats.lse) & torch.isfinite(stats.target_cosine)
         _refuse_nonfinite(run, batch, "loss", rows if not bool(rows.all()) else torch.zeros_like(rows))
@@ -100,13 +103,20 @@ def _forward_backward(run: Run, batch: Batch, labelled: int) -> float:
     return float(loss.detach())
 
 
-def _recognizability(run: Run, embeddings: Tensor, features: Tensor, labels: Tensor, stats: Any) -> Tensor:
-    """The weighted terms of the recognizability index summed over the labelled rows, and what they are for the log."""
-    assert run.branches is not None
+def _active_branches(run: Run) -> RecognizabilityBranches | None:
+    """The modules of the recognizability index from their first step on."""
+    own = run.config.recognizability
+    if own is None or run.step < round(own.start * run.steps_per_epoch):
+        return None
+    return run.branches
+
+
+def _recognizability(
+    run: Run, branches: RecognizabilityBranches, embeddings: Tensor, features: Tensor, labels: Tensor, stats: Any
+) -> Tensor:
+    """The weighted terms of the recognizability index summed over the labelled rows; their values go to the log."""
     known = labels >= 0
-    terms = run.branches.losses(
-        embeddings[known], features[known], stats.target_cosine[known], stats.nearest_cosine[known]
-    )
+    terms = branches.losses(embeddings[known], features[known], stats.target_cosine[known], stats.nearest_cosine[known])
     count = float(known.sum())
     sums = torch.stack([terms.regression, terms.diversion, terms.attention, terms.xi.sum(), terms.predicted.sum()])
     names = ("regression", "diversion", "attention", "index", "predicted")
