@@ -171,8 +171,21 @@ def _accuracy_lines(entries: list[dict[str, Any]]) -> list[str]:
     return [*lines, "", *_table(excess_head, excess), ""]
 
 
+def _injection_lines(entries: list[dict[str, Any]]) -> list[str]:
+    def percent(value: dict[str, float]) -> str:
+        return f"{100 * value['median']:.1f} % [{100 * value['p10']:.1f}, {100 * value['p90']:.1f}]"
+
+    rows = [
+        [f"{e['N']} x {e['C']}", f"{e['entries']:,}", f"{1e3 * e['plain_s']['median']:.4g}", percent(e["injection_share"]), f"{e['written']:,}", percent(e["write_share"])]
+        for e in entries
+    ]  # fmt: skip
+    head = ["N x C", "live entries", "step without memory, ms", "injection adds", "rows written", "the write takes, of a step"]
+    return ["### Prototype memory in a HeadSGD step", "", *_table(head, rows), ""]
+
+
 _SECTIONS = {
     "ops": _op_lines, "memory": _memory_lines, "per_class": _scaling_lines, "threads": _thread_lines, "accuracy": _accuracy_lines,
+    "injection": _injection_lines,
 }  # fmt: skip
 
 

@@ -16,6 +16,7 @@ KEYS: dict[str, tuple[str, ...]] = {
     "per_class": ("name", "step", "N"),
     "threads": ("name", "load", "N", "C"),
     "accuracy": ("name", "N", "C"),
+    "injection": ("N", "C", "D"),
 }
 
 

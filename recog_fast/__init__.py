@@ -43,6 +43,7 @@ _LAZY = {
     "data": ".data",
     "evaluation": ".evaluation",
     "models": ".models",
+    "recognizability": ".recognizability",
     "training": ".training",
     "triton_kernels": ".triton_kernels",
     "save_checkpoint": ".checkpoint",
@@ -50,7 +51,7 @@ _LAZY = {
 }
 
 if TYPE_CHECKING:
-    from . import compat, data, evaluation, models, training
+    from . import compat, data, evaluation, models, recognizability, training
     from .checkpoint import load_checkpoint, save_checkpoint
 
 
@@ -92,6 +93,7 @@ __all__ = [
     "models",
     "negative_logsumexp",
     "ops",
+    "recognizability",
     "save_checkpoint",
     "training",
     "unknown_rejection_loss",

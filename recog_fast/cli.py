@@ -18,6 +18,7 @@ from typing import Any
 from recog_fast import __version__
 from recog_fast.commands import data as data_commands
 from recog_fast.commands import interchange
+from recog_fast.training.commands import add_commands
 
 _LIBRARIES = "numpy triton jsonargparse yaml rich tensorboard PIL simplejpeg scipy sklearn matplotlib safetensors"
 
@@ -30,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command is None:
         parser.print_help()
         return 2
-    if rest and options.command not in ("train", "demo"):
+    if rest and options.command not in ("train", "demo", "sweep"):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         code: int = options.run(options, rest)
@@ -103,6 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     data_commands.add(commands, [debug])
     interchange.add(commands, [debug])
 
+    add_commands(commands, debug)
     doctor = commands.add_parser("doctor", parents=[debug], help="say which code path runs here and why")
     doctor.set_defaults(run=_doctor)
     return parser

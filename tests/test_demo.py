@@ -14,6 +14,7 @@ pytest.importorskip("jsonargparse")
 import numpy as np
 import torch
 
+from recog_fast.evaluation.report import read_metrics
 from recog_fast.training import demo, loop
 from recog_fast.training.config import read_config
 
@@ -43,15 +44,33 @@ def test_results_are_complete_numbers(output: Path) -> None:
     assert numbers["config"]["data"]["options"]["num_identities"] == demo.QUICK.identities + demo.QUICK.holdout
 
 
+def test_every_method_took_part(output: Path) -> None:
+    quality = json.loads((output / "results.json").read_text())["quality"]
+    assert list(quality["mean"]) == ["learned", "ers", "norm"]
+    assert all(list(means) == CONDITIONS for means in quality["mean"].values())
+    assert list(quality["fnmr_after_rejecting"]) == ["learned", "ers", "norm", "random"]
+    for curve in quality["fnmr_after_rejecting"].values():
+        assert list(curve) == ["0.0", "0.2", "0.4", "0.6"]
+        assert all(0 <= value <= 1 for value in curve.values())
+    # Nothing is rejected at 0: the same number for every quality.
+    assert len({curve["0.0"] for curve in quality["fnmr_after_rejecting"].values()}) == 1
+    assert all(-1 <= rho <= 1 for rho in quality["rank_correlation_with_resolution"].values())
+    assert quality["strangers"]["images"] == demo.QUICK.test_identities * demo.QUICK.images
+    steps = [line for line in read_metrics(output / "training" / "metrics.jsonl") if "loss" in line]
+    assert steps[-1]["memory/live"] > 0 and steps[-1]["unknown_max_probability"] > 0
+    assert steps[-1]["recognizability/predicted"] != 0
+    assert (output / "training" / "recognizability.pt").is_file()
+
+
 def test_page_shows_everything_and_loads_nothing(output: Path) -> None:
     page = (output / "report.html").read_text(encoding="utf-8")
     assert page.count("data:image/svg") == 2 * 6
-    # 12 people, 3 resolutions, 3 galleries of 6 pairs
-    assert page.count("data:image/png") == 12 + 3 + 18
+    # 12 people, 3 resolutions, 3 galleries of 6 pairs, least and most recognizable
+    assert page.count("data:image/png") == 12 + 3 + 18 + 12
     assert "<script" not in page
     assert "http://" not in page
     assert "https://" not in page
-    for word in (*CONDITIONS, "untrained", "Same person, least alike", "Which path ran", "augment.low_resolution"):
+    for word in (*CONDITIONS, "untrained", "Least recognizable", "qaface+uir+ri", "Same person, least alike", "Which path ran", "augment.low_resolution"):
         assert word in page
     assert [p.name for p in output.iterdir() if p.name.endswith(".partial")] == []
 
@@ -69,6 +88,7 @@ def test_second_run_starts_over_and_agrees(output: Path, monkeypatch: pytest.Mon
     again = json.loads((output / "results.json").read_text())
     assert again["trained"] == first["trained"]
     assert again["untrained"] == first["untrained"]
+    assert again["quality"] == first["quality"]
 
 
 def test_test_people_are_not_training_people() -> None:

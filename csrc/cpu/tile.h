@@ -55,6 +55,13 @@ static inline int64_t memory_slot(const Classes& c, int64_t r) {
   return slot >= 0 && slot < c.S && c.strength[slot] != 0.0f ? slot : -1;
 }
 
+// Starts reading a row of the memory: rows lie there as they were written, in no order of the classes.
+static inline void fetch_memory(const Classes& c, int64_t slot) {
+  const int64_t bytes = c.D * (c.memory_bf16 ? 2 : 4);
+  const char* at = static_cast<const char*>(c.memory_rows) + slot * bytes;
+  for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(at + b);
+}
+
 constexpr float kCancelled = 1e-4f;  // |U| below this: the prototype falls back to W^ (math.md 2)
 
 // P_r = U / |U|, U = W^ + lam M (or U itself without renormalize). Returns 1/|U|, or 0 where the injection is not used.
@@ -84,9 +91,9 @@ static void prepare(const Plan& plan, int64_t first, int64_t count, Scratch& scr
   tile = {c.weight + first * D, D, first, count, scratch.inverse, scratch.inverse};
   bool injected = false;
   for (int64_t j = 0; j < count; ++j) {
-    const int64_t r = weight_row(c, first + j);
+    const int64_t r = weight_row(c, first + j), slot = memory_slot(c, r);
+    if (slot >= 0) fetch_memory(c, slot), injected = true;
     tile.inverse[j] = c.unit ? 1.0f : inverse_norm(c.weight + r * D, D);
-    injected = injected || memory_slot(c, r) >= 0;
   }
   if (!injected && D == plan.depth && c.members == nullptr) return;
   for (int64_t j = 0; j < count; ++j) {

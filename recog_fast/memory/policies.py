@@ -117,6 +117,11 @@ class QAFace:
         """on_reject == "skip"."""
         return self.on_reject == "skip"
 
+    @property
+    def reads_norms(self) -> bool:
+        """The norm is the quality: a memory warns about embeddings that were normalised before."""
+        return True
+
     def started(self, step: int) -> bool:
         """step >= start."""
         return step >= self.start

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..ops._deferred import DeferredReport
 from ..ops.memory_write import memory_write
-from .checks import bad_rows, check_batch, check_entries, check_ids, check_sizes, check_step, complaint
+from .checks import bad_rows, check_batch, check_entries, check_ids, check_sizes, check_step, complaint, normalised
 from .policies import MemoryPolicy, NormStatistics
 
 _ZERO_NORM = 1e-12
@@ -98,6 +98,7 @@ class PrototypeMemory(nn.Module):
         self.epoch = 0
         self._queue: list[_Write] = []
         self._warned = False
+        self._reads_norms = bool(getattr(policy, "reads_norms", False))
         self._deferred = DeferredReport()
         self._allocate(num_classes, self.capacity, dtype, torch.device("cpu"))
         for name in ("norm_mean", "norm_std"):
@@ -135,6 +136,13 @@ class PrototypeMemory(nn.Module):
         raw = embeddings.detach().to(wide)
         norms = torch.linalg.vector_norm(raw, dim=1)  # (N,)
         labels = self._check_values(norms, labels.long())
+        if self._reads_norms and norms.device.type == "cpu" and normalised(norms, labels):
+            self._reads_norms = False  # said once
+            warnings.warn(
+                f"PrototypeMemory: {type(self.policy).__name__} weighs samples by the norm of raw embeddings, and all of these "
+                "have norm 1: write them before they are normalised",
+                stacklevel=3,
+            )
         unit = torch.where(norms > _ZERO_NORM, 1.0 / norms, 0.0).unsqueeze(1) * raw
         self._queue.append(_Write(unit.to(self.ring.dtype), norms, labels.clone(), step))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -110,14 +110,20 @@ class Backbone(nn.Module):
         self.feature_shape = (feature_channels, height, width)
         self.preprocessing = preprocessing if preprocessing is not None else Preprocessing()
 
-    def forward(self, images: Tensor) -> Tensor:
-        """images (B, 3, H, W) float -> embeddings (B, D). Raises ValueError for a shape other than the one built for."""
+    @overload
+    def forward(self, images: Tensor, return_features: Literal[False] = ...) -> Tensor: ...
+    @overload
+    def forward(self, images: Tensor, return_features: Literal[True]) -> tuple[Tensor, Tensor]: ...
+    def forward(self, images: Tensor, return_features: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """images (B, 3, H, W) float -> embeddings (B, D), with return_features also the last feature map (B, C, h, w) they come
+        from. Raises ValueError for a shape other than the one built for."""
         if images.ndim != 4 or tuple(images.shape[1:]) != (3, *self.input_size):
             expected = f"(B, 3, {self.input_size[0]}, {self.input_size[1]})"
             raise ValueError(f"{type(self).__name__}: expected images of shape {expected}, got {tuple(images.shape)}")
         if not images.is_floating_point():
             raise TypeError(f"{type(self).__name__}: expected floating images (see .preprocessing), got {images.dtype}")
-        return self.embed(self.forward_features(images))
+        features = self.forward_features(images)
+        return (self.embed(features), features) if return_features else self.embed(features)
 
     def forward_features(self, images: Tensor) -> Tensor:
         """images (B, 3, H, W) -> last feature map (B, C, h, w), C, h, w = `feature_shape`."""

@@ -31,16 +31,47 @@ class DataConfig:
     cache: bool = False  # decode and resize all images once, into memory
     max_corrupt: int = 100  # so many unreadable images are replaced and listed; one more ends the run
     options: dict[str, Any] = field(default_factory=dict)  # further arguments of the dataset
+    keep: str = ""  # a list of `recog-fast filter-overlap`: only its images are used
+
+
+@dataclass(frozen=True)
+class RecognizabilityConfig:
+    """The recognizability index (method ri): L = L_cls + regression L_L1 + diversion L_ID + attention L_MSE (math.md 4).
+
+    A weight of 0 switches its term off.
+    """
+
+    regression: float = 5.0
+    diversion: float = 2.0
+    attention: float = 1.0
+    tau: float = 2.0  # of the index diversion
+    beta: float = 0.75  # of the smooth L1
+    dropout: float = 0.0  # before the regression
+    elements: Literal["mean", "sum"] = "mean"  # of the attention error; sum: as printed
+    statistics: Literal["normal", "images"] = (
+        "normal"  # mu, sigma of the diversion: of N(0, 1), or predicted for the UI images
+    )
+    ui: DataConfig | None = None  # unrecognizable faces; null: training images, severely corrupted
+    ui_images: int = 1000  # at most so many of them
+    clip_grad_norm: float = 5.0  # of these modules, apart from the backbone's: one common clip would starve it
+    start: float = 0.0  # epochs before these terms count, for a run that does not start from a pretrained network
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """One training run; `recog-fast train --help-settings` lists the fields."""
 
+    # margin, vpl, qaface, uir, ri, or several joined by +: fills in what the method needs where it is null (methods.py)
+    method: str = "margin"
     data: DataConfig = field(default_factory=DataConfig)
-    unlabelled: DataConfig | None = None  # images of unknown people, mixed in with label -1 (set unknown_weight)
+    unlabelled: DataConfig | None = None  # images of unknown people, with label -1
+    # Share of each batch's rows that are unlabelled (UIR: 0.25); an epoch is then one pass over the labelled images.
+    # 0: all images in one pool. null: as the method wants it.
+    unlabelled_share: float | None = None
     augment: Augmentation = field(default_factory=Augmentation)
 
+    pretrained: str = ""  # output folder, checkpoint or weights file to start from
+    pretrained_head: bool = False  # the class centres too (same classes; from a run or checkpoint)
     network: str = "tiny"
     network_options: dict[str, Any] = field(default_factory=dict)
     embedding_size: int = 512
@@ -50,14 +81,20 @@ class TrainConfig:
     margin_ramp: float = 0.0  # epochs over which the margin grows from 0 to full
     scale: float = 64.0
     subcenters: int = 1
-    unknown_weight: float = 0.0
+    unknown_weight: float | None = None  # w of the UIR excess; null: as the method wants it (0.1), else 0
+    unknown_start: float = 0.0  # epochs of supervised training alone before it counts
     # Of the CPU kernels, and not exact: MarginHead's keep_exponentials (float32 is exact), drop_mass and drop_elements, one of them;
     # the log shows the share dropped.
     keep_exponentials: Literal["float32", "bfloat16"] | None = None
     drop_mass: float = 0.0
     drop_elements: float = 0.0
-    memory: dict[str, Any] | None = None  # prototype memory: {name: VPL | QAFace, capacity: 4096, ...}
-    memory_momentum: float = 0.0  # > 0: memory keys come from a momentum encoder with this gamma
+    # Prototype memory: {name: VPL | QAFace, start_epoch: 4, capacity: 4096, ...}; start_epoch is `start` in epochs,
+    # capacity by default what can be valid at once: min(C, delta * rows of a step).
+    memory: dict[str, Any] | None = None
+    memory_momentum: float | None = (
+        None  # > 0: memory keys come from a momentum encoder with this gamma; null: the method's
+    )
+    recognizability: RecognizabilityConfig | None = None
 
     batch_size: int = 128
     gradient_acc: int = 1  # one step sees batch_size * gradient_acc images
@@ -97,8 +134,10 @@ class TrainConfig:
         _check(self)
 
 
-def read_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
-    """The settings in a YAML file with `--key value` overrides (nested: `--data.size 56`) applied on top.
+def read_config(
+    path: str | Path, overrides: Sequence[str] = (), changes: Mapping[str, Any] | None = None
+) -> TrainConfig:
+    """The settings in a YAML file with `changes` ({"data.size": 56}), then `--key value` overrides (nested: `--data.size 56`) on top.
 
     Raises FileNotFoundError, and ValueError naming an unknown key (and its nearest match) or a value of the wrong type.
     """
@@ -113,6 +152,14 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
         raise ValueError(f"train: {file} is no valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise ValueError(f"train: expected {file} to hold keys and values, got {type(values).__name__}")
+    for key, value in (changes or {}).items():
+        place = values
+        *above, last = key.split(".")
+        for name in above:
+            if not isinstance(place.get(name), dict):
+                place[name] = {}
+            place = place[name]
+        place[last] = value
     _refuse_unknown(values, TrainConfig, str(file))
     for argument in overrides:
         if argument.startswith("--"):
@@ -163,6 +210,17 @@ def _parse(values: Mapping[str, Any], overrides: Sequence[str], source: str) -> 
     return TrainConfig(**{f.name: fields[f.name] for f in dataclasses.fields(TrainConfig)})
 
 
+_NESTED: dict[type, dict[str, type]] = {
+    TrainConfig: {
+        "data": DataConfig,
+        "unlabelled": DataConfig,
+        "augment": Augmentation,
+        "recognizability": RecognizabilityConfig,
+    },
+    RecognizabilityConfig: {"ui": DataConfig},
+}
+
+
 def _nested(dotted: str) -> dict[str, Any]:
     head, _, rest = dotted.partition(".")
     return {head: _nested(rest) if rest else None}
@@ -170,7 +228,7 @@ def _nested(dotted: str) -> dict[str, Any]:
 
 def _refuse_unknown(values: Mapping[str, Any], kind: type, source: str, prefix: str = "") -> None:
     """Free dicts (margin, options) are checked by whoever receives them; dataclass levels are checked here."""
-    nested = {"data": DataConfig, "unlabelled": DataConfig, "augment": Augmentation} if kind is TrainConfig else {}
+    nested = _NESTED.get(kind, {})
     known = [f.name for f in dataclasses.fields(kind)]
     for key, value in values.items():
         if key not in known:
@@ -186,11 +244,21 @@ def _check(config: TrainConfig) -> None:
         "batch_size": 1, "gradient_acc": 1, "num_epoch": 1, "embedding_size": 1, "subcenters": 1, "keep_last": 1, "frequent": 1, "val_pairs": 20,
         "max_steps": 0, "num_workers": 0, "num_threads": 0, "verbose": 0, "save_interval": 0, "seed": 0,
         "lr": 0, "momentum": 0, "weight_decay": 0, "warmup_epoch": 0, "margin_ramp": 0, "clip_grad_norm": 0, "unknown_weight": 0,
+        "unknown_start": 0,
     }  # fmt: skip
     for name, low in at_least.items():
-        if not getattr(config, name) >= low:
-            raise ValueError(f"train: expected {name} >= {low}, got {getattr(config, name)}")
-    for label, data in (("data", config.data), ("unlabelled", config.unlabelled)):
+        value = getattr(config, name)
+        if value is not None and not value >= low:
+            raise ValueError(f"train: expected {name} >= {low}, got {value}")
+    for name in ("unlabelled_share", "memory_momentum"):
+        value = getattr(config, name)
+        if value is not None and not 0 <= value < 1:
+            raise ValueError(f"train: expected {name} in [0, 1) or null, got {value}")
+    sources = [("data", config.data), ("unlabelled", config.unlabelled)]
+    if config.recognizability is not None:
+        _check_recognizability(config.recognizability)
+        sources.append(("recognizability.ui", config.recognizability.ui))
+    for label, data in sources:
         if data is not None and data.kind != "synthetic" and not data.path:
             raise ValueError(f"train: expected {label}.path with {label}.kind = {data.kind!r}, got none")
         if data is not None and (data.size < 8 or min(data.min_images - 1, data.holdout_classes, data.max_corrupt) < 0):
@@ -206,3 +274,11 @@ def _check(config: TrainConfig) -> None:
         raise ValueError(f"train: expected warmup_epoch < num_epoch, got {config.warmup_epoch} and {config.num_epoch}")
     if "holdout" in config.val_targets and not config.data.holdout_classes:
         raise ValueError("train: expected data.holdout_classes > 0 with the val target 'holdout', got 0")
+
+
+def _check_recognizability(config: RecognizabilityConfig) -> None:
+    for name in ("regression", "diversion", "attention", "tau", "clip_grad_norm", "start"):
+        if not getattr(config, name) >= 0:
+            raise ValueError(f"train: expected recognizability.{name} >= 0, got {getattr(config, name)}")
+    if config.ui_images < 2:
+        raise ValueError(f"train: expected recognizability.ui_images >= 2, got {config.ui_images}")

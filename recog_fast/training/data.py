@@ -19,6 +19,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from recog_fast import data as sources
 from recog_fast.training.config import DataConfig, TrainConfig
+from recog_fast.training.kept import read_kept
+from recog_fast.training.mixing import MixedBatches
 
 Image = NDArray[np.uint8]  # (H, W, 3) RGB
 Item = tuple[Image, int, int]  # image, label, sample
@@ -70,26 +72,28 @@ class Split(Dataset[tuple[Image, int]]):
         return self.source[int(self.indices[index])][0], int(self.labels[index])
 
 
-def open_source(config: DataConfig) -> Any:
-    """The dataset of `recog_fast.data` that `config.kind` names.
+def open_source(config: DataConfig, label: str = "data") -> Any:
+    """The dataset of `recog_fast.data` that `config.kind` names, restricted to `config.keep`; `label` names it in errors.
 
     Raises FileNotFoundError for a missing path and ValueError for options the dataset does not take.
     """
     reader = getattr(sources, _READERS[config.kind])
     if config.path and not Path(config.path).exists():
-        raise FileNotFoundError(f"train: data.path {config.path} does not exist")
+        raise FileNotFoundError(f"train: {label}.path {config.path} does not exist")
     arguments: dict[str, Any] = dict(config.options)
     known = list(inspect.signature(reader).parameters)
     for name in arguments:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"{config.kind} takes: {', '.join(known)}"
-            raise ValueError(f"train: unknown key 'data.options.{name}'; {hint}")
+            raise ValueError(f"train: unknown key '{label}.options.{name}'; {hint}")
     if config.kind != "synthetic":
-        return reader(config.path, **arguments)
-    source = reader(**{"size": config.size, **arguments})
-    # Drawing costs more than decoding: whole batches at once, before the workers start.
-    return source.cache() if config.cache else source
+        source = reader(config.path, **arguments)
+    else:
+        source = reader(**{"size": config.size, **arguments})
+        # Drawing costs more than decoding: whole batches at once, before the workers start.
+        source = source.cache() if config.cache else source
+    return read_kept(config.keep, source) if config.keep else source
 
 
 def split_classes(source: Any, config: DataConfig, seed: int) -> tuple[Split, Split]:
@@ -129,7 +133,7 @@ class TrainingImages(Dataset[Item]):
         parts = [(labelled, config.data, "quarantine")]
         if config.unlabelled is not None:
             # Every image of it counts as unlabelled, whatever its source calls it.
-            nobody = Split(_Unlabelled(open_source(config.unlabelled)), np.empty(0, dtype=np.int64), unlabelled=True)
+            nobody = Split(_Unlabelled(open_source(config.unlabelled, "unlabelled")), np.empty(0, dtype=np.int64), unlabelled=True)
             parts.append((nobody, config.unlabelled, "quarantine_unlabelled"))
         self.splits = [part for part, _, _ in parts]
         self.parts = [
@@ -137,6 +141,7 @@ class TrainingImages(Dataset[Item]):
             for part, data, name in parts
         ]
         self.starts = np.cumsum([0] + [len(part) for part in self.parts])
+        self.labels: NDArray[np.int64] = np.concatenate([part.labels for part in self.splits])
         self.cached: list[tuple[Image, int]] | None = None
         if config.data.cache:
             self.cached = [self._decode(i) for i in range(len(self))]
@@ -150,6 +155,10 @@ class TrainingImages(Dataset[Item]):
         if not self.augmented:
             return image, label, i
         return self.augment(image, np.random.default_rng((self.seed, epoch, i))), label, i
+
+    def clean(self, i: int) -> Image:
+        """Sample i resized, without augmentation."""
+        return (self._decode(i) if self.cached is None else self.cached[i])[0]
 
     def path(self, i: int) -> str:
         """Where sample i comes from, for messages."""
@@ -193,17 +202,41 @@ def read_image(source: Any, index: int, size: int) -> Image | None:
         return None
 
 
+def step_batches(images: TrainingImages, config: TrainConfig) -> sources.ResumableBatches:
+    """The order of images: one pool, or with `unlabelled_share` so many labelled and unlabelled rows in every micro-batch.
+
+    Raises ValueError for fewer images than a step takes, and where unlabelled rows are wanted and there are none.
+    """
+    unlabelled = np.flatnonzero(images.labels < 0)
+    if (config.unlabelled_share or config.unknown_weight) and not len(unlabelled):
+        raise ValueError(
+            "train: expected images of unknown people for unknown identity rejection (unlabelled: {kind: ..., path: ...}, or "
+            f"labels of -1 in data), got none with method {config.method!r}, unknown_weight {config.unknown_weight}"
+        )
+    per_step = config.batch_size * config.gradient_acc
+    if not config.unlabelled_share:
+        if len(images) < per_step:
+            raise ValueError(
+                f"train: expected batch_size * gradient_acc <= the {len(images)} training images, got {per_step}"
+            )
+        return sources.ResumableBatches(len(images), per_step, seed=config.seed)
+    labelled = np.flatnonzero(images.labels >= 0)
+    others = round(config.unlabelled_share * config.batch_size)
+    rows = config.batch_size - others
+    if min(others, rows) < 1 or len(labelled) < rows * config.gradient_acc:
+        raise ValueError(
+            f"train: expected unlabelled_share * batch_size to leave rows of both kinds and at most {len(labelled)} labelled ones a "
+            f"step, got {rows} labelled and {others} unlabelled, {config.gradient_acc} times a step"
+        )
+    return MixedBatches(labelled, unlabelled, rows, others, config.gradient_acc, config.seed)
+
+
 def step_loader(images: TrainingImages, config: TrainConfig, pin_memory: bool) -> tuple[Any, DataLoader[Any]]:
     """(position, loader): each batch holds the rows of one optimizer step; iterate with `position.track(loader)`.
 
     The global random state is left alone.
     """
-    per_step = config.batch_size * config.gradient_acc
-    if len(images) < per_step:
-        raise ValueError(
-            f"train: expected batch_size * gradient_acc <= the {len(images)} training images, got {per_step}"
-        )
-    position = sources.ResumableBatches(len(images), per_step, seed=config.seed)
+    position = step_batches(images, config)
     loader: DataLoader[Any] = DataLoader(
         images,
         batch_sampler=position,

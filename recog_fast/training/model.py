@@ -81,23 +81,57 @@ def build_backbone(config: TrainConfig) -> Backbone:
     return build_model(config.network, embedding_dim=config.embedding_size, input_size=config.data.size, **options)
 
 
-def build_head(config: TrainConfig, num_classes: int) -> rf.MarginHead:
-    """MarginHead with the margin and memory of the settings."""
-    memory = None
-    if config.memory is not None:
-        settings = dict(config.memory)
-        capacity = settings.pop("capacity", None)
-        memory = rf.PrototypeMemory(
-            num_classes, config.embedding_size, named(settings, POLICIES, "memory"), capacity=capacity
+def build_memory(config: TrainConfig, num_classes: int, steps_per_epoch: int) -> rf.PrototypeMemory | None:
+    """The prototype memory of the settings: `start_epoch` becomes a step, the capacity what can be valid at once."""
+    if config.memory is None:
+        return None
+    settings = dict(config.memory)
+    capacity = settings.pop("capacity", None)
+    start = settings.pop("start_epoch", None)
+    if start is not None:
+        if "start" in settings or not isinstance(start, int | float) or start < 0:
+            raise ValueError(f"train: expected memory.start_epoch >= 0 without memory.start, got {config.memory}")
+        settings["start"] = round(start * steps_per_epoch)
+    policy = named(settings, POLICIES, "memory")
+    if capacity is None:
+        capacity = min(num_classes, max(1, policy.delta) * config.batch_size * config.gradient_acc)
+    return rf.PrototypeMemory(num_classes, config.embedding_size, policy, capacity=capacity)
+
+
+def build_branches(config: TrainConfig, backbone: Backbone) -> rf.recognizability.RecognizabilityBranches | None:
+    """The modules of the recognizability index for this backbone's last feature map.
+
+    Drawn from a generator of their own, so that runs of one seed with and without them stay paired.
+    """
+    own = config.recognizability
+    if own is None:
+        return None
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed + 1)
+        return rf.recognizability.RecognizabilityBranches(
+            backbone.feature_shape,
+            config.embedding_size,
+            regression=own.regression,
+            diversion=own.diversion,
+            attention=own.attention,
+            tau=own.tau,
+            beta=own.beta,
+            dropout=own.dropout,
+            elements=own.elements,
+            seed=config.seed,
         )
+
+
+def build_head(config: TrainConfig, num_classes: int, steps_per_epoch: int = 1) -> rf.MarginHead:
+    """MarginHead with the margin and memory of the settings."""
     return rf.MarginHead(
         num_classes,
         config.embedding_size,
         margin=named(config.margin, MARGINS, "margin"),
         scale=config.scale,
         subcenters=config.subcenters,
-        memory=memory,
-        unknown_weight=config.unknown_weight,
+        memory=build_memory(config, num_classes, steps_per_epoch),
+        unknown_weight=config.unknown_weight or 0.0,
         keep_exponentials=False if config.keep_exponentials is None else getattr(torch, config.keep_exponentials),
         drop_mass=config.drop_mass,
         drop_elements=config.drop_elements,
@@ -105,13 +139,15 @@ def build_head(config: TrainConfig, num_classes: int) -> rf.MarginHead:
 
 
 def build_optimizers(
-    config: TrainConfig, backbone: nn.Module, head: rf.MarginHead
+    config: TrainConfig, backbone: nn.Module, head: rf.MarginHead, branches: nn.Module | None = None
 ) -> tuple[torch.optim.Optimizer, Any]:
-    """(backbone's, head's): separate, because HeadSGD updates the head inside its sweep and only the backbone is clipped."""
+    """(backbone's and branches', head's): separate, because HeadSGD updates the head inside its sweep and is not clipped."""
     decay = config.weight_decay
     head_decay = decay if config.head_weight_decay is None else config.head_weight_decay
     head_lr = config.lr if config.head_lr is None else config.head_lr
     first = _torch_optimizer(config.optimizer, backbone, config.lr, config.momentum, decay)
+    if branches is not None:
+        first.add_param_group({"params": list(branches.parameters())})
     if config.head_optimizer == "headsgd":
         return first, rf.HeadSGD(head, lr=head_lr, momentum=config.momentum, weight_decay=head_decay)
     return first, _torch_optimizer(config.head_optimizer, head, head_lr, config.momentum, head_decay)

@@ -163,23 +163,19 @@ def load_backbone(path: str | Path, network: str | None, embedding_size: int, si
     A folder brings its settings (config.yaml or the card); a file needs `network`, `embedding_size` and `size`.
     Raises FileNotFoundError or ValueError when nothing loadable is there or the weights do not fit.
     """
-    from recog_fast.checkpoint import latest_checkpoint, read_checkpoint
+    from recog_fast.checkpoint import read_checkpoint
     from recog_fast.models import load_backbone as load_weights
     from recog_fast.models import load_model
     from recog_fast.models.card import CARD
-    from recog_fast.training.config import read_config
     from recog_fast.training.model import build_backbone
+    from recog_fast.training.saved import find_run
 
     place = Path(path)
     if (place / CARD).is_file():
         described, card = load_model(place)
         return described, card.input_size[0]
     if place.is_dir():
-        checkpoint = place if (place / "manifest.json").is_file() else latest_checkpoint(place / "checkpoints")
-        run = place.parent.parent if checkpoint == place else place
-        if checkpoint is None or not (run / "config.yaml").is_file():
-            raise FileNotFoundError(f"eval: expected config.yaml and checkpoints in {run}, found none")
-        config = read_config(run / "config.yaml")
+        config, checkpoint = find_run(place)
         weights: Any = read_checkpoint(checkpoint, keys=("model",))["model"]
     elif place.is_file():
         if network is None:

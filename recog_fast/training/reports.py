@@ -1,0 +1,57 @@
+"""What a run says about itself: the announcement, a line every few steps, verifications."""
+
+from __future__ import annotations
+
+from recog_fast import QAFace
+from recog_fast.training.config import to_yaml
+from recog_fast.training.logs import Log
+from recog_fast.training.run import Run
+from recog_fast.training.unrecognizable import norms_by_resolution
+
+_OPPOSITE = -0.15  # two standard errors of a correlation over 64 images at three sizes
+
+
+def announce(run: Run, log: Log) -> None:
+    parameters = sum(p.numel() for p in run.backbone.parameters())
+    log.line(to_yaml(run.config).rstrip())
+    log.line(
+        f"{run.images.num_classes} identities, {len(run.images)} images; {run.config.network} with {parameters / 1e6:.2f} M parameters on {run.device}; "
+        f"{run.steps_per_epoch} steps an epoch, {run.total} in all, starting at {run.step}"
+    )
+
+
+def log_training(run: Run, log: Log, lr: float, speed: float) -> None:
+    means = run.meter.flush()
+    epoch = (run.step - 1) // run.steps_per_epoch
+    values = {**means, "lr": lr, "epoch": float(epoch), "images_per_second": speed}
+    if corrupt := run.images.corrupt():
+        values["corrupt_images"] = float(corrupt)
+        if corrupt > run.corrupt:
+            log.line(f"{corrupt} unreadable images replaced so far, listed in {run.config.output}/quarantine*.jsonl")
+            run.corrupt = corrupt
+    if run.head.memory is not None:
+        values |= {f"memory/{name}": float(count) for name, count in run.head.memory.stats(run.step).items()}
+    if run.skipped:
+        values["skipped_steps"] = float(run.skipped)
+    log.scalars(run.step, values)
+    log.training_line(run.step, epoch, speed, means.get("loss", float("nan")), lr)
+
+
+def log_norms(run: Run, log: Log) -> None:
+    """Feature norm by resolution where a memory takes it for quality, and a warning where it is none."""
+    if run.head.memory is None or not isinstance(run.head.memory.policy, QAFace):
+        return
+    found = norms_by_resolution(run)
+    log.scalars(run.step, {f"norm/{name}": value for name, value in found.items()})
+    if found["correlation"] < _OPPOSITE:
+        norms = ", ".join(f"{name} {value:.2f}" for name, value in found.items())
+        log.line(
+            f"Warning: feature norm and resolution anti-correlate at step {run.step} (mean norm: {norms}): in this network the "
+            "norm QAFace weighs samples by says the opposite of quality"
+        )
+
+
+def log_verification(run: Run, log: Log, metrics: dict[str, float]) -> None:
+    log.scalars(run.step, metrics)
+    text = "   ".join(f"{name.removeprefix('val/')} {value:.4f}" for name, value in metrics.items())
+    log.line(f"Verification at step {run.step}: {text}")
