@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -79,6 +80,11 @@ class Liger(Contender):
 class _OnDevice(Native):
     """Ours without the statistics that the CPU benchmark reads: that would wait for the device in the middle of a step."""
 
+    def __init__(self, arena: Arena) -> None:
+        super().__init__(arena)
+        self.head.to(arena.weight.device)  # its buffers, as in anyone's training; the weight is there already
+        assert self.head.weight is arena.weight
+
     def forward(self) -> Tensor:
         return self.head(self.arena.embeddings, self.arena.labels)  # type: ignore[no-any-return]
 
@@ -150,31 +156,43 @@ class GpuGraph(GpuStepBF16):
         """Is part of the graph."""
 
 
-def captured(step: Any, warm_up: int = 3) -> tuple[Tensor, Any]:
+class Captures:
+    """What is known of captures in this process: refused, in whose words; failed here, after which the allocator is not as it was."""
+
+    refused = ""
+    failed = False
+
+
+def captured(step: Callable[[], Tensor], warm_up: int = 3) -> tuple[Tensor, Any]:
     """(what `step` returns, the CUDA graph of it), after `warm_up` calls on a side stream, as torch's notes on graphs ask for.
 
     Raises Unsuitable with the error's text where the step cannot be captured.
     """
-    if not torch.cuda.is_available():
-        raise Unsuitable("not supported: no CUDA device")
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
+    if Captures.refused or not torch.cuda.is_available():
+        raise Unsuitable(Captures.refused or "not supported: no CUDA device")
+    before, stream = torch.cuda.current_stream(), torch.cuda.Stream()
+    stream.wait_stream(before)
     with torch.cuda.stream(stream):
         for _ in range(warm_up):
             step()
-    torch.cuda.current_stream().wait_stream(stream)
+    before.wait_stream(stream)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     try:
         with torch.cuda.graph(graph):
             result = step()
     except torch.OutOfMemoryError:
+        Captures.failed = True
+        torch.cuda.set_stream(before)
         raise
     except Exception as error:  # whatever refuses a capture says so in words of its own
-        raise Unsuitable(f"not supported: {type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:300]}") from error
+        Captures.failed = True
+        torch.cuda.set_stream(before)  # torch.cuda.graph leaves its own where the end of the capture fails
+        cause = error.__context__ or error  # that end has an error of its own, which hides the first
+        text = (str(cause).strip().splitlines() or [""])[0][:300]
+        Captures.refused = f"not supported: {type(cause).__name__}: {text}"
+        raise Unsuitable(Captures.refused) from error
     return result, graph
-
-
 
 
 OURS: tuple[type[Contender], ...] = (GpuReference, GpuDense, GpuDenseBF16, GpuStep, GpuStepBF16, GpuGraph)

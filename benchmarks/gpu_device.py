@@ -140,7 +140,7 @@ class Cuda(Device):
             call()
             torch.cuda.synchronize()
         # torch.optim.Optimizer marks its step, and such a mark has a span on the device that is no kernel
-        there = [e for e in seen.events() if e.device_type == torch.autograd.DeviceType.CUDA and not e.is_user_annotation]
+        there = [e for e in seen.events() if e.device_type == torch.autograd.DeviceType.CUDA and not getattr(e, "is_user_annotation", False)]
         return _summary([(e.name, e.time_range.elapsed_us()) for e in there])
 
     def describe(self) -> dict[str, str]:
@@ -177,14 +177,11 @@ def _command(*command: str) -> str:
 
 def describe(device: Device) -> dict[str, str]:
     """Device, versions, commit, and which code runs (`recog_fast.backends()`)."""
-    import triton
-
     running = rf.backends()
     compiled = native.load()
     return {
         **device.describe(),
         "torch": torch.__version__,
-        "triton": triton.__version__,
         "python": sys.version.split()[0],
         "recog_fast": rf.__version__,
         "commit": machine.commit(),
