@@ -6,6 +6,7 @@ Public names only. A check returns lines {"check", "result", "detail"}; result: 
 from __future__ import annotations
 
 import contextlib
+import copy
 import time
 from collections.abc import Callable
 from functools import partial
@@ -41,7 +42,7 @@ class Loop:
     def __init__(self, device: Device, small: bool, seed: int = 0, classes: int = 0) -> None:
         self.n, self.c, self.d = (6, classes or 80, 32) if small else (256, classes or 30_000, 512)
         torch.manual_seed(seed)
-        self.head = rf.MarginHead(self.c, self.d, compute_dtype=torch.bfloat16).to(device.torch)
+        self.head = rf.MarginHead(self.c, self.d, compute_dtype=torch.bfloat16).to(device.where)
         self.optimizer = rf.HeadSGD(self.head, lr=0.1)
         g = torch.Generator().manual_seed(seed)
         self.x = device.to(torch.randn(self.n, self.d, generator=g)).requires_grad_()
@@ -199,11 +200,11 @@ def check_compile(device: Device, small: bool) -> list[Line]:
     """torch.compile of a function around the loss: the values of the plain call."""
     loop = Loop(device, small)
     weight = loop.head.weight.detach().clone().requires_grad_()
-    backbone = nn.Linear(loop.d, loop.d, bias=False).to(device.torch)
+    backbone = nn.Linear(loop.d, loop.d, bias=False).to(device.where)
 
     def function(x: Tensor) -> Tensor:
         rows = backbone(x)
-        return 2 * rf.margin_softmax_loss(rows, weight, loop.labels, compute_dtype=torch.bfloat16)  # type: ignore[no-any-return]
+        return 2 * rf.margin_softmax_loss(rows, weight, loop.labels, compute_dtype=torch.bfloat16)
 
     def run(call: Callable[[Tensor], Tensor]) -> list[Tensor]:
         loss = call(loop.x.detach())
@@ -224,10 +225,10 @@ def check_compile(device: Device, small: bool) -> list[Line]:
 def check_autocast(device: Device, small: bool) -> list[Line]:
     """Under bf16 autocast, and with bf16 embeddings, the head runs in bf16; moving it there and back keeps every bit."""
     loop = Loop(device, small)
-    plain = rf.MarginHead(loop.c, loop.d).to(device.torch)
+    plain = rf.MarginHead(loop.c, loop.d).to(device.where)
     plain.load_state_dict(loop.head.state_dict())
     asked = loop.head(loop.x, loop.labels).detach()
-    with torch.autocast(device.torch.type, dtype=torch.bfloat16):
+    with torch.autocast(device.where.type, dtype=torch.bfloat16):
         inside = plain(loop.x, loop.labels)
     (gradient,) = torch.autograd.grad(inside, loop.x)
     lines = [_verdict("autocast: the bits of compute_dtype=bfloat16", torch.equal(asked, inside.detach()) and gradient.dtype == torch.float32)]
@@ -235,8 +236,8 @@ def check_autocast(device: Device, small: bool) -> list[Line]:
     (d_half,) = torch.autograd.grad(plain(half, loop.labels), half)
     lines.append(_verdict("bf16 embeddings have bf16 gradients", d_half.dtype == torch.bfloat16 and bool(torch.isfinite(d_half).all())))
     there = plain.weight.detach().clone()
-    plain.to("cpu").to(device.torch)
-    lines.append(_verdict("head to the CPU and back", torch.equal(plain.weight, there) and torch.isfinite(plain(loop.x, loop.labels)).item()))
+    plain.to("cpu").to(device.where)
+    lines.append(_verdict("head to the CPU and back", torch.equal(plain.weight, there) and bool(torch.isfinite(plain(loop.x, loop.labels)))))
     return lines
 
 
@@ -245,7 +246,7 @@ def launches(device: Device, small: bool) -> list[dict[str, Any]]:
     sizes = ((6, 90, 32),) if small else ((128, 100_000, 512), (1024, 1_000_000, 512))
     rows = []
     for shape in sizes:
-        problem = make_device_problem("R0", *shape, device.torch)
+        problem = make_device_problem("R0", *shape, device.where)
         arena = DeviceArena(problem)
         for kind in (GpuGraph, GpuStepBF16, GpuStep, GpuDense, PartialFC):
             row: dict[str, Any] = {"name": kind.name, "N": shape[0], "C": shape[1], "D": shape[2]}
@@ -280,6 +281,46 @@ def _step(contender: Any) -> None:
     contender.update()
 
 
+_HEADS: dict[str, dict[str, Any]] = {
+    "sampled classes": {"sample_rate": 0.2, "sample_seed": 3}, "sampled classes, sparse": {"sample_rate": 0.2, "sample_seed": 3, "unsampled": "sparse"},
+    "sampled classes, unknown rows": {"sample_rate": 0.2, "sample_seed": 3, "unknown_weight": 0.1}, "memory": {"memory": True},
+    "sub-centers": {"subcenters": 2}, "CurricularFace": {"margin": rf.CurricularFace()},
+}  # fmt: skip
+
+
+def _trained(device: Device, small: bool, backend: str, half: bool, options: dict[str, Any]) -> Tensor:
+    """W minus its start after three steps."""
+    n, c, d = (6, 80, 32) if small else (200, 5000, 64)
+    options = copy.deepcopy(options)
+    held = rf.PrototypeMemory(c, d, rf.VPL(delta=50, start=0)) if options.pop("memory", False) else None
+    unsampled = options.pop("unsampled", "dense")
+    torch.manual_seed(0)
+    head = rf.MarginHead(c, d, memory=held, compute_dtype=torch.bfloat16 if half else torch.float32, **options).to(device.where)
+    # so small a rate that W moves in a straight line: errors of the gradients are then those of the movement
+    optimizer, start = rf.HeadSGD(head, lr=1e-4, unsampled=unsampled), head.weight.detach().clone()
+    with rf.ops.use_backend(backend):
+        for step in range(3):
+            g = torch.Generator().manual_seed(step)
+            x = device.to(torch.randn(n, d, generator=g)).requires_grad_()
+            labels = device.to(torch.randint(-1, c, (n,), generator=g))
+            head(x, labels, **({} if held is None else {"keys": x.detach()})).backward()
+            optimizer.step()
+    return head.weight.detach() - start
+
+
+def check_heads(device: Device, small: bool) -> list[Line]:
+    """Heads with HeadSGD: W after three steps as on the reference in float32, and the same bits in a second training."""
+    lines = []
+    for name, options in list(_HEADS.items())[2:4] if small else _HEADS.items():
+        truth = _trained(device, small, "reference", False, options)
+        for half in (False, True):
+            ours, again = (_trained(device, small, "auto", half, options) for _ in range(2))
+            error, budget = float((ours - truth).norm() / truth.norm()), 2e-2 if half else 1e-4
+            detail = f"error of the movement of W {error:.1e} (budget {budget:.0e}), bits {'equal' if torch.equal(ours, again) else 'NOT equal'}"
+            lines.append(_verdict(f"head, {name}, {'bf16' if half else 'float32'}", error <= budget and torch.equal(ours, again), detail))
+    return lines
+
+
 CHECKS: dict[str, Callable[[Device, bool], list[Line]]] = {
-    "errors": check_errors, "graph": check_graph, "streams": check_streams, "autocast": check_autocast, "compile": check_compile,
+    "errors": check_errors, "heads": check_heads, "graph": check_graph, "streams": check_streams, "autocast": check_autocast, "compile": check_compile,
 }  # fmt: skip

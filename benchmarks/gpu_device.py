@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._autograd import DeviceType
 
 import recog_fast as rf
 from recog_fast import native
@@ -38,7 +39,7 @@ class Device:
     """What the suite asks of a device; the bodies here are those of CPU tensors."""
 
     name = "interpreter"
-    torch = torch.device("cpu")
+    where = torch.device("cpu")
     multiprocessors = 1
     l2_bytes = 32 << 20
     total_bytes = 1 << 30
@@ -68,11 +69,11 @@ class Device:
 
     def generator(self, seed: int) -> torch.Generator:
         """A generator of this device."""
-        return torch.Generator(self.torch).manual_seed(seed)
+        return torch.Generator(self.where).manual_seed(seed)
 
     def to(self, t: Tensor) -> Tensor:
         """A copy on the device."""
-        return t.to(self.torch, copy=True)
+        return t.to(self.where, copy=True)
 
     def allocate_too_much(self) -> None:
         """Raises torch.OutOfMemoryError as an allocation beyond the device does."""
@@ -101,8 +102,8 @@ class Cuda(Device):
     def __init__(self) -> None:
         if not torch.cuda.is_available():
             raise RuntimeError("gpu_suite: torch sees no CUDA device (--dry-run tries the suite without one)")
-        self.torch = torch.device("cuda", torch.cuda.current_device())
-        properties = torch.cuda.get_device_properties(self.torch)
+        self.where = torch.device("cuda", torch.cuda.current_device())
+        properties = torch.cuda.get_device_properties(self.where)
         self.multiprocessors, self.l2_bytes = properties.multi_processor_count, properties.L2_cache_size
         self.total_bytes = properties.total_memory
 
@@ -131,7 +132,7 @@ class Cuda(Device):
         torch.cuda.empty_cache()
 
     def allocate_too_much(self) -> None:
-        torch.empty(2 * self.total_bytes, dtype=torch.uint8, device=self.torch)
+        torch.empty(2 * self.total_bytes, dtype=torch.uint8, device=self.where)
 
     def profile(self, call: Callable[[], object]) -> Profile:
         activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
@@ -140,11 +141,11 @@ class Cuda(Device):
             call()
             torch.cuda.synchronize()
         # torch.optim.Optimizer marks its step, and such a mark has a span on the device that is no kernel
-        there = [e for e in seen.events() if e.device_type == torch.autograd.DeviceType.CUDA and not getattr(e, "is_user_annotation", False)]
+        there = [e for e in seen.events() if e.device_type == DeviceType.CUDA and not getattr(e, "is_user_annotation", False)]
         return _summary([(e.name, e.time_range.elapsed_us()) for e in there])
 
     def describe(self) -> dict[str, str]:
-        properties = torch.cuda.get_device_properties(self.torch)
+        properties = torch.cuda.get_device_properties(self.where)
         return {
             "device": f"{properties.name}, sm_{properties.major}{properties.minor}, {self.multiprocessors} multiprocessors, "
             f"{self.total_bytes / 1e9:.1f} GB, L2 {self.l2_bytes / 1e6:.0f} MB",
@@ -154,7 +155,7 @@ class Cuda(Device):
         }
 
     def slug(self) -> str:
-        return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(self.torch).lower()).strip("-")
+        return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(self.where).lower()).strip("-")
 
 
 def _summary(events: list[tuple[str, float]]) -> Profile:
@@ -231,11 +232,11 @@ def _interpreted() -> Iterator[None]:
     if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
         raise RuntimeError("gpu_suite: a dry run needs a process of its own: triton was imported before TRITON_INTERPRET=1")
     sys.path.insert(0, str(machine.ROOT / "tests"))
-    import triton_interpreter
+    import triton_interpreter  # sets TRITON_INTERPRET and mends the interpreter
 
     from recog_fast.ops import _cuda, _library
 
-    assert triton_interpreter.interpreter
+    assert triton_interpreter._patched is not None
 
     def runs(operation: str, *operands: Tensor | None, kept: Tensor | None = None) -> bool:
         return _library.backend() == "auto" and kept is None and all(t is None or t.dtype != torch.float64 for t in operands)

@@ -89,7 +89,7 @@ def _profiled_step(device: Device, _: float) -> list[dict[str, Any]]:
     from .gpu_problems import DeviceArena, make_device_problem
     from .gpu_times import run_once
 
-    contender = GpuStepBF16(DeviceArena(make_device_problem("R0", 1024, 20_000, 512, device.torch)))
+    contender = GpuStepBF16(DeviceArena(make_device_problem("R0", 1024, 20_000, 512, device.where)))
     for _number in range(2):
         run_once(device, contender)
     return []

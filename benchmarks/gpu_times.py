@@ -104,9 +104,9 @@ class GpuYardsticks:
     def __init__(self, device: Device) -> None:
         small = device.name == "interpreter"
         self._device, size, copied = device, 64 if small else _YARDSTICK, 1 << 12 if small else _COPY
-        self._half = [torch.randn(size, size, device=device.torch).bfloat16() for _ in range(2)]
+        self._half = [torch.randn(size, size, device=device.where).bfloat16() for _ in range(2)]
         self._single = [t[: size // 2, : size // 2].float().contiguous() for t in self._half]
-        self._from = torch.randn(copied, device=device.torch)
+        self._from = torch.randn(copied, device=device.where)
         self._to = torch.empty_like(self._from)
         self.rates: dict[str, list[float]] = {"bf16": [], "float32": [], "copy": []}
         self.run()
@@ -230,7 +230,7 @@ def run_case(device: Device, case: Case, deadline: float) -> dict[str, Any]:
     result: dict[str, Any] = {"regime": case.regime, "N": case.rows, "C": case.classes, "D": case.dimension, "label": case.label, "rows": []}
     torch.compiler.reset()
     try:
-        problem = make_device_problem(case.regime, case.rows, case.classes, case.dimension, device.torch)
+        problem = make_device_problem(case.regime, case.rows, case.classes, case.dimension, device.where)
         truths = {margin_key(Contender.margin): device_truth(problem, Contender.margin)}
         arena, yardsticks = DeviceArena(problem), GpuYardsticks(device)
     except torch.OutOfMemoryError:

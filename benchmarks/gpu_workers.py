@@ -130,7 +130,7 @@ class Pool:
                     answer: Answer = {"no_time": f"{rest:.0f} s were left of the budget, it takes about {task.seconds:.0f}"}
                 else:
                     given = min(rest, 2 * task.seconds + 10)
-                    answer = worker.ask(task.name, given, limit=2 * given + 20)
+                    answer = worker.ask(task.name, given, limit=min(2 * given + 20, rest + 60))
                 with lock:
                     done(task, answer, time.monotonic() - began)
 
