@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -325,6 +326,17 @@ def test_the_predicted_launches_are_those_of_the_chunk_loop(monkeypatch: pytest.
     expected = gpu_model.predict(n, c, d, {"tflops": 1.0, "tbs": 1.0, "l2": chunks._L2, "multiprocessors": chunks._PROCESSORS})
     assert expected.chunks == 2 and expected.kernels == len(launched)
     assert expected.overlapped < expected.serial <= expected.launched
+
+
+def test_the_page_of_predictions_is_the_models() -> None:
+    section = (ROOT / "benchmarks" / "NOTES.md").read_text().split("## GPU: predictions, not yet measured")[1]
+    rows = re.findall(r"^\| (\d+) x ([\d,]+) \| (\d+) \((\d+)\) \| (\d+) \| ([\d.]+) \| ([\d.]+) \| \d+ % \| (\d+) \|", section, re.MULTILINE)
+    assert len(rows) == 8
+    for n, c, chunk, chunks_, kernels, *milliseconds in rows:
+        made = gpu_model.predict(int(n), int(c.replace(",", "")), 512, gpu_model.H200)
+        assert (made.chunk, made.chunks, made.kernels) == (int(chunk), int(chunks_), int(kernels))
+        for shown, seconds in zip(milliseconds, (made.overlapped, made.serial, made.launched), strict=True):
+            assert float(shown) == pytest.approx(1e3 * seconds, rel=0.01, abs=0.5 if "." not in shown else 0.051)
 
 
 def test_bytes_of_the_fused_step_are_those_of_the_design() -> None:
