@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import os
 import platform
 import re
@@ -79,6 +80,12 @@ def describe() -> dict[str, str]:
         "numpy": numpy.__version__,
         "python": platform.python_version(),
     }
+
+
+def use_source_tree() -> None:
+    """Makes `recog_fast.triton_kernels` importable from a checkout that was never installed: CUDA tensors need no build."""
+    if importlib.util.find_spec("recog_fast.triton_kernels") is None:
+        recog_fast.__path__.append(str(ROOT))
 
 
 def repository_environment() -> dict[str, str]:

@@ -22,7 +22,7 @@ _EMULATED_COMPILED = 64 * 100_000 * 512
 
 
 def _refuse_emulated_bf16(arena: Arena, most: int) -> None:
-    if math.prod(arena.problem.shape) > most and not machine.has_bf16():
+    if not arena.labels.is_cuda and math.prod(arena.problem.shape) > most and not machine.has_bf16():
         raise Unsuitable("this CPU has no bf16 instructions: emulated, tens of seconds a step at this size")
 
 
@@ -82,7 +82,7 @@ class EagerAutocast(Contender):
         super().__init__(arena)
 
     def forward(self) -> Tensor:
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast(self.arena.labels.device.type, dtype=torch.bfloat16):
             return eager_loss(self.arena.embeddings, self.arena.weight, self.arena.labels)
 
 
@@ -128,7 +128,7 @@ class _DistributedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor, None]:
         logits, labels = ctx.saved_tensors
         logits = logits.clone()  # the original subtracts in place; a second backward would then be wrong
-        logits[torch.arange(labels.numel()), labels] -= 1
+        logits[torch.arange(labels.numel(), device=labels.device), labels] -= 1
         return logits.mul_(d_loss / labels.numel()), None
 
 
@@ -147,14 +147,19 @@ class PartialFC(Contender):
             self.classes = self._draw(weight.shape[0])
             weight = weight[self.classes]
             labels = torch.searchsorted(self.classes, labels)
-        cosine = F.linear(F.normalize(arena.embeddings), F.normalize(weight)).clamp(-1, 1)
-        at = torch.arange(labels.numel())
+        cosine = self._cosine(F.normalize(arena.embeddings), F.normalize(weight)).clamp(-1, 1)
+        at = torch.arange(labels.numel(), device=labels.device)
         logits = cosine.index_put((at, labels), arcface(cosine[at, labels], MARGIN)) * SCALE
         return _DistributedCrossEntropy.apply(logits, labels)  # type: ignore[no-any-return, no-untyped-call]
 
+    def _cosine(self, rows: Tensor, weight: Tensor) -> Tensor:
+        """<x^, W^> (N, S) of unit rows."""
+        return F.linear(rows, weight)
+
     def _draw(self, classes: int) -> Tensor:
         """Positives and random others up to rate * C, sorted; the same draw every run."""
-        score = torch.rand(classes, generator=torch.Generator().manual_seed(7))
+        device = self.arena.labels.device
+        score = torch.rand(classes, generator=torch.Generator(device).manual_seed(7), device=device)
         positives = torch.unique(self.arena.labels)
         score[positives] = 2.0
         return score.topk(max(int(self.rate * classes), positives.numel())).indices.sort().values

@@ -70,23 +70,23 @@ def make_problem(regime: str, rows: int, classes: int, dimension: int, seed: int
     if not regime.startswith("R1-"):
         raise ValueError(f"make_problem: expected regime 'R0' or 'R1-<mean loss>', got {regime!r}")
     wanted = float(regime[3:])
-    _add_look_alikes(weight, generator)
-    gaps = _gaps(rows, wanted)[torch.randperm(rows, generator=generator)]
-    unit = _rows_with_gaps(weight, labels, directions, gaps)
+    add_look_alikes(weight, generator)
+    gaps = target_gaps(rows, wanted)[torch.randperm(rows, generator=generator)]
+    unit = rows_with_gaps(weight, labels, directions, gaps)
     return Problem(regime, unit * norms, weight, velocity, labels, wanted, 0.02 * wanted + 0.01)
 
 
-def _add_look_alikes(weight: Tensor, generator: torch.Generator) -> None:
+def add_look_alikes(weight: Tensor, generator: torch.Generator) -> None:
     """Turns 5 % of the classes towards another class, to cosine 0.4; in place."""
     classes = weight.shape[0]
-    order = torch.randperm(classes, generator=generator)
+    order = torch.randperm(classes, generator=generator, device=weight.device)
     count = int(classes * LOOK_ALIKE)
     copies, models = order[:count], order[count : 2 * count]
     sine = math.sqrt(1 - LOOK_ALIKE_COSINE**2)
     weight[copies] = LOOK_ALIKE_COSINE * weight[models] + sine * weight[copies]
 
 
-def _gaps(rows: int, wanted: float) -> Tensor:
+def target_gaps(rows: int, wanted: float) -> Tensor:
     """Quantiles of N(mu, 6.4) with mu such that the mean of softplus(-gap) is `wanted`. (rows,) float64."""
     position = (torch.arange(rows, dtype=torch.float64) + 0.5) / rows
     spread = GAP_SPREAD * math.sqrt(2) * torch.erfinv(2 * position - 1)
@@ -98,14 +98,14 @@ def _gaps(rows: int, wanted: float) -> Tensor:
     return spread + low
 
 
-def _rows_with_gaps(weight: Tensor, labels: Tensor, directions: Tensor, gaps: Tensor) -> Tensor:
+def rows_with_gaps(weight: Tensor, labels: Tensor, directions: Tensor, gaps: Tensor) -> Tensor:
     """x^_i = c_i W^_y + sqrt(1 - c_i^2) u_i, u_i orthogonal to W^_y, with c_i by bisection on s t_i - L_i = gap_i. (N, D)"""
     unit = torch.nn.functional.normalize(weight)
     own = unit[labels]
     noise = torch.nn.functional.normalize(directions - (directions * own).sum(1, keepdim=True) * own)
     along, across = own @ unit.t(), noise @ unit.t()
-    at = torch.arange(labels.numel())
-    low, high = torch.full((labels.numel(),), -1.0), torch.ones(labels.numel())
+    at = torch.arange(labels.numel(), device=labels.device)
+    low, high = torch.full_like(along[:, 0], -1.0), torch.ones_like(along[:, 0])
     for _ in range(30):
         cosine = (low + high) / 2
         logits = SCALE * (cosine.unsqueeze(1) * along + torch.sqrt(1 - cosine * cosine).unsqueeze(1) * across)

@@ -55,7 +55,7 @@ class Gate:
         return math.isfinite(self.error) and self.error <= self.limit and (self.same_bits or not self.needs_same_bits)
 
 
-def _target(cosine: Tensor, margin: float) -> tuple[Tensor, Tensor]:
+def arcface_target(cosine: Tensor, margin: float) -> tuple[Tensor, Tensor]:
     """phi(c) and phi'(c) of ArcFace."""
     if margin == 0:
         return cosine, torch.ones_like(cosine)
@@ -66,7 +66,7 @@ def _target(cosine: Tensor, margin: float) -> tuple[Tensor, Tensor]:
     return value, torch.where(inside, slope, torch.ones_like(slope))
 
 
-def _tangent(gradient: Tensor, unit: Tensor, norm: Tensor) -> Tensor:
+def tangent(gradient: Tensor, unit: Tensor, norm: Tensor) -> Tensor:
     return (gradient - (gradient * unit).sum(1, keepdim=True) * unit) / norm
 
 
@@ -83,7 +83,7 @@ def compute_truth(problem: Problem, margin: float, classes: Tensor | None = None
     for start in range(0, count, _CHUNK):
         part = problem.weight[take[start : start + _CHUNK]].double()
         cosine[:, start : start + _CHUNK] = unit @ torch.nn.functional.normalize(part).t()
-    value, slope = _target(cosine[at, labels], margin)
+    value, slope = arcface_target(cosine[at, labels], margin)
     sample, targets = _sample(cosine, labels, seed)
     logits = cosine.mul_(SCALE)
     logits[at, labels] = float("-inf")
@@ -97,9 +97,9 @@ def compute_truth(problem: Problem, margin: float, classes: Tensor | None = None
         d_unit += d_cosine[:, start : start + _CHUNK] @ torch.nn.functional.normalize(part)
     chosen = problem.weight[take[sample]].double()
     length = chosen.norm(dim=1, keepdim=True)
-    d_weight = _tangent(d_cosine[:, sample].t() @ unit, chosen / length, length)
+    d_weight = tangent(d_cosine[:, sample].t() @ unit, chosen / length, length)
     loss = torch.logaddexp(torch.zeros_like(lse), lse - SCALE * value).mean()
-    return Truth(float(loss), _tangent(d_unit, unit, norm), d_weight, take[sample], targets)
+    return Truth(float(loss), tangent(d_unit, unit, norm), d_weight, take[sample], targets)
 
 
 def _sample(cosine: Tensor, labels: Tensor, seed: int) -> tuple[Tensor, int]:

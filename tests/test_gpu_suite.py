@@ -1,0 +1,461 @@
+"""`python -m benchmarks.gpu_suite` without a GPU: its dry run in Triton's interpreter, and what it makes of failures."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import create_autospec
+
+import pytest
+import torch
+from paths import ROOT
+from torch import Tensor
+from torch._C._autograd import DeviceType
+from torch.autograd.profiler_util import FunctionEvent
+
+sys.path.insert(0, str(ROOT))  # benchmarks/ is no part of the installed package
+
+import recog_fast as rf
+from benchmarks import gpu_contenders, gpu_gates, gpu_model, gpu_report, gpu_suite, gpu_targets, gpu_times, gpu_workers
+from benchmarks.contenders import Unsuitable
+from benchmarks.gpu_device import Cuda, Device, is_fatal, is_out_of_memory
+from benchmarks.gpu_problems import REGIMES, DeviceArena, device_truth, make_device_problem
+from benchmarks.peers import Eager, PartialFC
+from benchmarks.problems import MARGIN
+from benchmarks.protocol import STEPS
+from benchmarks.truth import compute_truth
+from recog_fast.ops import _cuda, chunks
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def dry_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """The whole suite at toy sizes, in a process of its own."""
+    pytest.importorskip("triton")
+    output = tmp_path_factory.mktemp("gpu")
+    command = [sys.executable, "-m", "benchmarks.gpu_suite", "--dry-run", "--output", str(output)]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=600)
+    return output, done
+
+
+@pytest.mark.slow
+def test_a_dry_run_goes_through_every_stage(dry_run: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    output, done = dry_run
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+    data = json.loads((output / "gpu.json").read_text())
+    assert len(data["gates"]) >= 40 and all(g["passes"] and g["same_bits"] for g in data["gates"])
+    assert {g["name"] for g in data["gates"]} >= {*gpu_gates.STEMS, "memory_write", "margin_softmax_loss", gpu_contenders.GpuStepBF16.name}
+    assert {t["task"] for t in data["tasks"]} == {t.name for t in gpu_suite.all_tasks(False, True) if t.section != "tools"}
+    rows = {r["name"]: r for r in data["cases"][0]["rows"]}
+    for kind in (gpu_contenders.GpuStepBF16, gpu_contenders.GpuDense, Eager, gpu_contenders.PartialFCBF16):
+        assert rows[kind.name]["rounds"] == 2 and rows[kind.name]["gate"]["passes"], kind.name
+    assert rows[gpu_contenders.GpuGraph.name]["skipped"] == "not supported: no CUDA device"
+    results = {c["check"]: c["result"] for c in data["checks"]}
+    assert results["CUDA graph of head and HeadSGD.step"] == "not supported"
+    assert all(r == "ok" for name, r in results.items() if "graph" not in name) and len(results) >= 9
+    assert {n["task"] for n in data["not_run"]} == {"golden", "memcheck", "ncu", "racecheck"}
+
+
+@pytest.mark.slow
+def test_the_page_shows_all_of_it(dry_run: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    output, done = dry_run
+    page = (output / "gpu.md").read_text()
+    data = json.loads((output / "gpu.json").read_text())
+    assert page.strip() == gpu_report.markdown(data).strip()
+    shown = [*(r["name"] for r in data["cases"][0]["rows"]), *(c["check"] for c in data["checks"]), *(t.name for t in gpu_targets.TARGETS)]
+    assert not [name for name in shown if name not in page]
+    assert "gates: " in done.stdout and "not run: memcheck" in done.stdout
+
+
+_UNINSTALLED = """
+import importlib.util, sys
+sys.meta_path = [finder for finder in sys.meta_path if "editable" not in repr(finder).lower()]
+sys.path[:] = [sys.argv[1], *(p for p in sys.path if "site-packages" in p or "lib/python" in p)]
+import recog_fast
+from benchmarks import machine
+before = importlib.util.find_spec("recog_fast.triton_kernels")
+machine.use_source_tree()
+import recog_fast.triton_kernels
+print(before is None or before.origin, recog_fast.triton_kernels.__file__)
+"""
+
+
+def test_a_checkout_that_was_never_installed_has_its_kernels(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", _UNINSTALLED, str(ROOT)], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[1] in (str(ROOT / "triton_kernels" / "__init__.py"), done.stdout.split()[0])
+
+
+# -- gates that can fail -------------------------------------------------------------------------------------------------
+
+
+def _operations(monkeypatch: pytest.MonkeyPatch, change: Callable[[Tensor], Tensor]) -> None:
+    """The operations' results on the path under test changed; the reference is left alone."""
+    original = gpu_gates.results
+
+    def results(*arguments: Any, **options: Any) -> tuple[Tensor, ...]:
+        found = original(*arguments, **options)
+        ours = rf.ops._library.backend() == "auto"
+        return tuple(change(t) if ours and t.dtype.is_floating_point else t for t in found)
+
+    monkeypatch.setattr(gpu_gates, "results", results)
+
+
+def _float32(stem: str) -> dict[str, Any]:
+    """The gate of an operation on the CPU's own kernels, float32."""
+    line: dict[str, Any] = gpu_gates.gate_operation(Device(), stem, gpu_gates.Shape(20, 300, 64))[0]
+    return line
+
+
+@pytest.mark.parametrize("stem", gpu_gates.STEMS)
+@pytest.mark.parametrize(("change", "passes"), [
+    (lambda t: t, True), (lambda t: t * 1.001 + 1e-5, False), (lambda t: t + torch.rand(()) * 1e-9, False), (lambda t: t * float("nan"), False),
+], ids=["right", "0.1 % off", "other bits", "NaN"])  # fmt: skip
+def test_a_wrong_operation_fails_its_gate(stem: str, change: Callable[[Tensor], Tensor], passes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    _operations(monkeypatch, lambda t: change(t.double()))
+    line = _float32(stem)
+    assert line["passes"] == passes, line
+
+
+@pytest.mark.parametrize("regime", REGIMES)
+def test_truth_on_the_device_is_the_other_truth(regime: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunked twice over against materialised once; a sampled head too. What `refill` draws is what was there."""
+    problem = make_device_problem(regime, 24, 900, 64, CPU)
+    monkeypatch.setattr("benchmarks.gpu_problems._CHUNK", 250)
+    for classes in (None, torch.unique(torch.cat([problem.labels, torch.arange(0, 900, 7)]))):
+        ours, other = device_truth(problem, MARGIN, classes), compute_truth(problem, MARGIN, classes)
+        assert ours.loss == pytest.approx(other.loss, rel=1e-12)
+        assert (ours.d_embeddings - other.d_embeddings).norm() <= 1e-10 * other.d_embeddings.norm()
+        assert ours.targets == other.targets and torch.equal(ours.sample[: ours.targets], other.sample[: other.targets])
+        rows = torch.zeros(2, 900, 64, dtype=torch.float64)
+        rows[0, ours.sample], rows[1, other.sample] = ours.d_weight, other.d_weight
+        both = ours.sample[torch.isin(ours.sample, other.sample)]
+        assert both.numel() > 24 and (rows[0, both] - rows[1, both]).norm() <= 1e-10 * rows[1, both].norm()
+    before = problem.weight.clone()
+    problem.weight.zero_()
+    problem.refill()
+    assert torch.equal(problem.weight, before)
+
+
+# -- what cannot run -----------------------------------------------------------------------------------------------------
+
+
+class _Full(Eager):
+    """Finds no memory."""
+
+    name = "full"
+
+    def forward(self) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
+
+
+class _Broken(Eager):
+    """Fails in words of its own."""
+
+    name = "broken"
+
+    def forward(self) -> Tensor:
+        raise RuntimeError("expected something else\nand more")
+
+
+class _Wrong(Eager):
+    """dx twice as large."""
+
+    name = "wrong"
+
+    def forward(self) -> Tensor:
+        loss = super().forward()
+        return 2 * loss - loss.detach()
+
+
+class _Fatal(Eager):
+    """Loses the context."""
+
+    name = "fatal"
+
+    def forward(self) -> Tensor:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+
+def _case(*kinds: type[Eager]) -> gpu_times.Case:
+    return gpu_times.Case(16, 200, kinds, rounds=3, dimension=32)
+
+
+def test_contenders_that_cannot_run_are_lines_and_the_others_are_timed() -> None:
+    result = gpu_times.run_case(Device(), _case(_Full, _Broken, _Wrong, Eager), time.perf_counter() + 100)
+    rows = {r["name"]: r for r in result["rows"]}
+    assert rows["full"]["skipped"] == "oom" and rows["broken"]["skipped"] == "RuntimeError: expected something else"
+    assert rows["wrong"]["skipped"].startswith("gate failed") and "steps" not in rows["wrong"]
+    assert rows[Eager.name]["rounds"] == 3 and set(rows[Eager.name]["steps"]) == set(STEPS)
+    assert all("\n" not in line for line in gpu_report.case_lines(result))
+
+
+def test_no_time_left_is_said() -> None:
+    result = gpu_times.run_case(Device(), _case(Eager, PartialFC), time.perf_counter() - 1)  # type: ignore[arg-type]
+    assert [r["skipped"] for r in result["rows"]] == ["not run: no time left"] * 2
+
+
+def test_a_lost_context_ends_the_process_and_not_the_results() -> None:
+    result = gpu_times.run_case(Device(), _case(Eager, _Fatal), time.perf_counter() + 100)
+    assert "illegal memory access" in result["fatal"] and result["rows"][0]["name"] == Eager.name
+    answer = gpu_suite.perform(gpu_suite.Task("t", "cases", 1.0, lambda d, s: [result]), Device(), 9.0)
+    assert answer["fatal"] and answer["lines"] == [result]
+    assert "illegal memory access" in "\n".join(gpu_report.case_lines(result))
+
+
+def test_errors_are_told_apart() -> None:
+    assert is_out_of_memory(torch.OutOfMemoryError("x")) and not is_fatal(torch.OutOfMemoryError("x"))
+    assert is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"))
+    assert is_fatal(RuntimeError("CUDA error: device-side assert triggered")) and not is_fatal(ValueError("expected labels"))
+    assert not is_out_of_memory(RuntimeError("out of resource: shared memory, Required: 300000, Hardware limit: 232448"))
+
+
+@dataclass(frozen=True)
+class _Task:
+    name: str
+    seconds: float = 0.1
+
+
+_WORKER = """
+import json, os, sys, time
+for line in sys.stdin:
+    name, seconds = json.loads(line)
+    if name == "dies": sys.stderr.write("the last words"); sys.stderr.flush(); os._exit(7)
+    if name == "hangs": time.sleep(60)
+    print("noise without an end", end="")
+    print("\\n@@ " + json.dumps({"lines": [name, os.getpid()], "fatal": name == "fatal"}), flush=True)
+    if name == "fatal": sys.exit(3)
+"""
+
+
+def test_workers_that_die_or_hang_are_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_workers, "STARTUP", 1.0)
+    answers: dict[str, Any] = {}
+    pool = gpu_workers.Pool([sys.executable, "-c", _WORKER], dict(os.environ), tmp_path / "log", 1)
+    names = ["a", "dies", "b", "fatal", "c", "d"]
+    pool.run([_Task(n) for n in names], lambda: 100.0, lambda task, answer, seconds: answers.update({task.name: answer}))
+    assert "ended with 7; the last words" in answers["dies"]["died"]
+    processes = [answers[n]["lines"][1] for n in ("a", "b", "fatal", "c", "d")]
+    assert processes[1] == processes[2] and processes[3] == processes[4] and len(set(processes)) == 3
+    worker = gpu_workers.Worker([sys.executable, "-c", _WORKER], dict(os.environ), tmp_path / "log")
+    assert worker.ask("a", 1.0, 20.0)["lines"][0] == "a"
+    assert "no answer within" in worker.ask("hangs", 1.0, 0.2)["died"]
+    assert worker.ask("b", 1.0, 20.0)["lines"][0] == "b"
+    worker.close()
+
+
+def test_tasks_beyond_the_budget_are_named(tmp_path: Path) -> None:
+    results = gpu_suite.Results(tmp_path, {"device": "none"}, {})
+    task = gpu_suite.Task("times-1x1", "cases", 45.0, lambda d, s: [])
+    pool = gpu_workers.Pool(["false"], dict(os.environ), tmp_path / "log", 2)
+    pool.run([task, task], lambda: 20.0, results.take)
+    assert [n["task"] for n in results.data["not_run"]] == ["times-1x1"] * 2 and not results.failed
+    assert "20 s were left" in (tmp_path / "gpu.md").read_text()
+    results.take(task, {"died": "the process ended with -11; it said nothing"}, 1.0)
+    assert results.failed and "ended with -11" in (tmp_path / "gpu.md").read_text()
+
+
+# -- targets and predictions ---------------------------------------------------------------------------------------------
+
+
+def _measured(rows: int, classes: int, milliseconds: float, ratio: float) -> dict[str, Any]:
+    spread = {"median": milliseconds / 1e3, "p10": milliseconds / 1e3, "p90": milliseconds / 1e3}
+    gate = {"d_embeddings": 1e-3, "d_weight": 5e-3, "same_bits": True}
+    ours = {"name": gpu_contenders.GpuStepBF16.name, "steps": {STEPS[2]: {"s": spread}}, "gate": gate,
+            "against": {PartialFC.name: {"median": ratio, "p10": ratio, "p90": ratio}}, "memory": {"total_gb": 50.0, "backward_per_cd": 0.1, "backward_gb": 0.05}}  # fmt: skip
+    return {"N": rows, "C": classes, "label": "", "rows": [ours, {"name": Eager.name, "skipped": "oom"}]}
+
+
+def test_targets_follow_the_numbers() -> None:
+    data = {"cases": [_measured(1024, 100_000, 1.0, 1.0), _measured(1024, 1_000_000, 10.2, 12.0), _measured(512, 10_000_000, 80.0, 1.0)]}
+    met = {line[0]: line[5] for line in gpu_targets.table(data)}
+    assert met["full step, N=1024, C=1M"] == "must" and met["full step, N=512, C=10M"] == "NOT MET"
+    assert met["full step, N=4096, C=10M"] == met["against cut-cross-entropy (fp32 accumulation), N=1024, C=1M"] == "not measured"
+    assert met["against Partial FC as shipped (fp32), N=1024, C=1M"] == "must"
+    assert met["peak memory with W and momentum, C=10M, N=512"] == "strong"
+    assert met["extra memory, forward + backward, C=1M, share of W"] == "must"  # 0.1 B per element of 4 B
+    assert met["time per class, C=100k to 1M, N=1024, apart by"] == "stretch" and met["dx and dW, relative error, worst case timed"] == "must"
+
+
+def test_the_predicted_launches_are_those_of_the_chunk_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The launchers counted in place of kernels, GEMMs with them: two chunks, the last ragged."""
+    pytest.importorskip("triton")
+    from recog_fast.triton_kernels import class_gradient, class_step, effective_prototypes, merge, negative_logsumexp
+
+    launched: list[str] = []
+
+    def counted(name: str, result: Any = None) -> Callable[..., Any]:
+        def launch(*_: Any, **__: Any) -> Any:
+            launched.append(name)
+            return result
+
+        return launch
+
+    for module, name in ((effective_prototypes, "run_prototype_rows"), (merge, "run_merge_nearest"), (merge, "run_add_partials"),
+                         (class_gradient, "run_slope_tile"), (class_step, "run_class_epilogue")):  # fmt: skip
+        monkeypatch.setattr(module, name, counted(name))
+    monkeypatch.setattr(negative_logsumexp, "run_forward_tile", counted("run_forward_tile", 1))
+    n, c, d = 64, 70_000, 32
+    unit, weight = torch.zeros(n, d), torch.zeros(c, d)
+
+    def slab_products(a: Tensor, b: Tensor, slab: int) -> list[Tensor]:
+        count = (a.shape[1] >= slab) + (a.shape[1] % slab > 0)
+        launched.extend(["mm"] * count)
+        return [torch.zeros(1, n, d)] * count
+
+    def float32_product(a: Tensor, b: Tensor) -> Tensor:
+        launched.append("mm")
+        return torch.zeros(a.shape[0], d)
+
+    monkeypatch.setattr(chunks, "slab_products", slab_products)
+    monkeypatch.setattr(chunks, "float32_product", float32_product)
+    _cuda.forward(unit, weight, torch.zeros(n, dtype=torch.int64), 64.0, None, None, None, None, False, True, True)
+    terms = torch.zeros(5, n)
+    _cuda.step(unit, torch.zeros(n, dtype=torch.int64), terms, weight, None, 64.0, None, None, None, None, True, 0.1, 0.0, 0.0, False, True)
+    expected = gpu_model.predict(n, c, d, {"tflops": 1.0, "tbs": 1.0, "l2": chunks._L2, "multiprocessors": chunks._PROCESSORS})
+    assert expected.chunks == 2 and expected.kernels == len(launched)
+    assert expected.overlapped < expected.serial <= expected.launched
+
+
+def test_the_page_of_predictions_is_the_models() -> None:
+    section = (ROOT / "benchmarks" / "NOTES.md").read_text().split("## GPU: predictions, not yet measured")[1]
+    rows = re.findall(r"^\| (\d+) x ([\d,]+) \| (\d+) \((\d+)\) \| (\d+) \| ([\d.]+) \| ([\d.]+) \| \d+ % \| (\d+) \|", section, re.MULTILINE)
+    assert len(rows) == 8
+    for n, c, chunk, chunks_, kernels, *milliseconds in rows:
+        made = gpu_model.predict(int(n), int(c.replace(",", "")), 512, gpu_model.H200)
+        assert (made.chunk, made.chunks, made.kernels) == (int(chunk), int(chunks_), int(kernels))
+        for shown, seconds in zip(milliseconds, (made.overlapped, made.serial, made.launched), strict=True):
+            assert float(shown) == pytest.approx(1e3 * seconds, rel=0.01, abs=0.5 if "." not in shown else 0.051)
+
+
+def test_bytes_of_the_fused_step_are_those_of_the_design() -> None:
+    """W read for both prototypes, W and v read and written: 24 B per element; 8NCD."""
+    cost = gpu_model.fused_step(1024, 1000, 512)
+    assert cost.bytes() == 24 * 1000 * 512 and cost.flops(matrix_only=True) == 8 * 1024 * 1000 * 512
+    assert gpu_model.roofline_seconds(cost, "update", 790e12, 4.3e12) == pytest.approx(max(8 * 1024 / 790e12, 24 / 4.3e12) * 512_000)
+
+
+def test_equal_bits_have_equal_sums_and_others_do_not() -> None:
+    t = torch.randn(300, 16)
+    swapped = t.clone()
+    swapped[[3, 5]] = swapped[[5, 3]]
+    moved = t.clone()
+    moved[7, 2] = torch.nextafter(moved[7, 2], torch.tensor(9.0))
+    sums = gpu_times.checksums(t)
+    assert torch.equal(sums, gpu_times.checksums(t.clone()))
+    assert not torch.equal(sums, gpu_times.checksums(swapped)) and not torch.equal(sums, gpu_times.checksums(moved))
+
+
+def test_an_arena_is_refilled_in_place() -> None:
+    problem = make_device_problem("R1-0.87", 16, 200, 32, CPU)
+    arena = DeviceArena(problem)
+    first = [gpu_times.run_once(Device(), Eager(arena)) for _ in range(2)]
+    assert torch.equal(*first) and arena.weight.data_ptr() == problem.weight.data_ptr()
+
+
+# -- the lines that only run on CUDA, against the signatures of this torch ---------------------------------------------------
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """torch.cuda with every function and class the suite calls replaced by one that takes the same arguments and does nothing."""
+    names = ("current_device", "get_device_name", "synchronize", "reset_peak_memory_stats", "memory_allocated", "max_memory_allocated",
+             "empty_cache", "Event", "Stream", "stream", "current_stream", "set_stream", "CUDAGraph", "graph")  # fmt: skip
+    fakes = SimpleNamespace(**{name: create_autospec(getattr(torch.cuda, name)) for name in names})
+    for name, fake in vars(fakes).items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    fakes.current_device.return_value, fakes.get_device_name.return_value = 0, "NVIDIA H200"
+    fakes.memory_allocated.return_value, fakes.max_memory_allocated.return_value = 5, 9
+    properties = SimpleNamespace(name="NVIDIA H200", major=9, minor=0, multi_processor_count=132, L2_cache_size=62914560, total_memory=150 << 30)
+    assert all(f"    {field}: " in _stub() for field in vars(properties))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device=None: properties)
+    monkeypatch.setattr(gpu_contenders.Captures, "failed", False)
+    monkeypatch.setattr(gpu_contenders.Captures, "refused", "")
+    return fakes
+
+
+def _stub() -> str:
+    """torch's own declaration of a device's properties."""
+    text = (Path(torch.__file__).parent / "_C" / "__init__.pyi").read_text()
+    return text[text.index("class _CudaDeviceProperties") :][:2500]
+
+
+def test_the_cuda_device_calls_torch_as_torch_is(cuda: Any) -> None:
+    device = Cuda()
+    assert (device.multiprocessors, device.l2_bytes, device.total_bytes) == (132, 62914560, 150 << 30)
+    start, end = device.mark(), device.mark()
+    assert cuda.Event.call_args.kwargs == {"enable_timing": True}
+    start.elapsed_time.return_value = 2.5
+    device.synchronize()
+    assert device.seconds(start, end) == 0.0025 and start.record.called
+    assert (device.start_peak(), device.peak()) == (5, 9)
+    device.clean()
+    assert device.slug() == "nvidia-h200" and "sm_90" in device.describe()["device"] and "L2 63 MB" in device.describe()["device"]
+    profile = device.profile(lambda: torch.ones(3) + 1)
+    assert profile.kernels == 0  # of a device there are none, and the CPU's events are not taken for them
+
+
+def test_the_profiler_counts_kernels_and_no_marks(cuda: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def event(name: str, kind: Any, microseconds: float, mark: bool = False) -> Any:
+        made = FunctionEvent(1, name, 1, 0.0, microseconds, device_type=kind, is_user_annotation=mark)
+        return made
+
+    where = DeviceType
+    events = [event("k", where.CUDA, 3.0), event("k", where.CUDA, 2.0), event("m", where.CUDA, 9.0, True), event("aten::mm", where.CPU, 50.0)]
+    monkeypatch.setattr(torch.profiler.profile, "events", lambda self: events)
+    profile = Cuda().profile(lambda: None)
+    assert profile.kernels == 2 and profile.busy == pytest.approx(5e-6) and [(n, c) for n, c, _ in profile.top] == [("k", 2)]
+
+
+def test_a_graph_is_captured_after_warming_up_on_a_side_stream(cuda: Any) -> None:
+    calls: list[bool] = []
+
+    def step() -> Tensor:
+        calls.append(cuda.graph.return_value.__enter__.called)
+        return torch.ones(())
+
+    result, graph = gpu_contenders.captured(step)
+    assert calls == [False] * 3 + [True] and result.item() == 1 and cuda.graph.call_args.args == (graph,)
+    cuda.Stream.return_value.wait_stream.assert_called_once_with(cuda.current_stream.return_value)
+    cuda.current_stream.return_value.wait_stream.assert_called_once_with(cuda.Stream.return_value)
+    graph.replay()
+
+
+def test_a_refused_capture_is_told_in_its_own_words_and_not_tried_again(cuda: Any) -> None:
+    def refuse() -> Tensor:
+        if cuda.graph.return_value.__enter__.called:
+            raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nCompile with TORCH_USE_CUDA_DSA")
+        return torch.ones(())
+
+    cuda.graph.return_value.__exit__.side_effect = RuntimeError("CUDA error: operation failed due to a previous error during capture")
+    for _ in range(2):
+        with pytest.raises(Unsuitable, match="not supported: RuntimeError: CUDA error: operation not permitted when stream is capturing$"):
+            gpu_contenders.captured(refuse)
+    cuda.set_stream.assert_called_once_with(cuda.current_stream.return_value)
+    assert gpu_contenders.Captures.failed and cuda.graph.call_count == 1
+    answer = gpu_suite.perform(gpu_suite.Task("t", "checks", 1.0, lambda d, s: []), Device(), 1.0)
+    assert answer["restart"]
+
+
+def test_a_graph_of_a_step_replays_into_its_own_gradient(cuda: Any) -> None:
+    """On the CPU nothing is captured; what is around the replay is the real thing."""
+    problem = make_device_problem("R0", 8, 60, 32, CPU)
+    contender = gpu_contenders.GpuGraph(DeviceArena(problem))
+    loss = gpu_times.run_once(Device(), contender)
+    assert loss.requires_grad is False and contender.arena.embeddings.grad is contender._gradient
+    assert cuda.CUDAGraph.return_value.replay.call_count == 1
+    assert torch.equal(contender.arena.weight, make_device_problem("R0", 8, 60, 32, CPU).weight)  # restored after the capture
+    gpu_times.run_once(Device(), contender)
+    assert cuda.graph.call_count == 1 and cuda.CUDAGraph.return_value.replay.call_count == 2
