@@ -33,7 +33,7 @@ from benchmarks.peers import Eager, PartialFC
 from benchmarks.problems import MARGIN
 from benchmarks.protocol import STEPS
 from benchmarks.truth import compute_truth
-from recog_fast.ops import _cuda, chunks
+from recog_fast.ops import _cuda, _operands, chunks
 
 CPU = torch.device("cpu")
 
@@ -323,7 +323,7 @@ def test_the_predicted_launches_are_those_of_the_chunk_loop(monkeypatch: pytest.
     _cuda.forward(unit, weight, torch.zeros(n, dtype=torch.int64), 64.0, None, None, None, None, False, True, True)
     terms = torch.zeros(5, n)
     _cuda.step(unit, torch.zeros(n, dtype=torch.int64), terms, weight, None, 64.0, None, None, None, None, True, 0.1, 0.0, 0.0, False, True)
-    expected = gpu_model.predict(n, c, d, {"tflops": 1.0, "tbs": 1.0, "l2": chunks._L2, "multiprocessors": chunks._PROCESSORS})
+    expected = gpu_model.predict(n, c, d, {"tflops": 1.0, "tbs": 1.0, "l2": _operands._L2, "multiprocessors": _operands._PROCESSORS})
     assert expected.chunks == 2 and expected.kernels == len(launched)
     assert expected.overlapped < expected.serial <= expected.launched
 
