@@ -95,6 +95,8 @@ class PrototypeMemory(nn.Module):
         self.capacity = num_classes if capacity is None else min(capacity, num_classes)
         self.first_class = 0
         self.held = False
+        # of a sharded head: (check, own rows, labels, step) -> the rows and labels of all ranks
+        self.share: Callable[[Callable[[], object], Tensor, Tensor, object], tuple[Tensor, Tensor]] | None = None
         self.epoch = 0
         self._queue: list[_Write] = []
         self._warned = False
@@ -128,15 +130,20 @@ class PrototypeMemory(nn.Module):
         last two do not wait for the device: such rows are ignored and the error comes from a later `write`, `flush` or
         `stats`.
         """
-        self._raise_deferred(wait=False)
-        step = check_step("PrototypeMemory.write", step)
-        check_batch(embeddings, labels, self.embedding_dim, self.ring.device)
-        wide = torch.promote_types(self.ring_strength.dtype, embeddings.dtype)
-        raw = embeddings.detach().to(wide)
-        norms = torch.linalg.vector_norm(raw, dim=1)  # (N,)
-        labels = self._check_values(norms, labels.long())
+
+        def check() -> tuple[int, Tensor, Tensor, Tensor]:
+            self._raise_deferred(wait=False)
+            now = check_step("PrototypeMemory.write", step)
+            check_batch(embeddings, labels, self.embedding_dim, self.ring.device)
+            raw = embeddings.detach().to(torch.promote_types(self.ring_strength.dtype, embeddings.dtype))
+            norms = torch.linalg.vector_norm(raw, dim=1)  # (N,)
+            return now, raw, norms, self._check_values(norms, labels.long())
+
+        if self.share is not None:
+            embeddings, labels = self.share(check, embeddings, labels, step)
+        now, raw, norms, labels = check()
         unit = torch.where(norms > _ZERO_NORM, 1.0 / norms, 0.0).unsqueeze(1) * raw
-        self._queue.append(_Write(unit.to(self.ring.dtype), norms, labels.clone(), step))
+        self._queue.append(_Write(unit.to(self.ring.dtype), norms, labels.clone(), now))
 
     def flush(self) -> None:
         """Applies the queued writes in order; a head that holds the memory calls it after the optimizer step."""
