@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 import recog_fast as rf
-from recog_fast import sharding
+from recog_fast import reference, sharding
+from recog_fast.sampling import class_priorities
 
 D = 12
 
@@ -65,6 +66,7 @@ class Problem:
     micro: int = 1
     steps: int = 2
     scale: float = 16.0
+    unsampled: str = "dense"
 
 
 def rows_of(problem: Problem, step: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -92,7 +94,7 @@ def build(problem: Problem, group: Any) -> rf.MarginHead:
 
 def optimizer_of(problem: Problem, head: rf.MarginHead) -> Any:
     if problem.fused:
-        return rf.HeadSGD(head, lr=0.5, momentum=0.9, weight_decay=1e-2)
+        return rf.HeadSGD(head, lr=0.5, momentum=0.9, weight_decay=1e-2, unsampled=problem.unsampled)  # type: ignore[arg-type]
     return torch.optim.SGD([head.weight], lr=0.5, momentum=0.9, weight_decay=1e-2)
 
 
@@ -111,6 +113,8 @@ def one_step(problem: Problem, head: rf.MarginHead, optimizer: Any, step: int, o
         upstream = torch.linspace(-1, 1, sum(problem.sizes), dtype=loss.dtype)[own] if loss.dim() else torch.tensor(1.5, dtype=loss.dtype)
         (loss * upstream).sum().backward()
         assert x.grad is not None
+        if head.last_sampled is not None:
+            out[f"entries sampled {micro}"] = head.last_sampled
         out |= {f"loss {micro}": loss.detach(), f"dx {micro}": x.grad}
         out |= {f"{name} {micro}": value for name, value in stats._asdict().items()}
     if not problem.fused:
@@ -129,6 +133,8 @@ def train(group: Any, problem: Problem) -> list[dict[str, Tensor]]:
     """What every step said, and the state at the end; of this rank, or with group None of all rows."""
     head = build(problem, group)
     optimizer = optimizer_of(problem, head)
+    if group is None and head.sample_rate < 1:
+        head._draw = lambda labels, step: samples(problem, head, labels, step)  # type: ignore[method-assign]
     rank = 0 if group is None else head.shards.rank  # type: ignore[union-attr]
     first = sum(problem.sizes[:rank])
     own = slice(0, sum(problem.sizes)) if group is None else slice(first, first + problem.sizes[rank])
@@ -139,6 +145,18 @@ def train(group: Any, problem: Problem) -> list[dict[str, Tensor]]:
         x, labels, weights = (t[own] for t in rows_of(problem, 99))
         out.append(use_of(head, x, labels.clamp_min(0), weights))
     return out
+
+
+def samples(problem: Problem, head: rf.MarginHead, labels: Tensor, step: int) -> Tensor:
+    """The classes that the shards of the problem's ranks draw, together: positives of theirs first, by (seed, step, shard)."""
+    drawn = []
+    for rank, (first, last) in enumerate(shard_bounds(problem.classes, len(problem.sizes))):
+        if first == last:
+            continue
+        here = labels[(labels >= first) & (labels < last)] - first
+        priorities = class_priorities(last - first, int(head.sample_seed), step, rank)
+        drawn.append(reference.sample_classes(here, priorities, max(1, int(head.sample_rate * (last - first)))) + first)
+    return torch.cat(drawn)
 
 
 def state_of(head: rf.MarginHead, optimizer: Any) -> dict[str, Tensor]:
