@@ -149,7 +149,8 @@ class HeadSGD(torch.optim.Optimizer):
     def _update(self, rows: list[RowRecords]) -> None:
         group = self.param_groups[0]
         weight = self.head.weight
-        if weight.shape[0] == 0:  # a shard without classes
+        if weight.shape[0] == 0:  # a shard without classes: its state is as empty
+            self._velocity(weight, group)
             return
         batch = join(rows)
         members = batch.members

@@ -1,4 +1,4 @@
-"""Processes that are ranks: started once per test run, they run functions of test modules in groups of 2, 3 and 4 (gloo)."""
+"""Processes that are ranks: started once per test run, they run functions in groups of 2, 3 and 4 (gloo)."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo  # torch.optim imports it at the first step: once here, before the ranks fork
 import torch.distributed as dist
+import torch.distributed.tensor
 import torch.multiprocessing as mp
 
 MOST = 4
-SECONDS = 20  # of one function; a rank that waits longer for another fails
+SECONDS = 60  # of one function; a rank that waits longer for another fails
 
 
 class RankError(RuntimeError):
@@ -27,23 +29,31 @@ class Ranks:
     """`run(world, function, *arguments)`: function(group, *arguments) on ranks 0 .. world - 1; their results in rank order."""
 
     def __init__(self, most: int = MOST) -> None:
-        context = mp.get_context("spawn")
+        context = mp.get_context("forkserver")
+        context.set_forkserver_preload(["ranks", "sharded_ranks"])  # torch is imported once
         self._folder = tempfile.TemporaryDirectory()
         pipes = [context.Pipe() for _ in range(most)]
         self._pipes = [ours for ours, _ in pipes]
         store = str(Path(self._folder.name) / "store")
         self._processes = [context.Process(target=_serve, args=(r, most, store, pipes[r][1]), daemon=True) for r in range(most)]
+        self._asked = 0
         for process in self._processes:
             process.start()
+        for rank, pipe in enumerate(self._pipes):
+            assert pipe.poll(600), f"rank {rank} does not start"
+            pipe.recv()
 
     def run(self, world: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+        self._asked += 1
         for pipe in self._pipes[:world]:
-            pipe.send((world, function, arguments))
+            pipe.send((self._asked, world, function, arguments))
         results, failures = [], []
         for rank, pipe in enumerate(self._pipes[:world]):
-            if not pipe.poll(2 * SECONDS):
-                raise RankError(f"rank {rank} of {world} does not answer")
-            result, failure = pipe.recv()
+            question = 0
+            while question != self._asked:  # what was asked before a timeout is answered late
+                if not pipe.poll(2 * SECONDS):
+                    raise RankError(f"rank {rank} of {world} does not answer")
+                question, result, failure = pipe.recv()
             results.append(result)
             failures += [f"rank {rank}: {failure}"] if failure else []
         if failures:
@@ -65,12 +75,13 @@ def _serve(rank: int, most: int, store: str, pipe: Connection) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=most, timeout=timedelta(seconds=SECONDS))
     groups = {world: dist.group.WORLD if world == most else dist.new_group(list(range(world))) for world in range(1, most + 1)}
+    pipe.send(rank)
     while (task := pipe.recv()) is not None:
-        world, function, arguments = task
+        question, world, function, arguments = task
         try:
-            pipe.send((function(groups[world], *arguments), None))
+            pipe.send((question, function(groups[world], *arguments), None))
         except Exception:
-            pipe.send((None, traceback.format_exc()))
+            pipe.send((question, None, traceback.format_exc()))
     dist.destroy_process_group()
 
 

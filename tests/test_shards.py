@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-import pickle
 import re
 from typing import Any
 
@@ -13,15 +11,13 @@ import torch
 from budgets import relative
 from golden import cases, load
 from ranks import Ranks, ranks
-from sharded import MARGINS, D, Problem, joined, shard_bounds, train
-from torch import Tensor
+from sharded import MARGINS, UNEVEN, D, Problem, close, joined, shard_bounds, train
+from sharded_ranks import copies, ddp_rank, error_of, golden_rank, without_group
 
 import recog_fast as rf
 from recog_fast.sharding import initial_rows
 
 processes = pytest.fixture(scope="module")(ranks)
-
-UNEVEN = {2: (5, 2), 3: (3, 0, 4), 4: (1, 3, 0, 2)}
 
 
 def compare(ranks: Ranks, problem: Problem, allowed: float, approximate: bool = False) -> None:
@@ -39,13 +35,6 @@ def compare(ranks: Ranks, problem: Problem, allowed: float, approximate: bool = 
                 assert torch.equal(got[name], value), where
             else:
                 assert (approximate and name.startswith("dropped")) or close(got[name], value, allowed), (where, got[name], value)
-
-
-def close(value: Tensor, truth: Tensor, allowed: float) -> bool:
-    finite = torch.isfinite(truth)
-    if not torch.equal(value[~finite], truth[~finite]):
-        return False
-    return relative(value[finite], truth[finite]) <= allowed or float((value - truth)[finite].abs().max()) <= allowed * 1e-3
 
 
 @pytest.mark.parametrize("margin", list(MARGINS))
@@ -139,27 +128,7 @@ def test_sixteen_bits(processes: Ranks, name: str) -> None:
     compare(processes, dataclasses.replace(HALVES[name], half=True, steps=1), 2e-2 if name == "unknown" else 5e-3)
 
 
-def head_of(group: Any, options: dict[str, Any]) -> rf.MarginHead:
-    torch.manual_seed(3)
-    return rf.MarginHead(**{"num_classes": 30, "embedding_dim": D, "group": group, **options})
-
-
 # -- golden cases ------------------------------------------------------------------------------------------------------
-
-
-def golden_rank(group: Any, name: str, cuts: list[int], x: Tensor, w: Tensor, y: Tensor, upstream: Tensor, scale: float) -> dict[str, Tensor]:
-    """The head with the case's own ranges: a group whose classes are cut where the case cuts them."""
-    head = head_of(group, {"num_classes": len(w), "embedding_dim": x.shape[1], "margin": rf.ArcFace(), "scale": scale, "ddp_average": False}).double()
-    rank = head.shards.rank  # type: ignore[union-attr]
-    head.shards.start, head.shards.stop = cuts[rank], cuts[rank + 1]  # type: ignore[union-attr]
-    head.first_class = cuts[rank]
-    head.weight = torch.nn.Parameter(w[cuts[rank] : cuts[rank + 1]].clone())
-    own = slice(len(x) * rank // len(cuts[1:]), len(x) * (rank + 1) // len(cuts[1:]))
-    rows = x[own].clone().requires_grad_()
-    loss, stats = head(rows, y[own], reduction="none", return_stats=True)
-    (loss * upstream[own]).sum().backward()
-    assert rows.grad is not None and head.weight.grad is not None
-    return {"loss": loss.detach(), "nn_cos": stats.nearest_cosine, "nn_idx": stats.nearest_index, "lse_neg": stats.lse, "dX": rows.grad, "dW": head.weight.grad}
 
 
 @pytest.mark.parametrize("name", cases("shard"))
@@ -179,20 +148,6 @@ def test_golden_shards(processes: Ranks, name: str) -> None:
 
 
 # -- DistributedDataParallel -------------------------------------------------------------------------------------------
-
-
-def ddp_rank(group: Any, average: bool) -> tuple[Tensor, Tensor]:
-    torch.manual_seed(0)
-    backbone: torch.nn.Module = torch.nn.Linear(7, D).double()
-    if group is not None and average:
-        backbone = torch.nn.parallel.DistributedDataParallel(backbone, process_group=group)
-    head = head_of(group, {"margin": rf.AdaFace(), "ddp_average": average}).double()
-    images, labels = torch.randn(9, 7, generator=torch.Generator().manual_seed(1)).double(), torch.arange(9) * 3
-    own = slice(0, 9) if group is None else [slice(0, 2), slice(2, 6), slice(6, 9)][head.shards.rank]  # type: ignore[union-attr]
-    head(backbone(images[own]), labels[own]).backward()
-    gradient = next(backbone.parameters()).grad
-    assert gradient is not None and head.weight.grad is not None
-    return gradient, head.weight.grad
 
 
 @pytest.mark.parametrize("average", [True, False])
@@ -236,41 +191,6 @@ def test_class_ranges_are_those_of_chunk() -> None:
 # -- errors: on every rank, at once ------------------------------------------------------------------------------------
 
 
-def error_of(group: Any, case: str) -> str:
-    """What a rank says when rank 1 does something else than the others."""
-    rank = torch.distributed.get_rank(group)
-    odd = rank == 1
-    try:
-        build, _, call = case.partition("/")
-        options = {"num_classes": {"num_classes": 31}, "margin": {"margin": rf.CosFace()}, "scale": {"scale": 8.0}}.get(build, {})
-        memory = rf.PrototypeMemory(31 if build == "num_classes" and odd else 30, D, rf.VPL(delta=9 if build == "policy" and odd else 5, start=0))
-        head = head_of(group, {"memory": memory, **(options if odd else {})})
-        optimizer = rf.HeadSGD(head, 0.1) if not (case == "run/optimizer" and odd) else None
-        x, labels = torch.ones(3, D, requires_grad=True), torch.tensor([0, 5, 29])
-        arguments: dict[str, Any] = {"keys": x.detach()}
-        if odd and call == "labels":
-            labels = torch.tensor([0, 30, 2])
-        if odd and call == "nan":
-            x = torch.full((3, D), float("nan"))
-        if odd and call == "reduction":
-            arguments["reduction"] = "sum"
-        if odd and call == "keys":
-            arguments.pop("keys")
-        if odd and call == "topk":
-            head.topk(x, 2)
-        if odd and call == "width":
-            x = torch.ones(3, D + 1)
-        if call == "write":
-            head.memory.write(x, labels + 28 * odd, 0)  # type: ignore[union-attr]
-        head(x, labels, **arguments).backward()
-        if optimizer is not None:
-            optimizer.step()
-        return f"none: {int(head.steps)}"
-    except (ValueError, RuntimeError) as error:
-        state = (int(head.steps), head.memory.pending, float(head.memory.clock)) if call else ()  # type: ignore[union-attr]
-        return f"{type(error).__name__}: {error} {state}"
-
-
 ERRORS = {
     "num_classes": ("expected the same num_classes on every rank, got 30 on rank 0 and 31 on rank 1", None),
     "margin": (r"expected the same margin on every rank, got .*ArcFace.* on rank 0 and .*CosFace.* on rank 1", None),
@@ -298,28 +218,12 @@ def test_an_error_of_one_rank_is_raised_on_all(processes: Ranks, case: str) -> N
     assert processes.run(3, error_of, "run/nothing") == ["none: 1"] * 3  # and they go on together
 
 
-def without_group(group: Any) -> str:
-    with pytest.raises(ValueError) as error:
-        rf.MarginHead(30, D)
-    return str(error.value)
-
-
 def test_several_ranks_need_a_group(processes: Ranks) -> None:
     for text in processes.run(4, without_group):
         assert "expected group=torch.distributed.group.WORLD or another process group under 4 ranks, got None" in text
     for bad in ("world", 3):
         with pytest.raises(ValueError, match="expected group to be a torch.distributed.ProcessGroup"):
             rf.MarginHead(30, D, group=bad)
-
-
-def copies(group: Any) -> list[bool]:
-    head = head_of(group, {})
-    twin = copy.deepcopy(head)
-    x, labels = torch.ones(2, D), torch.tensor([1, 29])
-    same = torch.equal(head(x, labels), twin(x, labels))
-    with pytest.raises(TypeError, match="got a sharded one: use save_checkpoint"):
-        pickle.dumps(head)
-    return [same, head.shards is twin.shards]
 
 
 def test_copies_share_the_group(processes: Ranks) -> None:

@@ -42,7 +42,8 @@ class ShardGroup:
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
         self.size, self.rank = dist.get_world_size(group), dist.get_rank(group)
-        self._hosts = _host_group(group)
+        self.hosts = _host_group(group)
+        self._saver: ShardGroup | None = None
 
     def spread(self, num_classes: int) -> tuple[int, int]:
         """Takes the classes to share; (first, last + 1) of this rank."""
@@ -56,12 +57,24 @@ class ShardGroup:
     def __reduce__(self) -> NoReturn:
         raise TypeError("MarginHead: expected a head without a process group to pickle, got a sharded one: use save_checkpoint")
 
+    def saver(self) -> ShardGroup | None:
+        """The same ranks in a group of their own, for a thread that saves while training goes on; every rank asks for it.
+
+        None for a part of all ranks: the others would have to take part in making it.
+        """
+        if self._saver is None and self.size == dist.get_world_size():
+            made = dist.new_group(backend="gloo")
+            assert isinstance(made, dist.ProcessGroup)
+            self._saver = ShardGroup(made)
+            self._saver.spread(self.num_classes)
+        return self._saver
+
     # -- agreement -------------------------------------------------------------------------------------------------------
 
     def exchange(self, value: Any) -> list[Any]:
         """Every rank's value (small, of plain types), in rank order."""
         gathered: list[Any] = [None] * self.size
-        dist.all_gather_object(gathered, value, group=self._hosts)
+        dist.all_gather_object(gathered, value, group=self.hosts)
         return gathered
 
     def agree(
@@ -95,9 +108,10 @@ class ShardGroup:
         return Admission(tuple(n for n, _, _ in headers), bool(union & _STATISTICS), bool(union & _EMBEDDINGS))
 
     def _headers(self, mine: list[int]) -> list[list[int]]:
-        header = torch.tensor(mine)
-        gathered = torch.empty(self.size * len(mine), dtype=torch.int64)
-        _gather(gathered, header, self._hosts)
+        device = "cpu" if "gloo" in str(dist.get_backend_config(self.hosts)) else "cuda"
+        header = torch.tensor(mine, device=device)
+        gathered = torch.empty(self.size * len(mine), dtype=torch.int64, device=device)
+        _gather(gathered, header, self.hosts)
         rows: list[list[int]] = gathered.reshape(self.size, -1).tolist()
         return rows
 
@@ -209,10 +223,13 @@ def join_group(group: dist.ProcessGroup | None) -> ShardGroup | None:
 
 
 def _host_group(group: dist.ProcessGroup) -> dist.ProcessGroup:
-    """A group of the same ranks that takes CPU tensors: itself with gloo, else a gloo one beside it."""
-    if "gloo" in str(dist.get_backend_config(group)):
+    """A group of the same ranks that takes CPU tensors: itself with gloo, else a gloo one beside it.
+
+    A part of all ranks cannot make one by itself: then the group, whose headers wait for the device.
+    """
+    if "gloo" in str(dist.get_backend_config(group)) or dist.get_world_size(group) < dist.get_world_size():
         return group
-    made = dist.new_group(dist.get_process_group_ranks(group), backend="gloo", use_local_synchronization=True)
+    made = dist.new_group(backend="gloo")
     assert isinstance(made, dist.ProcessGroup)
     return made
 
