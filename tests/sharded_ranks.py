@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from sharded import D, Problem, build, one_step, optimizer_of, state_of
+from sharded import D, Problem, build, one_step, optimizer_of, rows_of, state_of
 from torch import Tensor
 
 import recog_fast as rf
@@ -186,3 +186,44 @@ def refused_load(group: Any, path: str, change: str) -> tuple[str, bool]:
         same = all(torch.equal(v, before[k]) for k, v in head.state_dict().items())
         return str(error), same
     return "loaded", False
+
+
+def messages_of(group: Any, problem: Problem) -> tuple[list[tuple[str, int]], list[int]]:
+    """(kind, bytes) of every collective of one training step of this rank, and unlabelled rows of all ranks."""
+    head = build(problem, group)
+    optimizer = optimizer_of(problem, head)
+    rank = head.shards.rank  # type: ignore[union-attr]
+    first = sum(problem.sizes[:rank])
+    seen: list[tuple[str, int]] = []
+    names = {"all_gather_single": "all-gather", "all_gather_into_tensor": "all-gather", "all_reduce": "all-reduce"}
+    names |= {"reduce_scatter_single": "reduce-scatter", "reduce_scatter_tensor": "reduce-scatter"}
+    others = ("all_to_all_single", "all_gather_object", "broadcast", "barrier", "all_gather", "reduce", "send", "scatter")
+    distributed = torch.distributed
+    with pytest.MonkeyPatch.context() as patch:
+        for name in (*names, *others):
+            if hasattr(distributed, name):
+                patch.setattr(distributed, name, _counting(getattr(distributed, name), names.get(name, name), seen))
+        one_step(problem, head, optimizer, 0, slice(first, first + problem.sizes[rank]))
+    labels = rows_of(problem, 0)[1].split(list(problem.sizes))
+    return seen, [int((part == -1).sum()) for part in labels]
+
+
+def _counting(call: Any, kind: str, seen: list[tuple[str, int]]) -> Any:
+    def counted(*arguments: Any, **options: Any) -> Any:
+        tensors = [a for a in arguments if isinstance(a, Tensor)]
+        seen.append((kind, tensors[-1].numel() * tensors[-1].element_size() if tensors else -1))
+        return call(*arguments, **options)
+
+    return counted
+
+
+def part_of_head(group: Any, problem: Problem) -> dict[str, int]:
+    """Bytes of what a rank's head and optimizer hold after a step."""
+    head = build(problem, group)
+    optimizer = optimizer_of(problem, head)
+    rank = 0 if group is None else head.shards.rank  # type: ignore[union-attr]
+    first = sum(problem.sizes[:rank])
+    one_step(problem, head, optimizer, 0, slice(first, first + problem.sizes[rank]))
+    state = [t for t in optimizer.state.get(head.weight, {}).values() if t.dim()]
+    held = [] if head.memory is None else [head.memory.ring, head.memory.ring_strength, head.memory.stamp, head.memory.owner, head.memory.slot]
+    return {name: sum(t.numel() * t.element_size() for t in tensors) for name, tensors in (("W", [head.weight]), ("state", state), ("memory", held))}

@@ -50,7 +50,8 @@ def save_checkpoint_async(
     if ranks is not None and saver is None:
         done: Future[None] = Future()
         try:
-            done.set_result(_save(Path(path), content, ranks, sharded=_is_sharded(head)))
+            _save(Path(path), content, ranks, sharded=_is_sharded(head))
+            done.set_result(None)
         except Exception as error:
             done.set_exception(error)
         return done
