@@ -105,6 +105,22 @@ def _parser() -> argparse.ArgumentParser:
     interchange.add(commands, [debug])
 
     add_commands(commands, debug)
+
+    cost = commands.add_parser(
+        "estimate", parents=[debug], help="memory, messages and least time of a head on a number of devices", description=_estimate.__doc__
+    )
+    cost.add_argument("--classes", type=_count, required=True, help="number of classes, 29e6 for example")
+    cost.add_argument("--gpus", type=_count, default=1, help="devices that share the classes (1)")
+    cost.add_argument("--batch", type=_count, required=True, help="rows of a step, over all devices")
+    cost.add_argument("--dim", type=_count, default=512, help="embedding size (512)")
+    cost.add_argument("--device", default="H100", help="A100, H100 (default), H200 or B200")
+    cost.add_argument("--optimizer", default="headsgd", help="headsgd (default), sgd or adamw")
+    cost.add_argument("--no-momentum", action="store_true", help="momentum 0")
+    cost.add_argument("--float32", action="store_true", help="float32 sweeps instead of 16-bit ones")
+    cost.add_argument("--subcenters", type=_count, default=1, help="centres per class (1)")
+    cost.add_argument("--memory-steps", type=int, default=0, help="delta of a prototype memory (0: none)")
+    cost.set_defaults(run=_estimate)
+
     doctor = commands.add_parser("doctor", parents=[debug], help="say which code path runs here and why")
     doctor.set_defaults(run=_doctor)
     return parser
@@ -161,6 +177,26 @@ def _eval(options: argparse.Namespace, _: list[str]) -> int:
                 )
     if options.json:
         print(json.dumps(report))
+    return 0
+
+
+def _count(text: str) -> int:
+    """A whole number, also written 29e6."""
+    value = float(text)
+    if value != int(value):
+        raise argparse.ArgumentTypeError(f"expected a whole number, got {text}")
+    return int(value)
+
+
+def _estimate(options: argparse.Namespace, _: list[str]) -> int:
+    """Memory of one device by item, messages and the least time of a step: bounds from data-sheet numbers, not measurements."""
+    from recog_fast.estimate import estimate, text
+
+    report = estimate(
+        options.classes, options.gpus, options.batch, dimension=options.dim, device=options.device, optimizer=options.optimizer,
+        momentum=not options.no_momentum, half=not options.float32, subcenters=options.subcenters, memory_steps=options.memory_steps,
+    )  # fmt: skip
+    print(text(report))
     return 0
 
 

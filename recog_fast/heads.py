@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
 from typing import Any, Literal, SupportsFloat, SupportsIndex, overload
 
 import torch
 from torch import Tensor, nn
 
-from . import reference
 from .losses import Reduction, check_options, check_rows
 from .margins import ArcFace
 from .memory import PrototypeMemory
@@ -19,15 +17,13 @@ from .ops._compile import outside_graphs
 from .ops._flags import HostCount, RowFlags
 from .ops._kept import BUDGET, kept_exponentials
 from .ops._rows import Injection, Key, RowRecords
-from .ops.attached_cosine import CosineOptions, attached_cosine
 from .ops.margin_softmax import LossOptions, Margin, margin_softmax
 from .rules import RowStats
 from .sampling import sample_classes
+from .sharding import ClassQueries, GlobalBatch, gather_batch, initial_rows, join_group, sharded_margin_softmax
 
-_CHUNK = 16384  # classes whose cosines `topk` holds at a time
 
-
-class MarginHead(nn.Module):
+class MarginHead(ClassQueries):
     """The classification head of margin softmax over very many classes; holds W (C, D) float32 and nothing else of size C x D.
 
     loss_i = softplus(L_i - s phi(c_{i,y_i})), L_i the logsumexp of s f(c_ij) over the other classes (math.md 1).
@@ -59,6 +55,12 @@ class MarginHead(nn.Module):
             than half of its elements to list, and a batch whose unlabelled rows count, are swept in full; with several forwards per
             HeadSGD step dW is (dx and dropped_mass are of the lists all the same). Setting it to 0 later turns it off. One of
             drop_elements, drop_mass and keep_exponentials.
+        group: a torch.distributed process group whose R ranks share the classes, torch.chunk's ranges of them; `weight` and the memory
+            then hold this rank's (`first_class` and on). Rows, keys and queries are this rank's own (any number, 0 too), labels and
+            class ids global, means, statistics and the loss those of all ranks' rows; every rank makes every call, and an error of one
+            is raised on all. Several ranks without a group: ValueError. `prototypes` and `last_sampled` are this shard's.
+        ddp_average: multiply the gradient of the embeddings by R, since DistributedDataParallel averages the backbone's over the ranks;
+            False: the gradient of the global loss. weight.grad never is.
     W is drawn from N(0, 0.01). Without `HeadSGD`, backward fills weight.grad; with it, backward leaves row records here
     and weight.grad stays None: clip the backbone's gradients only.
 
@@ -86,23 +88,38 @@ class MarginHead(nn.Module):
         keep_budget: int = BUDGET,
         drop_mass: float = 0.0,
         drop_elements: float = 0.0,
+        group: Any = None,
+        ddp_average: bool = True,
     ) -> None:
         super().__init__()
-        for name, value in (("num_classes", num_classes), ("embedding_dim", embedding_dim), ("subcenters", subcenters)):
-            _checks.expect(isinstance(value, SupportsIndex) and operator.index(value) >= 1, "MarginHead", f"{name} >= 1", value)
-        _checks.check_margin(margin, "MarginHead")
-        check_options("MarginHead", torch.empty(0, 1), scale, "mean", unknown_weight, None, None, compute_dtype)
-        _checks.expect(isinstance(sample_rate, SupportsFloat) and 0 < float(sample_rate) <= 1, "MarginHead", "sample_rate in (0, 1]", repr(sample_rate))
-        _checks.expect(sample_seed is None or isinstance(sample_seed, SupportsIndex), "MarginHead", "sample_seed an integer or None", repr(sample_seed))
+        self.shards, self.ddp_average = join_group(group), ddp_average
+
+        def check() -> None:
+            _check_arguments(num_classes, embedding_dim, subcenters, margin, scale, unknown_weight, compute_dtype, sample_rate, sample_seed)
+            _check_memory(memory, num_classes, embedding_dim, subcenters)
+            kept_exponentials(keep_exponentials, keep_budget, drop_mass, drop_elements)
+
+        if self.shards is None:
+            check()
+        else:
+            self.shards.agree("MarginHead", check, {
+                "num_classes": num_classes, "embedding_dim": embedding_dim, "subcenters": subcenters, "scale": scale, "margin": margin,
+                "memory": memory and (memory.policy, memory.capacity, memory.ring.dtype), "sample_rate": sample_rate, "sample_seed": sample_seed,
+                "unknown_weight": unknown_weight, "compute_dtype": compute_dtype, "ddp_average": ddp_average, "keep_exponentials": keep_exponentials,
+                "drop_mass": drop_mass, "drop_elements": drop_elements,
+            })  # fmt: skip
         shape = (num_classes, embedding_dim) if subcenters == 1 else (num_classes, subcenters, embedding_dim)
         self.num_classes, self.embedding_dim, self.subcenters = map(operator.index, (num_classes, embedding_dim, subcenters))
         self.margin, self.scale, self.unknown_weight, self.compute_dtype = margin, float(scale), unknown_weight, compute_dtype
-        self.weight = nn.Parameter(torch.empty(shape, dtype=torch.float32).normal_(0.0, 0.01))
+        self.first_class, last = (0, self.num_classes) if self.shards is None else self.shards.spread(self.num_classes)
+        self.weight = nn.Parameter(initial_rows(shape, self.first_class, last))
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
         self.sample_rate = float(sample_rate)
         seed = torch.initial_seed() if sample_seed is None else operator.index(sample_seed)
         self.register_buffer("sample_seed", torch.tensor(seed % 2**63))
-        self.memory = self._adopt(memory)
+        self.memory = memory
+        if memory is not None:
+            memory.held = True
         self._fused: object | None = None
         self._pending: list[RowRecords] = []
         self._epoch = 0
@@ -114,19 +131,8 @@ class MarginHead(nn.Module):
         self._flags, self._count = RowFlags("MarginHead"), HostCount()
         self.keep = kept_exponentials(keep_exponentials, keep_budget, drop_mass, drop_elements)
         self.drop_mass, self.drop_elements = float(drop_mass), float(drop_elements)
-
-    def _adopt(self, memory: PrototypeMemory | None) -> PrototypeMemory | None:
-        if memory is None:
-            return None
-        held = (memory.num_classes, memory.embedding_dim)
-        _checks.expect(
-            held == (self.num_classes, self.embedding_dim) and self.subcenters == 1,
-            "MarginHead",
-            f"memory of (num_classes, embedding_dim) = {(self.num_classes, self.embedding_dim)} without sub-centers",
-            f"{held} with subcenters = {self.subcenters}",
-        )
-        memory.held = True
-        return memory
+        if self.shards is not None:
+            self._join()
 
     # -- training --------------------------------------------------------------------------------------------------------
 
@@ -162,24 +168,35 @@ class MarginHead(nn.Module):
         step: the clock the memory is read at; None: the head's own count of optimizer steps (training forwards
         without HeadSGD); with HeadSGD and a memory only that count. Raises RuntimeError inside activation checkpointing: its second forward would move all state twice.
         """
-        flags = self._check(embeddings, labels, keys, check_labels)
-        check_options("MarginHead", embeddings, self.scale, reduction, self.unknown_weight, sample_weight, normalizer, self.compute_dtype)
+
+        flags: RowFlags | None = None
+
+        def check() -> None:
+            nonlocal flags
+            # ranks agree on the host before each call: nothing is left for later there
+            flags = self._check(embeddings, labels, keys, check_labels or self.shards is not None)
+            check_options("MarginHead", embeddings, self.scale, reduction, self.unknown_weight, sample_weight, normalizer, self.compute_dtype)
+            self._clock(step)
+
+        arguments = {"reduction": reduction, "normalizer": normalizer, "sample_weight": sample_weight, "keys": keys, "step": step}
+        shard = self._admit("MarginHead", check, embeddings, arguments, return_stats)
         recording = self.training and torch.is_grad_enabled()
         if self.training and self._fused is None and self.memory is not None:
             self.memory.flush()
         now = self._clock(step)
+        rows = GlobalBatch(embeddings, labels, sample_weight) if shard is None else gather_batch(embeddings, labels, sample_weight, shard)
         options = LossOptions(
             margin=self.margin,
             scale=self.scale,
             injection=self._injection(now),
             unknown_weight=self.unknown_weight,
-            sample_weight=sample_weight,
+            sample_weight=rows.sample_weight,
             reduction=reduction,
             normalizer=normalizer,
             on_rows=self._keep_rows if recording and self._fused is not None else None,
             key=self._key(now),
-            members=self._sample(labels, now, recording),
-            unknown_stats=return_stats,
+            members=self._sample(rows.labels, now, recording),
+            unknown_stats=return_stats if shard is None else shard.admission.statistics,
             buffers=self._gradients,
             compute_dtype=self.compute_dtype,
             keep=self.keep if recording else None,
@@ -187,7 +204,10 @@ class MarginHead(nn.Module):
             drop_elements=self.drop_elements,
             flags=flags,
         )
-        loss, stats = margin_softmax(embeddings, self.weight, labels, options)
+        if shard is None:
+            loss, stats = margin_softmax(embeddings, self.weight, labels, options)
+        else:
+            loss, stats = sharded_margin_softmax(embeddings, self.weight, rows.embeddings, rows.labels, options, shard)
         if self.training:
             self._after_forward(labels, keys, now)
         return (loss, stats) if return_stats else loss
@@ -211,12 +231,19 @@ class MarginHead(nn.Module):
         if recording and not dropped and drawn is not None and drawn[0] == step:
             ids = drawn[1]
         else:
-            count = max(1, int(self.sample_rate * self.num_classes))
-            ids = sample_classes(labels, self.num_classes, count, int(self.sample_seed), step)
+            ids = self._draw(labels, step)
             if recording:
                 self._class_set, self._redraw = (step, ids), False
-        self.last_sampled = ids
+        self.last_sampled = ids if self.first_class == 0 else ids + self.first_class
         return ids
+
+    def _draw(self, labels: Tensor, step: int) -> Tensor:
+        """This shard's sampled classes, as rows of `weight`; labels (N,) of all ranks."""
+        classes, shard = self.weight.shape[0], 0 if self.shards is None else self.shards.rank
+        if classes == 0:
+            return labels[:0].long()
+        here = torch.where((labels >= self.first_class) & (labels < self.first_class + classes), labels - self.first_class, -1)
+        return sample_classes(here, classes, max(1, int(self.sample_rate * classes)), int(self.sample_seed), step, shard)
 
     def _check(self, embeddings: Tensor, labels: Tensor, keys: Tensor | None, now: bool) -> RowFlags | None:
         """Raises about what can be seen without waiting for a device (`now`: about all of it); else the flags that take it."""
@@ -227,8 +254,8 @@ class MarginHead(nn.Module):
                 "checkpointing); keep the head outside the checkpointed region"
             )
         _checks.check_embeddings(embeddings, where)
-        _checks.check_weight(self.weight, embeddings.shape[1], where)
-        flags = check_rows(where, embeddings, labels, self.weight, None if now else self._flags)
+        self._check_dimension(embeddings, where)
+        flags = check_rows(where, embeddings, labels, self.num_classes, self.weight.dtype, None if now else self._flags)
         if keys is not None:
             _checks.expect(self.memory is not None, where, "a head with a memory when keys are given", "memory=None")
             _checks.check_embeddings(keys, where, "keys")
@@ -335,69 +362,34 @@ class MarginHead(nn.Module):
         """The HeadSGD that takes this head's rows, or None."""
         return self._fused
 
-    # -- use -------------------------------------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def prototypes(self) -> Tensor:
-        """Effective unit prototypes (C, D) or (C, K, D) at the head's clock; cached until W, memory or clock change: read only."""
-        now = self._count.of(self.steps)
-        key = self._key(now)
-        if self._cache is None or self._cache[0] != key:
-            with torch.inference_mode(False):  # a cache made while evaluating serves training too
-                made = torch.ops.recog_fast.effective_prototypes(self.weight, *self._injection(now).arguments(), True)
-            self._cache = (key, made)
-        return self._cache[1]
-
-    def logits(self, embeddings: Tensor) -> Tensor:
-        """s * cosine (N, C), no margin (max over sub-centers): an N x C tensor, differentiable in embeddings only."""
-        _checks.check_embeddings(embeddings, "MarginHead.logits")
-        _checks.check_weight(self.weight, embeddings.shape[1], "MarginHead.logits")
-        return self.scale * torch.cat([c for _, c in self._cosines(embeddings)], dim=1)
-
-    def _cosines(self, embeddings: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """(first class, cosines (N, chunk)) a chunk of classes at a time."""
-        unit, _ = reference.unit_rows(embeddings.to(self.weight.dtype))
-        prototypes = self.prototypes()
-        for start in range(0, self.num_classes, _CHUNK):
-            rows = prototypes[start : start + _CHUNK]
-            cosine = unit @ rows.reshape(-1, self.embedding_dim).t()
-            yield start, cosine.reshape(unit.shape[0], rows.shape[0], self.subcenters).amax(dim=2)
-
-    @torch.no_grad()
-    def topk(self, embeddings: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """The k nearest classes of each row: cosine (N, k) descending, class id (N, k) int64; ties: the lower id.
-
-        Raises ValueError for k outside [1, C].
-        """
-        where = "MarginHead.topk"
-        _checks.check_embeddings(embeddings, where)
-        _checks.check_weight(self.weight, embeddings.shape[1], where)
-        _checks.expect(1 <= k <= self.num_classes, where, f"k in [1, C = {self.num_classes}]", k)
-        n = embeddings.shape[0]
-        best = torch.empty(n, 0, dtype=self.weight.dtype, device=self.weight.device)
-        ids = torch.empty(n, 0, dtype=torch.int64, device=self.weight.device)
-        for start, cosine in self._cosines(embeddings):
-            here = torch.arange(start, start + cosine.shape[1], device=ids.device).expand(n, -1)
-            best, ids = torch.cat([best, cosine], dim=1), torch.cat([ids, here], dim=1)
-            order = torch.sort(best, dim=1, descending=True, stable=True).indices[:, :k]
-            best, ids = best.gather(1, order), ids.gather(1, order)
-        return best, ids
-
-    @outside_graphs
-    def cosine(self, embeddings: Tensor, class_ids: Tensor) -> Tensor:
-        """<x_i/|x_i|, P_{class_ids_i}> (N,), differentiable in embeddings and weight (max over sub-centers).
-
-        Raises ValueError naming the argument.
-        """
-        where = "MarginHead.cosine"
-        _checks.check_embeddings(embeddings, where)
-        _checks.check_weight(self.weight, embeddings.shape[1], where)
-        _checks.check_labels(class_ids, embeddings.shape[0], self.num_classes, where, low=0, name="class_ids")
-        now = self._count.of(self.steps)
-        on_rows = self._keep_rows if self.training and self._fused is not None else None
-        return attached_cosine(embeddings, self.weight, class_ids.long(), CosineOptions(self.scale, self._injection(now), self._key(now), on_rows))
-
     def extra_repr(self) -> str:
         """Sizes, for print."""
         sampled = f", sample_rate={self.sample_rate}" if self.sample_rate < 1 else ""
         return f"{self.num_classes}, {self.embedding_dim}, margin={self.margin}, scale={self.scale}, subcenters={self.subcenters}{sampled}"
+
+
+def _check_arguments(
+    num_classes: Any, embedding_dim: Any, subcenters: Any, margin: Any, scale: Any, unknown_weight: Any, compute_dtype: Any,
+    sample_rate: Any, sample_seed: Any,
+) -> None:  # fmt: skip
+    """ValueError for what `MarginHead` refuses of its arguments."""
+    where = "MarginHead"
+    for name, value in (("num_classes", num_classes), ("embedding_dim", embedding_dim), ("subcenters", subcenters)):
+        _checks.expect(isinstance(value, SupportsIndex) and operator.index(value) >= 1, where, f"{name} >= 1", value)
+    _checks.check_margin(margin, where)
+    check_options(where, torch.empty(0, 1), scale, "mean", unknown_weight, None, None, compute_dtype)
+    _checks.expect(isinstance(sample_rate, SupportsFloat) and 0 < float(sample_rate) <= 1, where, "sample_rate in (0, 1]", repr(sample_rate))
+    _checks.expect(sample_seed is None or isinstance(sample_seed, SupportsIndex), where, "sample_seed an integer or None", repr(sample_seed))
+
+
+def _check_memory(memory: PrototypeMemory | None, num_classes: int, embedding_dim: int, subcenters: int) -> None:
+    """A memory holds all classes of the head, and the head has no sub-centers."""
+    if memory is None:
+        return
+    held = (memory.num_classes, memory.embedding_dim)
+    _checks.expect(
+        held == (num_classes, embedding_dim) and subcenters == 1,
+        "MarginHead",
+        f"memory of (num_classes, embedding_dim) = {(num_classes, embedding_dim)} without sub-centers",
+        f"{held} with subcenters = {subcenters}",
+    )

@@ -40,7 +40,9 @@ def check_options(
         _checks.expect(0 < float(normalizer) < float("inf"), where, "normalizer > 0", float(normalizer))
 
 
-def check_rows(where: str, embeddings: Tensor, labels: Tensor, weight: Tensor, flags: RowFlags | None) -> RowFlags | None:
+def check_rows(
+    where: str, embeddings: Tensor, labels: Tensor, classes: int, dtype: torch.dtype, flags: RowFlags | None
+) -> RowFlags | None:
     """Labels and finite rows: a ValueError now, or, where that would wait for a device, the flags that will hold it.
 
     flags: those an earlier call may have left something in, which is raised here; None: look now, whatever it costs.
@@ -49,8 +51,8 @@ def check_rows(where: str, embeddings: Tensor, labels: Tensor, weight: Tensor, f
     if flags is not None and defers(labels):
         flags.raise_noted()
         return flags
-    _checks.check_labels(labels, embeddings.shape[0], weight.shape[0], where)
-    _checks.check_finite_rows(embeddings.to(weight.dtype), where)
+    _checks.check_labels(labels, embeddings.shape[0], classes, where)
+    _checks.check_finite_rows(embeddings.to(dtype), where)
     return None
 
 
@@ -114,7 +116,7 @@ def margin_softmax_loss(
     where = "margin_softmax_loss"
     _checks.check_embeddings(embeddings, where)
     _checks.check_weight(weight, embeddings.shape[1], where)
-    flags = check_rows(where, embeddings, labels, weight, None if check_labels else flags_of(embeddings.device, where))
+    flags = check_rows(where, embeddings, labels, weight.shape[0], weight.dtype, None if check_labels else flags_of(embeddings.device, where))
     _checks.check_memory(weight, memory_rows, strength, slot, where)
     _checks.check_margin(margin, where)
     check_options(where, embeddings, scale, reduction, unknown_weight, sample_weight, normalizer, compute_dtype)
@@ -156,7 +158,7 @@ def unknown_rejection_loss(
     _checks.check_embeddings(embeddings, where)
     _checks.check_weight(weight, embeddings.shape[1], where)
     labels = torch.full((embeddings.shape[0],), -1, dtype=torch.int64, device=embeddings.device)
-    flags = check_rows(where, embeddings, labels, weight, flags_of(embeddings.device, where))
+    flags = check_rows(where, embeddings, labels, weight.shape[0], weight.dtype, flags_of(embeddings.device, where))
     _checks.expect(softmax in ("double", "single"), where, "softmax 'double' or 'single'", repr(softmax))
     check_options(where, embeddings, scale, reduction, 1.0, None, None, None)
     options = LossOptions(margin=None, scale=float(scale), unknown_weight=1.0, softmax=softmax, reduction=reduction, flags=flags)

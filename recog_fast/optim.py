@@ -150,11 +150,14 @@ class HeadSGD(torch.optim.Optimizer):
     def _update(self, rows: list[RowRecords]) -> None:
         group = self.param_groups[0]
         weight = self.head.weight
+        if weight.shape[0] == 0:  # a shard without classes: its state is as empty
+            self._velocity(weight, group)
+            return
         batch = join(rows)
         rate = group["lr"] if isinstance(group["lr"], Tensor) else None
         members = batch.members
         if members is None and self.head.sample_rate < 1:  # attached cosines alone: they reach their own classes
-            members = (batch.targets // self.head.subcenters).unique()
+            members = (batch.targets[batch.targets >= 0] // self.head.subcenters).unique()
             if members.numel() == 0:  # of no rows: a gradient of 0
                 if group["unsampled"] == "sparse":
                     return

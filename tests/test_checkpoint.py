@@ -89,7 +89,7 @@ def test_failed_save_keeps_the_old_one(tmp_path: Path, monkeypatch: pytest.Monke
     def refuse(*_: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr("recog_fast.checkpoint._fsync", refuse)
+    monkeypatch.setattr("recog_fast.checkpoint.files._fsync", refuse)
     with pytest.raises(OSError, match="disk full"):
         save_checkpoint(tmp_path / "c", head=head, step=2)
     assert read_checkpoint(tmp_path / "c", keys=("step",)) == {"step": 1}
@@ -134,7 +134,7 @@ def test_foreign_objects_are_not_unpickled(tmp_path: Path) -> None:
     file = tmp_path / "c" / ".metadata"
     file.write_bytes(pickle.dumps(Attack()))
     files = json.loads((tmp_path / "c" / "manifest.json").read_text())
-    from recog_fast.checkpoint import _crc32
+    from recog_fast.checkpoint.files import _crc32
 
     files[".metadata"] = {"bytes": file.stat().st_size, "crc32": _crc32(file)}
     (tmp_path / "c" / "manifest.json").write_text(json.dumps(files))
@@ -187,7 +187,7 @@ def test_waiting_rows_and_writes_are_refused(tmp_path: Path) -> None:
 
 def test_metadata_may_name_enum_members_only() -> None:
     """Python 3.11.0 to 3.11.3 pickle an Enum's member as getattr(cls, name); nothing else may come in that way."""
-    assert checkpoint._enum_member(http.HTTPStatus, "OK") is http.HTTPStatus.OK
+    assert checkpoint.metadata._enum_member(http.HTTPStatus, "OK") is http.HTTPStatus.OK
     for kind, name in ((os, "system"), (http.HTTPStatus, "__class__"), (str, "format")):
         with pytest.raises(pickle.UnpicklingError, match="does not belong"):
-            checkpoint._enum_member(kind, name)
+            checkpoint.metadata._enum_member(kind, name)

@@ -24,6 +24,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "memory": {"reference", "rules", "ops"},
     "losses": {"reference", "rules", "margins", "ops"},
     "sampling": set(),
+    "estimate": set(),
     "sharding": {"reference", "rules", "margins", "ops", "memory"},
     "heads": {"reference", "rules", "margins", "ops", "memory", "losses", "sampling", "sharding"},
     "optim": {"reference", "rules", "ops", "memory", "heads", "sharding"},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple, SupportsIndex
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor, nn
@@ -12,35 +12,10 @@ from torch import Tensor, nn
 from ..ops._deferred import DeferredReport
 from ..ops.memory_write import memory_write
 from .checks import bad_rows, check_batch, check_entries, check_ids, check_sizes, check_step, complaint, normalised
+from .entries import Entries, Injection, Write
 from .policies import MemoryPolicy, NormStatistics
 
 _ZERO_NORM = 1e-12
-
-
-class Injection(NamedTuple):
-    """What the class sweeps take; no C x D tensor."""
-
-    rows: Tensor  # (S, D) the ring itself
-    strength: Tensor  # (S,) lam of each slot at the step asked for; 0 = stale, never written or not started
-    slot: Tensor  # (C,) int32 the class -> slot map itself; -1 = none
-
-
-class Entries(NamedTuple):
-    """The stored entries by global class id, ascending: what a checkpoint of any world size holds."""
-
-    ids: Tensor  # (E,) int64
-    rows: Tensor  # (E, D)
-    strength: Tensor  # (E,) as stored, staleness not applied
-    stamp: Tensor  # (E,) int64 step of the write
-
-
-class _Write(NamedTuple):
-    """One queued batch."""
-
-    rows: Tensor  # (N, D) unit
-    norms: Tensor  # (N,)
-    labels: Tensor  # (N,) int64, global
-    step: int
 
 
 class PrototypeMemory(nn.Module):
@@ -95,8 +70,10 @@ class PrototypeMemory(nn.Module):
         self.capacity = num_classes if capacity is None else min(capacity, num_classes)
         self.first_class = 0
         self.held = False
+        # of a sharded head: (check, own rows, labels, step) -> the rows and labels of all ranks
+        self.share: Callable[[Callable[[], object], Tensor, Tensor, object], tuple[Tensor, Tensor]] | None = None
         self.epoch = 0
-        self._queue: list[_Write] = []
+        self._queue: list[Write] = []
         self._warned = False
         self._reads_norms = bool(getattr(policy, "reads_norms", False))
         self._deferred = DeferredReport()
@@ -129,22 +106,31 @@ class PrototypeMemory(nn.Module):
         last two do not wait for the device: such rows are ignored and the error comes from a later `write`, `flush` or
         `stats`.
         """
-        self._raise_deferred(wait=False)
-        step = check_step("PrototypeMemory.write", step)
-        check_batch(embeddings, labels, self.embedding_dim, self.ring.device)
-        wide = torch.promote_types(self.ring_strength.dtype, embeddings.dtype)
-        raw = embeddings.detach().to(wide)
-        norms = torch.linalg.vector_norm(raw, dim=1)  # (N,)
-        labels = self._check_values(norms, labels.long())
+
+        def check() -> tuple[int, Tensor, Tensor, Tensor]:
+            self._raise_deferred(wait=False)
+            now = check_step("PrototypeMemory.write", step)
+            check_batch(embeddings, labels, self.embedding_dim, self.ring.device)
+            raw = embeddings.detach().to(torch.promote_types(self.ring_strength.dtype, embeddings.dtype))
+            norms = torch.linalg.vector_norm(raw, dim=1)  # (N,)
+            return now, raw, norms, self._check_values(norms, labels.long())
+
+        if self.share is not None:
+            embeddings, labels = self.share(check, embeddings, labels, step)
+        now, raw, norms, labels = check()
+        self._warn_normalised(norms, labels)
+        unit = torch.where(norms > _ZERO_NORM, 1.0 / norms, 0.0).unsqueeze(1) * raw
+        self._queue.append(Write(unit.to(self.ring.dtype), norms, labels.clone(), now))
+
+    def _warn_normalised(self, norms: Tensor, labels: Tensor) -> None:
+        """Says once where a policy that reads norms gets embeddings that have none left."""
         if self._reads_norms and norms.device.type == "cpu" and normalised(norms, labels):
-            self._reads_norms = False  # said once
+            self._reads_norms = False
             warnings.warn(
                 f"PrototypeMemory: {type(self.policy).__name__} weighs samples by the norm of raw embeddings, and all of these "
                 "have norm 1: write them before they are normalised",
-                stacklevel=3,
+                stacklevel=4,
             )
-        unit = torch.where(norms > _ZERO_NORM, 1.0 / norms, 0.0).unsqueeze(1) * raw
-        self._queue.append(_Write(unit.to(self.ring.dtype), norms, labels.clone(), step))
 
     def flush(self) -> None:
         """Applies the queued writes in order; a head that holds the memory calls it after the optimizer step."""
@@ -164,7 +150,7 @@ class PrototypeMemory(nn.Module):
         """Number of queued writes."""
         return len(self._queue)
 
-    def _apply_write(self, batch: _Write) -> None:
+    def _apply_write(self, batch: Write) -> None:
         """Statistics, then strengths, then the ring: update before use."""
         statistics = NormStatistics(self.norm_mean, self.norm_std, self.norm_batches)
         labelled = batch.labels >= 0
@@ -372,7 +358,7 @@ class PrototypeMemory(nn.Module):
 
         super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
         device = self.ring.device
-        self._queue = [_Write(w.rows.to(device), w.norms.to(device), w.labels.to(device), w.step) for w in self._queue]
+        self._queue = [Write(w.rows.to(device), w.norms.to(device), w.labels.to(device), w.step) for w in self._queue]
         self.epoch += 1
         return self
 

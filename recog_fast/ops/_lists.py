@@ -49,7 +49,7 @@ def list_floor(
     left out is summed exactly.
     """
     ids, stands_for = _sample(weight.shape[0], members)
-    labelled = labels >= 0
+    labelled = labels != -1  # -2: of a class elsewhere
     lse, cosine, index, _ = torch.ops.recog_fast.negative_logsumexp(
         unit, weight, torch.where(labelled, labels, -2), scale, rules, *injection.arguments(), False, True, half, False, None, ids
     )

@@ -199,7 +199,7 @@ def restore(run: Run) -> bool:
 
     Raises ValueError when the number of images, the seed or the rows of a step differ: the position would mean something else.
     """
-    path = latest_checkpoint(Path(run.config.output) / "checkpoints")
+    path = latest_checkpoint(Path(run.config.output) / "checkpoints", verified=True)
     if path is None:
         return False
     saved = load_checkpoint(path, head=run.head, optimizer=run.head_optimizer)
