@@ -96,6 +96,22 @@ def launch_lines(rows: list[Data]) -> list[str]:
     return [*_table(head, body), *_table(["step", "N x C", "costliest kernels"], tops)]
 
 
+def tuning_lines(rows: list[Data]) -> list[str]:
+    """Other plans of the chunk loop, by their kernels' own time."""
+    body = []
+    for row in rows:
+        if "skipped" in row:
+            body.append([row["variant"], row["skipped"], *[_NONE] * 5])
+            continue
+        parts = ", ".join(f"{name} {1e3 * seconds:.2f}" for name, seconds in row["groups"].items())
+        rate = _NONE if row["tile_tflops"] is None else f"{row['tile_tflops']:.0f}"
+        times = [f"{1e3 * row[k]:.3f}" for k in ("forward_s", "step_s")]
+        body.append([row["variant"], *times, str(row["kernels"]), parts, rate, f"{row['difference']:.1e}"])
+    size = "" if not rows else f"bf16, {rows[0]['N']} x {rows[0]['C']} x {rows[0]['D']}, sums of the kernels' own durations, no launch counted."
+    head = ["variant", "forward, ms", "class_step, ms", "kernels", "by group, ms", "tiles, TFLOP/s", "difference from the plan's results"]
+    return [size, "", *_table(head, body)]
+
+
 def markdown(data: Data) -> str:
     """The whole page."""
     lines = ["# GPU suite", "", *(f"- {key}: {value}" for key, value in data["environment"].items()), ""]
@@ -110,6 +126,8 @@ def markdown(data: Data) -> str:
         lines += ["## In a training loop", "", *_table(["", "check", "detail"], body)]
     if data["launches"]:
         lines += ["## Launches", "", *launch_lines(data["launches"])]
+    if data["tuning"]:
+        lines += ["## Other plans", "", *tuning_lines(data["tuning"])]
     if data["cases"]:
         lines += ["## Times of a full step, by device events", ""]
         for case in sorted(data["cases"], key=lambda c: (c["C"], c["N"], c["label"])):
@@ -132,6 +150,7 @@ def summary(data: Data) -> str:
         shown = f"{1e3 * best['steps'][STEPS[2]]['s']['median']:.3f} ms, {best['name']}" if best else case.get("skipped", case.get("fatal", "no time of ours"))
         lines.append(f"N={case['N']:5} C={case['C']:9} {case['label']}: {shown}")
     lines += [f"{line[-1]:>12}  {line[0]}: {line[4]}" for line in gpu_targets.table(data)]
+    lines += [f"{t['tool']}: {t['result']}: {t['detail'][:200]}" for t in data["tools"]]
     lines += [f"not run: {n['task']}: {n['why'][:120]}" for n in data["not_run"]]
     return "\n".join(lines)
 

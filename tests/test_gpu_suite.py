@@ -25,9 +25,20 @@ from torch.autograd.profiler_util import FunctionEvent
 sys.path.insert(0, str(ROOT))  # benchmarks/ is no part of the installed package
 
 import recog_fast as rf
-from benchmarks import gpu_contenders, gpu_gates, gpu_model, gpu_report, gpu_suite, gpu_targets, gpu_times, gpu_workers
+from benchmarks import (
+    gpu_contenders,
+    gpu_gates,
+    gpu_model,
+    gpu_report,
+    gpu_suite,
+    gpu_targets,
+    gpu_times,
+    gpu_tools,
+    gpu_tuning,
+    gpu_workers,
+)
 from benchmarks.contenders import Unsuitable
-from benchmarks.gpu_device import Cuda, Device, is_fatal, is_out_of_memory
+from benchmarks.gpu_device import Cuda, Device, Profile, is_fatal, is_out_of_memory
 from benchmarks.gpu_problems import REGIMES, DeviceArena, device_truth, make_device_problem
 from benchmarks.peers import Eager, PartialFC
 from benchmarks.problems import MARGIN
@@ -362,6 +373,43 @@ def test_an_arena_is_refilled_in_place() -> None:
     arena = DeviceArena(problem)
     first = [gpu_times.run_once(Device(), Eager(arena)) for _ in range(2)]
     assert torch.equal(*first) and arena.weight.data_ptr() == problem.weight.data_ptr()
+
+
+def test_kernels_are_grouped_by_their_names() -> None:
+    names = {"forward_tile": (3, 1.0), "slope_tile": (3, 2.0), "nvjet_tst_128x256_64x4_2x1_v_bz_TNT": (2, 4.0), "_prototype_rows": (1, 8.0), "class_epilogue": (1, 16.0),
+             "add_partials": (4, 32.0), "void at::native::vectorized_elementwise_kernel<4>": (9, 64.0), "sm90_xmma_gemm_bf16f32": (1, 128.0)}  # fmt: skip
+    found = gpu_tuning.groups(Profile(24, 255.0, names))
+    assert found == {"tiles": 3.0, "prototypes": 8.0, "epilogue": 16.0, "merges": 32.0, "GEMM": 132.0, "other": 64.0}
+
+
+@pytest.mark.parametrize("name", gpu_tuning.VARIANTS)
+def test_variants_change_the_plan_and_only_within(name: str) -> None:
+    pytest.importorskip("triton")
+    x = torch.zeros(1024, 512, dtype=torch.bfloat16)
+    plain = chunks.plan_for("class_gradient", x, 1)
+    with gpu_tuning._planned(gpu_tuning.VARIANTS[name]):
+        plan = chunks.plan_for("class_gradient", x, 1)
+    assert (plan == plain) == (name == "as planned") and chunks.plan_for("class_gradient", x, 1) == plain
+    assert plan.classes % 128 == 0 and plan.slab % 128 == 0 and configs_padding() % plan.tile.rows == 0
+
+
+def configs_padding() -> int:
+    """What vectors over rows are padded to."""
+    from recog_fast.triton_kernels import configs
+
+    return configs.ROW_PADDING
+
+
+def test_tools_are_read_and_their_absence_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert gpu_tools.sanitizer("memcheck", tmp_path / "log", 5.0)["detail"] == "compute-sanitizer is not on PATH"
+    for name, body in (("compute-sanitizer", "echo noise; echo '========= ERROR SUMMARY: 2 errors'; exit 9"), ("ncu", "echo '  slope_tile (174, 1, 1)'; echo '    Memory Throughput   %   55.1'")):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    assert gpu_tools.sanitizer("memcheck", tmp_path / "log", 5.0) == {"tool": "compute-sanitizer memcheck", "result": "exit 9", "detail": "========= ERROR SUMMARY: 2 errors"}
+    assert gpu_tools.profiler(tmp_path / "log", 5.0) == {"tool": "ncu", "result": "ok", "detail": "slope_tile (174, 1, 1); Memory Throughput % 55.1"}
+    names = {t.name for t in gpu_suite.all_tasks(False, False)}
+    assert {*gpu_tools.GATES, "profiled-step"} <= names
 
 
 # -- the lines that only run on CUDA, against the signatures of this torch ---------------------------------------------------
