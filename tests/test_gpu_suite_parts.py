@@ -19,11 +19,13 @@ from torch.autograd.profiler_util import FunctionEvent
 
 sys.path.insert(0, str(ROOT))  # benchmarks/ is no part of the installed package
 
-from benchmarks import gpu_contenders, gpu_model, gpu_suite, gpu_targets, gpu_times, gpu_tools, gpu_tuning
+import recog_fast as rf
+from benchmarks import gpu_contenders, gpu_model, gpu_problems, gpu_suite, gpu_targets, gpu_times, gpu_tools, gpu_tuning
 from benchmarks.contenders import Unsuitable
 from benchmarks.gpu_device import Cuda, Device, Profile
-from benchmarks.gpu_problems import DeviceArena, make_device_problem
-from benchmarks.peers import Eager, PartialFC
+from benchmarks.gpu_problems import REGIMES, DeviceArena, make_device_problem
+from benchmarks.peers import Eager, EagerAutocast, PartialFC, PartialFCSampled
+from benchmarks.problems import target_gaps
 from benchmarks.protocol import STEPS
 from recog_fast.ops import _cuda, chunks
 
@@ -260,3 +262,34 @@ def test_a_graph_of_a_step_replays_into_its_own_gradient(cuda: Any) -> None:
     assert torch.equal(contender.arena.weight, make_device_problem("R0", 8, 60, 32, CPU).weight)  # restored after the capture
     gpu_times.run_once(Device(), contender)
     assert cuda.graph.call_count == 1 and cuda.CUDAGraph.return_value.replay.call_count == 2
+
+
+# -- nothing is made on the wrong device: with `meta` as the default device, what is made without naming one cannot meet the operands -------
+
+
+@pytest.mark.parametrize("regime", REGIMES)
+def test_problems_truth_and_contenders_name_their_device(regime: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def on_the_host(rows: int, wanted: float) -> Tensor:  # so many numbers as rows, moved by the caller
+        with CPU:
+            return target_gaps(rows, wanted)
+
+    monkeypatch.setattr(gpu_problems, "target_gaps", on_the_host)
+    with torch.device("meta"):
+        problem = make_device_problem(regime, 24, 900, 64, CPU)
+        for classes in (None, torch.unique(problem.labels)):
+            truth = gpu_problems.device_truth(problem, 0.5, classes)
+            assert truth.d_weight.device == truth.d_embeddings.device == CPU
+        arena = DeviceArena(problem)
+        for kind in (Eager, EagerAutocast, PartialFC, gpu_contenders.PartialFCBF16, PartialFCSampled, gpu_contenders.GpuReference):
+            assert gpu_times.run_once(Device(), kind(arena)).device == CPU
+
+
+@pytest.mark.parametrize("margin", [rf.ArcFace(), rf.MagFace(), rf.MVSoftmax("arc"), rf.CircleMargin(), rf.InterclassFilter(rf.ArcFace(), 0.1)], ids=repr)
+def test_losses_make_nothing_on_the_default_device(margin: Any) -> None:
+    g = torch.Generator().manual_seed(0)
+    x, w = (torch.randn(n, 32, generator=g).requires_grad_() for n in (9, 50))
+    labels = torch.arange(9) - 1
+    with torch.device("meta"), rf.ops.use_backend("reference"):
+        loss, stats = rf.margin_softmax_loss(x, w, labels, margin=margin, unknown_weight=0.1, return_stats=True)
+        loss.backward()
+    assert x.grad is not None and w.grad is not None and all(t.device == CPU for t in (loss, x.grad, w.grad, *stats))
