@@ -202,6 +202,26 @@ def test_contenders_that_cannot_run_are_lines_and_the_others_are_timed() -> None
     assert all("\n" not in line for line in gpu_report.case_lines(result))
 
 
+class _Later(Eager):
+    """Finds no memory in the second round (three runs belong to its gate)."""
+
+    name = "later"
+    _runs = 0
+
+    def forward(self) -> Tensor:
+        self._runs += 1
+        if self._runs == 5:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return super().forward()
+
+
+def test_a_contender_that_fails_in_a_round_keeps_the_rounds_before() -> None:
+    result = gpu_times.run_case(Device(), _case(_Later, Eager), time.perf_counter() + 100)
+    rows = {r["name"]: r for r in result["rows"]}
+    assert rows["later"]["skipped"] == "in round 2: oom" and rows["later"]["rounds"] == 1 and rows[Eager.name]["rounds"] == 3
+    assert rows[Eager.name]["against"].keys() == {"later"}
+
+
 def test_no_time_left_is_said() -> None:
     result = gpu_times.run_case(Device(), _case(Eager, PartialFC), time.perf_counter() - 1)  # type: ignore[arg-type]
     assert [r["skipped"] for r in result["rows"]] == ["not run: no time left"] * 2
