@@ -28,11 +28,16 @@ from . import machine
 
 @dataclass(frozen=True)
 class Profile:
-    """One call under the profiler: kernels launched, seconds the device was busy, (name, count, seconds) of the costliest."""
+    """One call under the profiler: kernels launched, seconds the device was busy, kernel -> (count, seconds)."""
 
     kernels: int
     busy: float
-    top: list[tuple[str, int, float]]
+    by_name: dict[str, tuple[int, float]]
+
+    @property
+    def top(self) -> list[tuple[str, int, float]]:
+        """(name, count, seconds) of the costliest."""
+        return sorted(((n, *found) for n, found in self.by_name.items()), key=lambda line: -line[2])[:12]
 
 
 class Device:
@@ -163,8 +168,7 @@ def _summary(events: list[tuple[str, float]]) -> Profile:
     by_name: dict[str, list[float]] = {}
     for name, microseconds in events:
         by_name.setdefault(name[:80], []).append(microseconds)
-    top = sorted(((n, len(v), sum(v) / 1e6) for n, v in by_name.items()), key=lambda line: -line[2])
-    return Profile(len(events), sum(m for _, m in events) / 1e6, top[:12])
+    return Profile(len(events), sum(m for _, m in events) / 1e6, {n: (len(v), sum(v) / 1e6) for n, v in by_name.items()})
 
 
 def _command(*command: str) -> str:

@@ -24,6 +24,11 @@ def _ms(spread: dict[str, float]) -> str:
     return f"{1e3 * spread['median']:.3f} ({1e3 * spread['p10']:.3f}-{1e3 * spread['p90']:.3f})"
 
 
+def _e(value: float | str) -> str:
+    """1.2e-03; what JSON cannot hold was written as its name."""
+    return value if isinstance(value, str) else f"{value:.1e}"
+
+
 def _percent(value: float | None) -> str:
     return _NONE if value is None else f"{100 * value:.0f} %"
 
@@ -34,7 +39,7 @@ def gate_lines(gates: list[Data]) -> list[str]:
     lines = [f"{len(gates) - len(failed)} of {len(gates)} pass.", ""]
     rows = []
     for gate in [*failed, *(g for g in gates if g["passes"])]:
-        errors = [f"{e['output']}: {e['error']:.1e} / {e['budget']:.1e}" for e in gate["errors"]]
+        errors = [f"{e['output']}: {_e(e['error'])} / {_e(e['budget'])}" for e in gate["errors"]]
         result = "ok" if gate["passes"] else "FAILED"
         rows.append([result, gate["name"], gate["case"], gate["dtype"], "; ".join(errors), "yes" if gate["same_bits"] else "NO", f"{gate['first_call_s']:.2f}"])
     return [*lines, *_table(["", "what", "case", "arithmetic", "error / budget by output", "same bits", "first call, s"], rows)]
@@ -55,7 +60,7 @@ def case_lines(case: Data) -> list[str]:
         name = row["name"] + (f" ({row['note']})" if row["note"] else "")
         gate = _gate(row)
         if "steps" not in row:
-            times.append([name, row.get("skipped", "no time: out of memory in the rounds"), _NONE, _NONE, _NONE, *gate])
+            times.append([name, row.get("skipped", "no time"), _NONE, _NONE, _NONE, *gate])
             continue
         steps = row["steps"]
         ratio = row["against"].get(ours["name"]) if ours else None
@@ -78,7 +83,7 @@ def _gate(row: Data) -> list[str]:
     if "gate" not in row:
         return [_NONE] * 4
     g = row["gate"]
-    return [f"{g['loss']:.1e}", f"{g['d_embeddings']:.1e}", f"{g['d_weight']:.1e} / {g['d_weight_negatives']:.1e}", "yes" if g["same_bits"] else "no"]
+    return [_e(g["loss"]), _e(g["d_embeddings"]), f"{_e(g['d_weight'])} / {_e(g['d_weight_negatives'])}", "yes" if g["same_bits"] else "no"]
 
 
 def launch_lines(rows: list[Data]) -> list[str]:
@@ -96,6 +101,22 @@ def launch_lines(rows: list[Data]) -> list[str]:
     return [*_table(head, body), *_table(["step", "N x C", "costliest kernels"], tops)]
 
 
+def tuning_lines(rows: list[Data]) -> list[str]:
+    """Other plans of the chunk loop, by their kernels' own time."""
+    body = []
+    for row in rows:
+        if "skipped" in row:
+            body.append([row["variant"], row["skipped"], *[_NONE] * 5])
+            continue
+        parts = ", ".join(f"{name} {1e3 * seconds:.2f}" for name, seconds in row["groups"].items())
+        rate = _NONE if row["tile_tflops"] is None else f"{row['tile_tflops']:.0f}"
+        times = [f"{1e3 * row[k]:.3f}" for k in ("forward_s", "step_s")]
+        body.append([row["variant"], *times, str(row["kernels"]), parts, rate, _e(row["difference"])])
+    size = "" if not rows else f"bf16, {rows[0]['N']} x {rows[0]['C']} x {rows[0]['D']}, sums of the kernels' own durations, no launch counted."
+    head = ["variant", "forward, ms", "class_step, ms", "kernels", "by group, ms", "tiles, TFLOP/s", "difference from the plan's results"]
+    return [size, "", *_table(head, body)]
+
+
 def markdown(data: Data) -> str:
     """The whole page."""
     lines = ["# GPU suite", "", *(f"- {key}: {value}" for key, value in data["environment"].items()), ""]
@@ -110,6 +131,8 @@ def markdown(data: Data) -> str:
         lines += ["## In a training loop", "", *_table(["", "check", "detail"], body)]
     if data["launches"]:
         lines += ["## Launches", "", *launch_lines(data["launches"])]
+    if data["tuning"]:
+        lines += ["## Other plans", "", *tuning_lines(data["tuning"])]
     if data["cases"]:
         lines += ["## Times of a full step, by device events", ""]
         for case in sorted(data["cases"], key=lambda c: (c["C"], c["N"], c["label"])):
@@ -132,6 +155,7 @@ def summary(data: Data) -> str:
         shown = f"{1e3 * best['steps'][STEPS[2]]['s']['median']:.3f} ms, {best['name']}" if best else case.get("skipped", case.get("fatal", "no time of ours"))
         lines.append(f"N={case['N']:5} C={case['C']:9} {case['label']}: {shown}")
     lines += [f"{line[-1]:>12}  {line[0]}: {line[4]}" for line in gpu_targets.table(data)]
+    lines += [f"{t['tool']}: {t['result']}: {t['detail'][:200]}" for t in data["tools"]]
     lines += [f"not run: {n['task']}: {n['why'][:120]}" for n in data["not_run"]]
     return "\n".join(lines)
 

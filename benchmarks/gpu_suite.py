@@ -7,15 +7,16 @@
     --golden DIR     the golden cases on the device too (tests/, marker gpu; the folder that holds cases/)
     --dry-run        the same code on CPU tensors in Triton's interpreter, at toy sizes: it tries the suite, its times mean nothing
 
-Builds nothing: CUDA tensors need torch, triton and this checkout alone. Exit status 1 where a gate or a check failed.
+Builds nothing: CUDA tensors need torch, triton and this checkout alone. Exit status 1 where a gate or a check failed. RECOG_FAST_COMMIT
+names the commit where the files came without their history.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -27,8 +28,9 @@ if TYPE_CHECKING:
     from .gpu_device import Device
 
 # section of the results -> lines; a task adds to one of them
-SECTIONS = ("gates", "checks", "launches", "cases", "tools")
+SECTIONS = ("gates", "checks", "launches", "tuning", "cases", "tools")
 _GATE_WORKERS = 6
+_GOLDEN_SECONDS = 240.0
 _LOSS_GROUP = 4  # variants of the loss to one task
 
 
@@ -57,8 +59,8 @@ def gate_tasks(small: bool, dry: bool) -> list[Task]:
 
     shapes = g.DRY_SHAPES if dry else g.SHAPES[:4] if small else g.SHAPES
     tasks = [Task(f"gate-{shape.name}", "gates", 30.0, operations(shape)) for shape in shapes]
-    tasks += [Task(f"gate-{name}", "gates", 15.0, regime(name)) for name in (g.REGIMES[::5] if dry or small else g.REGIMES)]
-    names = list(g.VARIANTS)[::4] if dry else list(g.VARIANTS)
+    tasks += [Task(f"gate-{name}", "gates", 15.0, regime(name)) for name in (g.REGIMES[2:3] if dry else g.REGIMES[::5] if small else g.REGIMES)]
+    names = list(g.VARIANTS)[::6] if dry else list(g.VARIANTS)
     for start in range(0, len(names), _LOSS_GROUP):
         tasks.append(Task(f"gate-losses-{start // _LOSS_GROUP}", "gates", 25.0, losses(names[start : start + _LOSS_GROUP])))
     return [*tasks, Task("gate-memory_write", "gates", 5.0, lambda device, _: g.gate_memory_write(device))]
@@ -68,6 +70,7 @@ def timing_tasks(small: bool, dry: bool) -> list[Task]:
     """Stages 2 to 4, one at a time, by value: the sizes the targets are stated for, the checks, the rest of the table."""
     from . import gpu_checks as c
     from . import gpu_times as t
+    from . import gpu_tuning as u
 
     def case(of: t.Case) -> Task:
         return Task(of.name, "cases", of.seconds, lambda device, deadline: [t.run_case(device, of, deadline)])
@@ -76,11 +79,12 @@ def timing_tasks(small: bool, dry: bool) -> list[Task]:
         return Task(f"check-{name}", "checks", 30.0 if name == "compile" else 15.0, lambda device, _: c.CHECKS[name](device, dry))
 
     launches = Task("launches", "launches", 25.0, lambda device, _: c.launches(device, dry))
+    tuning = Task("tuning", "tuning", 40.0, lambda device, _: u.tuning(device, dry))
     if dry:
-        return [*map(case, t.DRY), *(check(name) for name in c.CHECKS if name != "compile"), launches]
+        return [*map(case, t.DRY), *(check(name) for name in c.CHECKS if name != "compile"), launches, tuning]
     if small:
         return [*map(case, t.SMALL), *map(check, c.CHECKS)]
-    return [*map(case, t.CASES), *map(check, c.CHECKS), launches, *map(case, t.LATER), *map(case, t.LAST)]
+    return [*map(case, t.CASES), *map(check, c.CHECKS), launches, tuning, *map(case, t.LATER), *map(case, t.LAST)]
 
 
 def _profiled_step(device: Device, _: float) -> list[dict[str, Any]]:
@@ -149,9 +153,10 @@ class Results:
 
     @property
     def failed(self) -> bool:
-        """Whether a gate or a check says so."""
-        wrong = [c for c in self.data["checks"] if c["result"] in ("WRONG", "error")]
-        return bool(wrong) or not all(gate["passes"] for gate in self.data["gates"])
+        """Whether a gate or a check says so, or a case lost the device."""
+        wrong = any(c["result"] in ("WRONG", "error") for c in self.data["checks"]) or any("fatal" in case for case in self.data["cases"])
+        ours = [row["gate"] for case in self.data["cases"] for row in case["rows"] if "gate" in row and row["name"].startswith("ours")]
+        return wrong or not all(gate["passes"] for gate in (*self.data["gates"], *ours))
 
 
 def _plain(value: Any) -> Any:
@@ -166,16 +171,16 @@ def _plain(value: Any) -> Any:
 def golden_task(folder: str, seconds: float, log: Path) -> dict[str, Any]:
     """The golden cases on CUDA are routes of their own tests: pytest, marker gpu."""
     from . import machine
+    from .gpu_workers import run_limited
 
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests/test_ops.py", "tests/test_margin_softmax_golden.py", "-p", "no:cacheprovider"]
+    several = ["-n", str(_GATE_WORKERS)] if importlib.util.find_spec("xdist") is not None else []  # most of the time compiles kernels
+    files = [f"tests/{name}" for name in ("test_ops.py", "test_margin_softmax_golden.py")]
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", *files, *several, "-p", "no:cacheprovider"]
     environment = {**machine.repository_environment(), "RECOG_FAST_GOLDEN": str(Path(folder).resolve())}
-    try:
-        done = subprocess.run(command, cwd=machine.ROOT, env=environment, capture_output=True, text=True, timeout=seconds)
-    except subprocess.TimeoutExpired:
-        return {"check": "golden cases", "result": "error", "detail": f"stopped after {seconds:.0f} s"}
-    log.write_text(done.stdout[-200_000:] + done.stderr[-20_000:])
-    last = (done.stdout.strip().splitlines() or ["nothing"])[-1]
-    return {"check": "golden cases (pytest -m gpu)", "result": "ok" if done.returncode == 0 and " passed" in last else "WRONG", "detail": last}
+    code = run_limited(command, environment, machine.ROOT, log, seconds)
+    last = f"stopped after {seconds:.0f} s" if code is None else (log.read_text(errors="replace").strip().splitlines() or ["nothing"])[-1]
+    result = "error" if code is None else "ok" if code == 0 and " passed" in last else "WRONG"
+    return {"check": "golden cases (pytest -m gpu)", "result": result, "detail": last}
 
 
 def run_all(options: argparse.Namespace, device: Device, results: Results, left: Callable[[], float]) -> None:
@@ -187,27 +192,27 @@ def run_all(options: argparse.Namespace, device: Device, results: Results, left:
     wanted = [t for t in all_tasks(options.small, options.dry_run) if _chosen(t.name, options.only)]
     gates = [t for t in wanted if t.section == "gates"]
     others = [t for t in wanted if t.section not in ("gates", "tools")]
-    if options.dry_run:  # here, one after the other: a process takes longer to start than a task
+    if options.dry_run and not options.processes:  # here, one after the other: a process takes longer to start than a task
         for task in [*gates, *others]:
             began = time.perf_counter()
             results.take(task, perform(task, device, left()), time.perf_counter() - began)
         results.data["not_run"] += [{"task": name, "why": "a dry run"} for name in ("golden", *(t[0] for t in tools(results.output)))]
         results.write()
         return
-    command = [sys.executable, "-m", "benchmarks.gpu_suite", "--work", *(["--small"] if options.small else [])]
+    command = [sys.executable, "-m", "benchmarks.gpu_suite", "--work", *(f"--{word}" for word in ("small", "dry-run") if getattr(options, word.replace("-", "_")))]
     log = results.output / "workers.log"
     log.unlink(missing_ok=True)
     count = max(min(_GATE_WORKERS, (os.cpu_count() or 2) // 2), 1)
     graph = [t for t in others if t.name == "check-graph"]
+    if options.golden and _chosen("golden", options.only):
+        results.data["checks"].append(golden_task(options.golden, min(max(left(), 60.0), _GOLDEN_SECONDS), results.output / "golden.txt"))
+    elif not options.golden:
+        results.data["not_run"].append({"task": "golden", "why": "no --golden folder"})
     for tasks, workers in ((gates, count), (graph, 1), ([t for t in others if t not in graph], 1)):
         Pool(command, machine.repository_environment(), log, min(workers, max(len(tasks), 1))).run(tasks, left, results.take)
         refused = [line["detail"] for line in results.data["checks"] if line["result"] == "not supported"]
         if refused and "--no-graph" not in command:  # a failed capture is not tried again in every case
             command += ["--no-graph", refused[0]]
-    if options.golden and _chosen("golden", options.only):
-        results.data["checks"].append(golden_task(options.golden, max(left(), 60.0), results.output / "golden.txt"))
-    elif not options.golden:
-        results.data["not_run"].append({"task": "golden", "why": "no --golden folder"})
     for name, seconds, run in tools(results.output):
         if _chosen(name, options.only):
             if left() < 0.5 * seconds:
@@ -227,7 +232,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help=argparse.SUPPRESS)
     parser.add_argument("--golden", metavar="DIR", help=argparse.SUPPRESS)
-    for flag in ("--small", "--dry-run", "--list"):
+    for flag in ("--small", "--dry-run", "--list", "--processes"):  # the last: a dry run's tasks in workers too
         parser.add_argument(flag, action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)  # a worker: names come from standard input
     parser.add_argument("--no-graph", default="", help=argparse.SUPPRESS)  # why no graph is to be captured

@@ -72,6 +72,7 @@ class DeviceTimes:
     issued: list[float] = field(default_factory=list)
     wall: list[float] = field(default_factory=list)
     losses: list[Tensor] = field(default_factory=list)
+    failure: str = ""  # in a round; the rounds before it count
 
 
 def run_once(device: Device, contender: Contender, into: DeviceTimes | None = None) -> Tensor:
@@ -253,7 +254,10 @@ def run_case(device: Device, case: Case, deadline: float) -> dict[str, Any]:
         return {**result, "fatal": first_line(error)}
     result["yardsticks"] = yardsticks.summary()
     for row in rows:
-        if times.get(row["name"]):
+        taken = times.get(row["name"], DeviceTimes())
+        if taken.failure:
+            row["skipped"] = f"in round {len(taken.wall) + 1}: {taken.failure}"
+        if taken.wall:
             row.update(_measured(problem, row["name"], times, yardsticks, case.kinds))
     return result
 
@@ -271,13 +275,16 @@ def interleave(
         for contender in order:
             try:
                 run_once(device, contender, times[contender.name])
-            except torch.OutOfMemoryError:  # memory in pieces: it passed its gate alone
+            except Exception as error:  # it passed its gate alone; memory in pieces, most likely
+                if is_fatal(error):
+                    raise
+                times[contender.name].failure = "oom" if is_out_of_memory(error) else first_line(error)
                 slow.add(contender.name)
             if contender.name in slow:
                 contender.arena.reset()
                 device.clean()
         yardsticks.run()
-    return {name: t for name, t in times.items() if t.wall}
+    return times
 
 
 def _measured(
@@ -297,7 +304,7 @@ def _measured(
             steps[step]["of_copy"] = cost.bytes(phase) / seconds.median / yardsticks.rate("copy")
     if getattr(kind, "whole", False):
         steps = {STEPS[2]: steps[STEPS[2]]}
-    full = {n: t.device[STEPS[2]] for n, t in times.items()}
+    full = {n: t.device[STEPS[2]] for n, t in times.items() if t.wall}
     against = {n: asdict(paired_ratio(f[: len(full[name])], full[name][: len(f)])) for n, f in full.items() if n != name}
     same_loss = len({float(v) for v in taken.losses}) == 1
     return {

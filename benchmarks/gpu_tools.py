@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from . import machine
+from .gpu_workers import run_limited
 
 Line = dict[str, Any]
 # Small shapes with every kernel in them; the same tasks as stage 1, so that nothing is compiled under the tool.
@@ -38,13 +38,8 @@ def profiler(log: Path, seconds: float) -> Line:
 def _run(name: str, command: list[str], environment: dict[str, str], log: Path, seconds: float) -> Line:
     if shutil.which(command[0]) is None:
         return {"tool": name, "result": "not run", "detail": f"{command[0]} is not on PATH"}
-    with log.open("w") as file:
-        try:
-            done = subprocess.run(command, cwd=machine.ROOT, env={**machine.repository_environment(), **environment}, stdout=file,
-                                  stderr=subprocess.STDOUT, timeout=seconds)  # fmt: skip
-            result = "ok" if done.returncode == 0 else f"exit {done.returncode}"
-        except subprocess.TimeoutExpired:
-            result = f"stopped after {seconds:.0f} s"
+    code = run_limited(command, {**machine.repository_environment(), **environment}, machine.ROOT, log, seconds)
+    result = "ok" if code == 0 else f"stopped after {seconds:.0f} s" if code is None else f"exit {code}"
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     shown = _throughputs(lines) if name == "ncu" else [line for line in lines if line.startswith("=====")][-3:]
     return {"tool": name, "result": result, "detail": "; ".join(shown or lines[-3:])[:1500]}

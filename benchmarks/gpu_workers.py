@@ -10,6 +10,7 @@ import collections
 import json
 import os
 import select
+import signal
 import subprocess
 import threading
 import time
@@ -21,6 +22,18 @@ from typing import Any, Protocol
 Answer = dict[str, Any]
 MARK = "@@ "  # in front of a line that is an answer: libraries print too
 STARTUP = 120.0  # seconds a new worker may take before its first task: imports and the CUDA context
+
+
+def run_limited(command: list[str], environment: dict[str, str], folder: Path, log: Path, seconds: float) -> int | None:
+    """Exit status of a command whose output goes to `log`; None where it took longer: it is then ended with all it started."""
+    with log.open("w") as file:
+        process = subprocess.Popen(command, cwd=folder, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+        try:
+            return process.wait(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            return None
 
 
 class Named(Protocol):
