@@ -84,11 +84,12 @@ def predict(rows: int, classes: int, dimension: int, device: dict[str, float]) -
     """From the schedule's own chunk size (`chunks.plan_for`) on a device of these rates (TFLOP/s bf16, TB/s), L2 and multiprocessors."""
     per_class = 2 * (rows + dimension) + 4 * dimension
     chunk = max(int(device["l2"] // 2) // per_class // 128 * 128, 128)
-    count = -(-classes // chunk)
     slabs = max(int(device["multiprocessors"]) // (-(-rows // 128) * -(-dimension // 128)), 1)
-    slab = max(-(-chunk // slabs // 128) * 128, 256)
-    products = (chunk >= slab) + (chunk % slab > 0)
-    kernels = count * (4 + 2 * products + 4)  # P, tile, two merges, (GEMM, add) of the slabs; P, tile, GEMM, epilogue
+    slab = max(chunk // slabs // 128 * 128, 256)
+    chunk -= chunk % slab if chunk > slab else 0
+    count = -(-classes // chunk)
+    last = classes - (count - 1) * chunk  # its rest beyond whole slabs is a GEMM of its own
+    kernels = count * 9 + 2 * (last > slab and last % slab > 0)  # P, tile, merge, GEMM and add of the slabs; P, tile, GEMM, epilogue
     flops, speed = device["tflops"] * 1e12, device["tbs"] * 1e12
     cost = fused_step(rows, classes, dimension)
     products_flops = cost.flops(matrix_only=True) / 2

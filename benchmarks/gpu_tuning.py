@@ -24,7 +24,7 @@ Change = Callable[[Any], Any]
 # words in a kernel's name -> its group; the first that holds
 GROUPS = (
     ("tiles", ("forward_tile", "slope_tile")), ("prototypes", ("prototype_rows",)), ("epilogue", ("class_epilogue",)),
-    ("merges", ("add_partials", "merge_nearest")), ("GEMM", ("gemm", "nvjet", "cutlass", "cublas", "splitk", "xmma")),
+    ("merges", ("add_partials", "merge_tiles")), ("GEMM", ("gemm", "nvjet", "cutlass", "cublas", "splitk", "xmma")),
 )  # fmt: skip
 
 

@@ -19,7 +19,7 @@ import test_margin_softmax_golden
 import test_ops
 import torch
 from recog_fast.triton_kernels import configs
-from recog_fast.triton_kernels.merge import run_add_partials, run_merge_nearest
+from recog_fast.triton_kernels.merge import run_add_partials, run_merge_tiles
 from routes import Route
 from sweeps import STEMS, results
 from test_ops import calls, sample
@@ -262,7 +262,10 @@ def test_merging() -> None:
     cosines = torch.randint(0, 9, (70, 128), generator=g).float()
     indices = torch.arange(70, dtype=torch.int32).unsqueeze(1).repeat(1, 128)
     nearest, index = torch.full((128,), 7.0), torch.full((128,), 5)
-    run_merge_nearest(cosines, indices, nearest, index, 60, 1000)
+    sums, whole = torch.rand(70, 128, generator=g), torch.rand(128, generator=g, dtype=torch.float64)
+    expected = whole + sums[:60].double().sum(0)
+    run_merge_tiles((sums, cosines, indices), whole, nearest, index, 60, 1000)
+    assert (whole - expected).abs().max() <= 1e-13
     best = cosines[:60].max(0).values
     lowest = (cosines[:60] == best).to(torch.int8).argmax(0)
     assert torch.equal(nearest, best.clamp_min(7.0)) and torch.equal(index, torch.where(best > 7, lowest + 1000, 5))

@@ -68,7 +68,7 @@ def test_the_predicted_launches_are_those_of_the_chunk_loop(monkeypatch: pytest.
 
         return launch
 
-    for module, name in ((effective_prototypes, "run_prototype_rows"), (merge, "run_merge_nearest"), (merge, "run_add_partials"),
+    for module, name in ((effective_prototypes, "run_prototype_rows"), (merge, "run_merge_tiles"), (merge, "run_add_partials"),
                          (class_gradient, "run_slope_tile"), (class_step, "run_class_epilogue")):  # fmt: skip
         monkeypatch.setattr(module, name, counted(name))
     monkeypatch.setattr(negative_logsumexp, "run_forward_tile", counted("run_forward_tile", 1))

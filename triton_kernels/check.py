@@ -32,10 +32,10 @@ from . import class_gradient, class_step, configs, effective_prototypes, merge, 
 DIMENSION, UNALIGNED = 512, 500
 TENSOR_CORES = {80: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
 _ROWS = {  # scalars and row vectors of the tile kernels
-    "N": "i32", "C": "i32", "first": "i32", "ld": "i32", "ld_e": "i32", "part_stride": "i32", "k2": "fp32", "count": "fp32",
+    "N": "i32", "C": "i32", "first": "i32", "ld": "i32", "ld_e": "i32", "k2": "fp32", "count": "fp32",
     "labels": "*i32", "targets": "*i32", "indices": "*i32", "seen": "*i8",
 }  # fmt: skip
-_ALIGNED = ("ld", "ld_e", "part_stride")  # multiples of 16
+_ALIGNED = ("ld", "ld_e")  # multiples of 16
 _NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
@@ -155,8 +155,8 @@ def _row_jobs(arch: int) -> Iterator[Job]:
         types = {"total": "*fp64", "S": "i32", "M": "i32", "stride": "i32"}
         yield Job(arch, "merge", f"add {merging.partials}x{merging.elements}", "merge", "add_partials", tuple(types.items()), tuple(adds.items()), merging.warps, 3, False)
     merging = configs.merge_block(1024, device)
-    types = {"indices": "*i32", "index": "*i64", "T": "i32", "ld": "i32", "first": "i32"}
-    yield Job(arch, "merge", "nearest", "merge", "merge_nearest", tuple(types.items()), (("BT", merging.partials), ("BN", merging.elements)), merging.warps, 3, False)
+    types = {"indices": "*i32", "index": "*i64", "total": "*fp64", "T": "i32", "ld": "i32", "first": "i32"}
+    yield Job(arch, "merge", "tiles", "merge", "merge_tiles", tuple(types.items()), (("BT", merging.partials), ("BN", merging.elements)), merging.warps, 3, False)
 
 
 def jobs(archs: tuple[int, ...] = configs.ARCHITECTURES, kernel: str | None = None) -> list[Job]:

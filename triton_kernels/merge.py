@@ -12,28 +12,34 @@ _NO_INDEX = tl.constexpr(tiles.NO_INDEX)
 
 
 @triton.jit
-def merge_nearest(
+def merge_tiles(
+    sums,  # (T, ld) float32
     cosines,  # (T, ld) float32
     indices,  # (T, ld) int32 class of this chunk
+    total,  # (ld,) float64 in and out
     nearest,  # (ld,) float32 in and out
     index,  # (ld,) int64 in and out, global
     T, ld, first,
     BT: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """The larger cosine wins; of equal ones the lowest class (earlier chunks are lower)."""
+    """Sums in float64; the larger cosine wins, of equal ones the lowest class (earlier chunks are lower)."""
     rows = tl.program_id(0) * BN + tl.arange(0, BN)
+    value = tl.load(total + rows)
     best = tl.load(nearest + rows)
     found = tl.load(index + rows)
     for t in range(0, T, BT):
         at = t + tl.arange(0, BT)
+        inside = (at < T)[:, None]
         there = at[:, None].to(tl.int64) * ld + rows[None, :]
-        cosine = tl.load(cosines + there, mask=(at < T)[:, None], other=float("-inf"))
+        value += tl.sum(tl.load(sums + there, mask=inside, other=0.0).to(tl.float64), 0)
+        cosine = tl.load(cosines + there, mask=inside, other=float("-inf"))
         top = tl.max(cosine, 0)
-        lowest = tl.load(indices + there, mask=(at < T)[:, None], other=_NO_INDEX)
+        lowest = tl.load(indices + there, mask=inside, other=_NO_INDEX)
         lowest = tl.min(tl.where(cosine == top[None, :], lowest, _NO_INDEX), 0)
         better = top > best
         found = tl.where(better, lowest.to(tl.int64) + first, found)
         best = tl.where(better, top, best)
+    tl.store(total + rows, value)
     tl.store(nearest + rows, best)
     tl.store(index + rows, found)
 
@@ -56,12 +62,19 @@ def add_partials(
     tl.store(total + at, value, mask=at < M)
 
 
-def run_merge_nearest(cosines: Tensor, indices: Tensor, nearest: Tensor, index: Tensor, written: int, first: int) -> None:
-    """Launches `merge_nearest` over the first `written` tiles."""
+def run_merge_tiles(
+    partials: tuple[Tensor, Tensor, Tensor],  # (T, ld) sums, cosines, indices
+    total: Tensor,  # (ld,) float64
+    nearest: Tensor,  # (ld,) float32
+    index: Tensor,  # (ld,) int64
+    written: int,
+    first: int,
+) -> None:
+    """Launches `merge_tiles` over the first `written` tiles."""
     ld = nearest.shape[0]
     block = configs.merge_block(ld, nearest.device)
-    merge_nearest[(ld // block.elements,)](
-        cosines, indices, nearest, index, written, ld, first, BT=block.partials, BN=block.elements, num_warps=block.warps
+    merge_tiles[(ld // block.elements,)](
+        *partials, total, nearest, index, written, ld, first, BT=block.partials, BN=block.elements, num_warps=block.warps
     )
 
 

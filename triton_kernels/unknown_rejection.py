@@ -21,8 +21,8 @@ def unknown_tile(
     lse_low,  # (ld,) float32: what the high part leaves
     first_mean,  # (ld,) float32
     slopes,  # (ld, ld_e) out: p (expm1(p) - first_mean)
-    sums,  # (3, tiles of classes, ld) float32 out: p, expm1(p) - p, p expm1(p)
-    N, C, first, ld, ld_e, part_stride, k2,
+    sums,  # (tiles of classes, 3, ld) float32 out: p, expm1(p) - p, p expm1(p)
+    N, C, first, ld, ld_e, k2,
     D: tl.constexpr, K: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """p = min(2^(k2 c - lse), 1) of all classes but the row's nearest."""
@@ -36,10 +36,10 @@ def unknown_tile(
     probability = tl.where(others, tl.minimum(tl.exp2(z), 1.0), 0.0)
     remainder = expm1_remainder(probability)
     expm1 = probability + remainder
-    out = sums + (class0 // BC).to(tl.int64) * ld + rows
+    out = sums + (class0 // BC).to(tl.int64) * 3 * ld + rows
     tl.store(out, tl.sum(probability, 1))
-    tl.store(out + part_stride, tl.sum(remainder, 1))
-    tl.store(out + 2 * part_stride, tl.sum(probability * expm1, 1))
+    tl.store(out + ld, tl.sum(remainder, 1))
+    tl.store(out + 2 * ld, tl.sum(probability * expm1, 1))
     slope = probability * (expm1 - tl.load(first_mean + rows)[:, None])
     store_parts(slopes, slope, winner, rows, classes, ld_e, left_out, lse_low, K, False)
 
@@ -51,7 +51,7 @@ def run_unknown_tile(
     lse: tuple[Tensor, Tensor],  # (ld,) float32 each: high and low part, base 2
     first_mean: Tensor,  # (ld,)
     slopes: Tensor,  # (ld, ld_e) whole tiles
-    sums: Tensor,  # (3, T, ld) float32
+    sums: Tensor,  # (T, 3, ld) float32
     *,
     first: int,
     k2: float,
@@ -63,7 +63,7 @@ def run_unknown_tile(
     operands: tuple[Any, Any, dict[str, Any]] = configs.operands(x, p, tile)
     unknown_tile[(triton.cdiv(n, tile.rows) * classes,)](
         operands[0], operands[1], nearest, *lse, first_mean, slopes, sums,
-        n, c, first, nearest.shape[0], slopes.stride(0), sums.stride(0), k2, K=k, **operands[2],
+        n, c, first, nearest.shape[0], slopes.stride(0), k2, K=k, **operands[2],
     )  # fmt: skip
     return int(classes)
 

@@ -33,7 +33,7 @@ class Plan:
 
 
 def plan_for(kernel: str, x: Tensor, subcenters: int, rules: bool = False) -> Plan:
-    """Chunks whose E or slopes, prototypes and dP stay in half the L2; slabs that fill the processors."""
+    """Chunks of whole slabs, whose E or slopes, prototypes and dP stay in half the L2; slabs that fill the processors."""
     from ..triton_kernels import configs
 
     n, d = x.shape
@@ -44,7 +44,9 @@ def plan_for(kernel: str, x: Tensor, subcenters: int, rules: bool = False) -> Pl
     per_class = subcenters * (x.element_size() * (n + d) + 4 * d)
     classes = max(l2 // 2 // per_class // 128 * 128, 128)
     slabs = max(processors // (-(-max(n, 1) // 128) * -(-d // 128)), 1)
-    slab = max(-(-classes * subcenters // slabs // 128) * 128, 256)
+    slab = max(classes * subcenters // slabs // 128 * 128, 256)
+    if subcenters == 1 and classes > slab:  # whole slabs: what is left over would be a GEMM and a kernel of its own in every chunk
+        classes -= classes % slab
     return Plan(classes, slab, configs.choose(kernel, x, rules or subcenters > 1))
 
 

@@ -68,7 +68,7 @@ class _Forward:
 
     def run(self, offsets: Tensor | None) -> Tensor:
         """The loop; offsets (ld,) base 2, None: they follow the running maximum. Returns the last ones."""
-        from ..triton_kernels.merge import run_add_partials, run_merge_nearest
+        from ..triton_kernels.merge import run_add_partials, run_merge_tiles
         from ..triton_kernels.negative_logsumexp import run_forward_tile
 
         peaks = None if offsets is not None else torch.full_like(self.nearest, -math.inf)
@@ -80,8 +80,7 @@ class _Forward:
                 written = self._launch(run_forward_tile, p, peaks, None, start, peaks=True)
                 peaks, shift = self._follow(peaks, self.partials[0][:written].amax(0))
             written = self._launch(run_forward_tile, p, shift, self.exponentials, start)
-            run_merge_nearest(*self.partials[1:], self.nearest, self.index, written, start)
-            run_add_partials(self.partials[0], self.total, written)
+            run_merge_tiles(self.partials, self.total, self.nearest, self.index, written, start)
             if self.pull is not None and self.exponentials is not None:
                 for part in slab_products(self.exponentials[: self.rows.x.shape[0], : p.shape[0] * p.shape[1]], p.flatten(0, 1), self.plan.slab):
                     run_add_partials(part, self.pull, part.shape[0])
@@ -204,15 +203,14 @@ def _unknown_loop(own: dict[str, Tensor], classes: Classes, scale: float, plan: 
     pull = torch.zeros(n, d, dtype=torch.float64, device=x.device)
     total = torch.zeros(3, ld, dtype=torch.float64, device=x.device)
     slopes = torch.empty(ld, plan.columns(classes), dtype=x.dtype, device=x.device)
-    sums = torch.empty(3, -(-plan.classes // plan.tile.classes), ld, dtype=torch.float32, device=x.device)
+    sums = torch.empty(-(-plan.classes // plan.tile.classes), 3, ld, dtype=torch.float32, device=x.device)
     with ieee_float32():
         for start in range(0, classes.count, plan.classes):
             p = classes.chunk(start, min(start + plan.classes, classes.count))
             written = run_unknown_tile(
                 x, p, own["others"], (own["high"], own["low"]), own["means"], slopes, sums, first=start, k2=scale * LOG2E, tile=plan.tile
             )
-            for kind in range(3):
-                run_add_partials(sums[kind], total[kind], written)
+            run_add_partials(sums, total, written)
             for part in slab_products(slopes[:n, : p.shape[0] * p.shape[1]], p.flatten(0, 1), plan.slab):
                 run_add_partials(part, pull, part.shape[0])
     return total, pull
