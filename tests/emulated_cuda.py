@@ -38,12 +38,17 @@ def load(path: Path) -> ModuleType:
     return module
 
 
+def build(target: str) -> Path:
+    """Brings a target of the build folder up to date; the folder."""
+    folder = build_folder()
+    subprocess.run([sys.executable, "-m", "cmake", "--build", str(folder), "--target", target], check=True, capture_output=True)
+    return folder
+
+
 @functools.cache
 def module() -> ModuleType:
-    """The emulated extension, up to date."""
-    build = build_folder()
-    subprocess.run([sys.executable, "-m", "cmake", "--build", str(build), "--target", "emulated_cuda"], check=True, capture_output=True)
-    (path,) = (build / "emulated").glob("_native*.so")
+    """The emulated extension."""
+    (path,) = (build("emulated_cuda") / "emulated").glob("_native*.so")
     return load(path)
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
 from dataclasses import dataclass
 
 import pytest
 import torch
-from emulated_cuda import ORDERS, Guard, module, take_over
+from emulated_cuda import ORDERS, Guard, build, module, take_over
 from sweeps import agree
 from torch import Tensor
 
@@ -98,6 +99,12 @@ def by_row(ours: list[Tensor], plain: list[Tensor], truth: list[Tensor], what: o
 
 # one warp, its last vector cut short; odd; several warps a row, the last of them partly idle; the most
 SIZES = [1, 3, 4, 33, 128, 500, 512, 516, 1023, 2048, 4096]
+
+
+def test_the_emulation_finds_what_it_promises() -> None:
+    """Missing barriers, warps whose threads do not meet: tests/native/emulated/check.cpp."""
+    done = subprocess.run([build("emulation_check") / "emulation_check"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
 
 
 @pytest.mark.usefixtures("emulated")
