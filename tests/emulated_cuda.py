@@ -63,15 +63,15 @@ def take_over(patch: pytest.MonkeyPatch, order: str = "forward") -> None:
 class Guard:
     """Copies of tensors amid a pattern in memory that nobody may change; `shift` elements off a multiple of 16 bytes."""
 
-    def __init__(self, shift: int = 0) -> None:
-        self.shift = shift
+    def __init__(self, shift: int = 0, device: str = "cpu") -> None:
+        self.shift, self.device = shift, device
         self.kept: list[tuple[Tensor, int, int]] = []
 
     def __call__(self, value: Tensor) -> Tensor:
         """The same values, NaN (integers: -77, bools: True) before and behind."""
         margin = 64 + self.shift
-        memory = torch.full((2 * margin + value.numel(),), _pattern(value.dtype), dtype=value.dtype)
-        memory[margin : margin + value.numel()] = value.reshape(-1)
+        memory = torch.full((2 * margin + value.numel(),), _pattern(value.dtype), dtype=value.dtype, device=self.device)
+        memory[margin : margin + value.numel()].copy_(value.reshape(-1))
         self.kept.append((memory, margin, value.numel()))
         return memory[margin : margin + value.numel()].view(value.shape)
 
