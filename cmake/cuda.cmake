@@ -49,6 +49,8 @@ endfunction()
 
 function(add_cuda_kernels target)
   if(NOT nvcc)
+    string(REGEX REPLACE "[\"\\\\;\n]" " " text "${missing}")
+    set_source_files_properties(csrc/module.cpp TARGET_DIRECTORY ${target} PROPERTIES COMPILE_DEFINITIONS RECOG_FAST_CUDA_MISSING="${text}")
     return()
   endif()
   set(sources ${cuda_stems})
