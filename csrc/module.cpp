@@ -125,7 +125,11 @@ py::object cuda_built() { return py::make_tuple(RECOG_FAST_CUDA_VERSION, RECOG_F
 
 #else
 
-void add_cuda(py::module_&) {}
+#if !defined(RECOG_FAST_CUDA_MISSING)
+#define RECOG_FAST_CUDA_MISSING "not asked for"
+#endif
+
+void add_cuda(py::module_& m) { m.attr("CUDA_MISSING") = RECOG_FAST_CUDA_MISSING; }
 py::object cuda_built() { return py::none(); }
 
 #endif

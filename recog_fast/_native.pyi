@@ -68,6 +68,7 @@ def effective_prototypes(classes: Classes, *, prototypes: int, threads: int) -> 
 # CUDA kernels: only where `cuda_built()` is (version of CUDA, architectures). Addresses are of device memory, `stream` is a
 # cudaStream_t. Every launch raises RuntimeError with the kernel's name and CUDA's text where it fails.
 
+CUDA_MISSING: str  # why there are none, where there are none
 CUDA_MOST_COLUMNS: int
 CUDA_MOST_WRITTEN: int
 

@@ -26,16 +26,16 @@ def cuda_missing(index: int = 0) -> str | None:
     if module is None:
         return f"extension {reason}"
     if module.cuda_built() is None:
-        return "the extension was built without CUDA kernels"
+        return f"the extension was built without CUDA kernels: {module.CUDA_MISSING}"
     return str(module.cuda_missing(index)) or None
 
 
 def describe_cuda() -> str:
     """The compiler's version and the architectures of the CUDA C++ kernels, or why there are none."""
-    module, reason = load()
+    module, _ = load()
     built = None if module is None else module.cuda_built()
     if built is None:
-        return f"none: {'the extension was built without CUDA kernels' if module is not None else f'extension {reason}'}"
+        return f"none: {cuda_missing()}"
     version, architectures = built
     return f"CUDA {version} for {architectures}"
 

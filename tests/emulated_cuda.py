@@ -38,12 +38,17 @@ def load(path: Path) -> ModuleType:
     return module
 
 
+def build(target: str) -> Path:
+    """Brings a target of the build folder up to date; the folder."""
+    folder = build_folder()
+    subprocess.run([sys.executable, "-m", "cmake", "--build", str(folder), "--target", target], check=True, capture_output=True)
+    return folder
+
+
 @functools.cache
 def module() -> ModuleType:
-    """The emulated extension, up to date."""
-    build = build_folder()
-    subprocess.run([sys.executable, "-m", "cmake", "--build", str(build), "--target", "emulated_cuda"], check=True, capture_output=True)
-    (path,) = (build / "emulated").glob("_native*.so")
+    """The emulated extension."""
+    (path,) = (build("emulated_cuda") / "emulated").glob("_native*.so")
     return load(path)
 
 
@@ -58,15 +63,15 @@ def take_over(patch: pytest.MonkeyPatch, order: str = "forward") -> None:
 class Guard:
     """Copies of tensors amid a pattern in memory that nobody may change; `shift` elements off a multiple of 16 bytes."""
 
-    def __init__(self, shift: int = 0) -> None:
-        self.shift = shift
+    def __init__(self, shift: int = 0, device: str = "cpu") -> None:
+        self.shift, self.device = shift, device
         self.kept: list[tuple[Tensor, int, int]] = []
 
     def __call__(self, value: Tensor) -> Tensor:
         """The same values, NaN (integers: -77, bools: True) before and behind."""
         margin = 64 + self.shift
-        memory = torch.full((2 * margin + value.numel(),), _pattern(value.dtype), dtype=value.dtype)
-        memory[margin : margin + value.numel()] = value.reshape(-1)
+        memory = torch.full((2 * margin + value.numel(),), _pattern(value.dtype), dtype=value.dtype, device=self.device)
+        memory[margin : margin + value.numel()].copy_(value.reshape(-1))
         self.kept.append((memory, margin, value.numel()))
         return memory[margin : margin + value.numel()].view(value.shape)
 

@@ -12,6 +12,7 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import emulated_cuda
 import golden
 import pytest
 import sweeps
@@ -27,7 +28,7 @@ from torch import Tensor
 
 import recog_fast as rf
 from recog_fast import reference
-from recog_fast.ops import _cuda, chunks
+from recog_fast.ops import _cuda, _cuda_native, chunks
 
 assert triton_interpreter.interpreter
 torch.utils.deterministic.fill_uninitialized_memory = True
@@ -41,6 +42,7 @@ DESCRIPTORS = dataclasses.replace(POINTERS, tma=True)
 EAGER = dataclasses.replace(DESCRIPTORS, lazy_index=False)
 # several chunks, the last ragged, their borders inside a tile of the whole; several slabs, the last narrower
 PLAN = chunks.Plan(96, 40, POINTERS)
+BOTH = {"cuda_effective_prototypes", "cuda_class_step"}
 WHOLE = chunks.Plan(4096, 4096, dataclasses.replace(POINTERS, rows=32, classes=128))
 
 
@@ -89,6 +91,23 @@ def test_every_sweep(stem: str, n: int, c: int, d: int, plan: chunks.Plan) -> No
 @pytest.mark.parametrize(("k", "plan"), [(3, PLAN), (2, chunks.Plan(50, 64, DESCRIPTORS))])
 def test_sub_centers(stem: str, k: int, plan: chunks.Plan) -> None:
     check(stem, calls(sample(40, 110, 32, k, seed=k))[stem], plan)
+
+
+@pytest.mark.parametrize(("stem", "launches"), [("effective_prototypes", {"cuda_effective_prototypes"}), ("class_gradient", BOTH), ("class_step", BOTH)])
+@pytest.mark.parametrize("k", [1, 3])
+def test_rows_of_w_by_the_cuda_kernels(stem: str, launches: set[str], k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The chunk loop with csrc/cuda's kernels, emulated, in place of Triton's element-wise ones."""
+    emulated_cuda.take_over(monkeypatch)
+    module, seen = emulated_cuda.module(), set()
+
+    class Spy:
+        def __getattr__(self, name: str) -> Any:
+            seen.add(name)
+            return getattr(module, name)
+
+    monkeypatch.setattr(_cuda_native, "_extension", lambda t: Spy())
+    check(stem, calls(sample(40, 110, 32, k, seed=k))[stem])
+    assert seen >= launches
 
 
 @pytest.mark.parametrize("stem", STEMS)

@@ -27,7 +27,7 @@ def extension() -> ModuleType:
     if module is None:
         pytest.skip(f"extension {reason}")
     if module.cuda_built() is None:
-        pytest.skip("the extension was built without CUDA kernels: no nvcc, or RECOG_FAST_CUDA=off")
+        pytest.skip(f"the extension was built without CUDA kernels: {module.CUDA_MISSING}")
     return module
 
 
@@ -96,14 +96,16 @@ def test_backends_says_what_was_built_and_why_it_does_not_run(extension: ModuleT
 
 def test_an_extension_without_them_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     class Without:
+        CUDA_MISSING = "no nvcc (test)"
+
         def cuda_built(self) -> None:
             return None
 
     monkeypatch.setattr(native, "load", lambda: (Without(), "avx2"))
     native.cuda_missing.cache_clear()
     try:
-        assert native.cuda_missing(0) == "the extension was built without CUDA kernels"
-        assert native.describe_cuda() == "none: the extension was built without CUDA kernels"
+        text = "the extension was built without CUDA kernels: no nvcc (test)"
+        assert native.cuda_missing(0) == text and native.describe_cuda() == f"none: {text}"
         monkeypatch.setattr(native, "load", lambda: (None, "not built (test)"))
         native.cuda_missing.cache_clear()
         assert native.cuda_missing(0) == "extension not built (test)" and native.describe_cuda() == "none: extension not built (test)"

@@ -142,7 +142,7 @@ def test_cuda_tensors_go_to_triton_or_the_reference(missing: str | None, monkeyp
     """float32 and 16-bit requests to the Triton kernels where the device can run them; float64, kept exponentials and mixed
     devices never; and `backends()` says so."""
     monkeypatch.setattr(_dispatch, "triton_missing", lambda index=0: missing)
-    monkeypatch.setattr(native, "cuda_missing", lambda index=0: "an old driver")
+    monkeypatch.setattr(_dispatch, "cuda_missing", lambda: "an old driver")
 
     def runs(backend: str = "auto", devices: tuple[str, ...] = ("cuda",), dtype: torch.dtype = torch.float32, kept: bool = False, stem: str = "class_gradient") -> str:
         call = dataclasses.replace(_dispatch.call_of_device(backend, [], operation=stem, kept=kept), devices=frozenset(devices), dtypes=frozenset({dtype}))
@@ -160,6 +160,7 @@ def test_cuda_tensors_go_to_triton_or_the_reference(missing: str | None, monkeyp
 def test_the_memory_of_a_cuda_device_goes_to_cuda_or_torch(missing: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """float32 and bfloat16 rings to the CUDA C++ kernel where the device can run it, with or without Triton; the rest never."""
     monkeypatch.setattr(native, "cuda_missing", lambda index=0: missing)
+    monkeypatch.setattr(_dispatch, "cuda_missing", lambda: missing)
 
     def runs(backend: str = "auto", device: str = "cuda", *dtypes: torch.dtype, stem: str = "memory_write") -> str:
         call = _dispatch.call_of_device(backend, [], operation=stem, kept=False)

@@ -29,7 +29,7 @@ HEAVY = "matplotlib PIL simplejpeg scipy sklearn tensorboard rich jsonargparse y
 
 def run(*command: str | Path, cwd: Path, code: int = 0) -> str:
     """Output and error text of a command that must end with `code`."""
-    done = subprocess.run([str(c) for c in command], cwd=cwd, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([str(c) for c in command], cwd=cwd, capture_output=True, text=True, timeout=900)
     text = done.stdout + done.stderr
     assert done.returncode == code, text
     return text

@@ -112,7 +112,7 @@ static void sgd_row(const ClassOutput& out, const Chain& chain, int64_t at, int6
   if (out.velocity == nullptr) {
     along_row(D, [=](auto lanes, int64_t k) {
       const auto now = lanes.get(w + k);
-      lanes.put(w + k, now - lr * (lanes.get(d + k) * inverse + own * now));
+      lanes.put(w + k, sgd_plain(now, lanes.get(d + k) * inverse + own * now, lr));
     });
     return;
   }
@@ -120,18 +120,17 @@ static void sgd_row(const ClassOutput& out, const Chain& chain, int64_t at, int6
   if (out.nesterov) {
     along_row(D, [=](auto lanes, int64_t k) {
       const auto now = lanes.get(w + k);
-      const auto g = lanes.get(d + k) * inverse + own * now;
-      const auto next = momentum * lanes.get(v + k) + g;
-      lanes.put(v + k, next);
-      lanes.put(w + k, now - lr * (g + momentum * next));
+      auto speed = lanes.get(v + k);
+      lanes.put(w + k, sgd_nesterov(now, lanes.get(d + k) * inverse + own * now, speed, lr, momentum));
+      lanes.put(v + k, speed);
     });
     return;
   }
   along_row(D, [=](auto lanes, int64_t k) {
     const auto now = lanes.get(w + k);
-    const auto next = momentum * lanes.get(v + k) + (lanes.get(d + k) * inverse + own * now);
-    lanes.put(v + k, next);
-    lanes.put(w + k, now - lr * next);
+    auto speed = lanes.get(v + k);
+    lanes.put(w + k, sgd_momentum(now, lanes.get(d + k) * inverse + own * now, speed, lr, momentum));
+    lanes.put(v + k, speed);
   });
 }
 

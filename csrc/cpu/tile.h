@@ -37,10 +37,7 @@ static inline float inverse_norm(const float* row, int64_t D) { return inverse_n
 
 static inline float memory_value(const Classes& c, int64_t at) {
   if (!c.memory_bf16) return static_cast<const float*>(c.memory_rows)[at];
-  const uint32_t bits = uint32_t(static_cast<const uint16_t*>(c.memory_rows)[at]) << 16;
-  float value;
-  __builtin_memcpy(&value, &bits, sizeof value);
-  return value;
+  return from_bfloat16(static_cast<const uint16_t*>(c.memory_rows)[at]);
 }
 
 // Row of W behind the r-th row of the sweep.
@@ -61,8 +58,6 @@ static inline void fetch_memory(const Classes& c, int64_t slot) {
   const char* at = static_cast<const char*>(c.memory_rows) + slot * bytes;
   for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(at + b);
 }
-
-constexpr float kCancelled = 1e-4f;  // |U| below this: the prototype falls back to W^ (math.md 2)
 
 // P_r = U / |U|, U = W^ + lam M (or U itself without renormalize). Returns 1/|U|, or 0 where the injection is not used.
 static inline float inject(const Classes& c, int64_t r, int64_t slot, float inverse, float* row) {

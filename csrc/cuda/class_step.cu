@@ -15,7 +15,7 @@ __global__ void __launch_bounds__(kMostThreads<kVector>) class_step_rows(ClassSt
 }  // namespace
 
 void class_step(const ClassStep& s, const Stream& stream) {
-  const OnDevice device("class_step", stream);
+  use_device("class_step", stream);
   const bool vector = s.D % 4 == 0 && aligned16(s.d_prototypes, s.weight, s.velocity, s.gradient, s.memory.rows, s.next.rows, s.next_memory.rows);
   launch("class_step", vector ? class_step_rows<true> : class_step_rows<false>, shape_of(s.R, s.D, vector), stream, s);
 }

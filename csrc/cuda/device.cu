@@ -8,10 +8,15 @@ __global__ void nothing() {}
 }  // namespace
 
 std::string missing(int device) {
+  const char* name = "CUDA C++";
   try {
-    const OnDevice current("CUDA C++", {0, device});
+    int before = 0;
+    check(cudaGetDevice(&before), name);
+    check(cudaSetDevice(device), name);
     cudaFuncAttributes attributes;
-    check(cudaFuncGetAttributes(&attributes, nothing), "CUDA C++");
+    const cudaError_t error = cudaFuncGetAttributes(&attributes, nothing);
+    check(cudaSetDevice(before), name);
+    check(error, name);
   } catch (const std::runtime_error& error) {
     return error.what();
   }

@@ -33,25 +33,12 @@ inline void check(cudaError_t error, const char* kernel) {
   throw std::runtime_error(std::string(kernel) + ": " + cudaGetErrorString(error) + " (" + cudaGetErrorName(error) + ")");
 }
 
-// The stream's device is current in this thread for as long as this lives.
-class OnDevice {
- public:
-  OnDevice(const char* kernel, const Stream& stream) {
-    check(cudaGetDevice(&before_), kernel);
-    if (before_ == stream.device) return;
-    check(cudaSetDevice(stream.device), kernel);
-    changed_ = true;
-  }
-  ~OnDevice() {
-    if (changed_) cudaSetDevice(before_);
-  }
-  OnDevice(const OnDevice&) = delete;
-  OnDevice& operator=(const OnDevice&) = delete;
-
- private:
-  int before_ = 0;
-  bool changed_ = false;
-};
+// Makes the stream's device current in this thread, as torch's device guard around the call has done for torch.
+inline void use_device(const char* kernel, const Stream& stream) {
+  int now = -1;
+  check(cudaGetDevice(&now), kernel);
+  if (now != stream.device) check(cudaSetDevice(stream.device), kernel);
+}
 
 // Throws std::runtime_error with the kernel's name and CUDA's text.
 template <class... Parameters, class... Arguments>

@@ -15,7 +15,7 @@ __global__ void __launch_bounds__(kMostThreads<kVector>) prototype_rows(const fl
 }  // namespace
 
 void effective_prototypes(const float* weight, int64_t R, int64_t D, const Injection& memory, const Prototypes& out, const Stream& stream) {
-  const OnDevice device("effective_prototypes", stream);
+  use_device("effective_prototypes", stream);
   const bool vector = D % 4 == 0 && aligned16(weight, memory.rows, out.rows);
   launch("effective_prototypes", vector ? prototype_rows<true> : prototype_rows<false>, shape_of(R, D, vector), stream, weight, R, D, memory, out);
 }

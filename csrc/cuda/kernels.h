@@ -1,4 +1,5 @@
-// The CUDA kernels as C++ sees them: pointers into device memory, sizes, a stream. Nothing here waits for the device.
+// The CUDA kernels as C++ sees them: pointers into device memory, sizes, a stream. Nothing here waits for the device; the stream's device
+// is current in the calling thread afterwards.
 // Every function throws std::runtime_error, the kernel's name and CUDA's text, where a launch fails.
 #pragma once
 

@@ -189,7 +189,7 @@ int64_t memory_write_scratch(int64_t N, int64_t S) { return Scratch::words(N, S)
 
 void memory_write(const Ring& ring, const Batch& batch, int32_t* words, int64_t* evicted, const Stream& stream) {
   const char* name = "memory_write";
-  const OnDevice device(name, stream);
+  use_device(name, stream);
   const Scratch scratch = Scratch::in(words, batch.N);
   const Shape segments = blocks(Scratch::segments(ring.S));
   const int64_t bytes = ring.D * (ring.bfloat16 ? 2 : 4);

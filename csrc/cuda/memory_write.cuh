@@ -122,8 +122,8 @@ class DigitCounts {
 };
 
 __device__ __forceinline__ bool evictable(int64_t stamp) { return stamp != kRefreshed; }
-// stamp + 1: never written is 0, and 2^31 the most.
-__device__ __forceinline__ uint32_t key_of(int64_t stamp) { return uint32_t(stamp + 1); }
+// stamp + 1: never written is 0, and 2^31 the most; of kRefreshed nobody's.
+__device__ __forceinline__ uint32_t key_of(int64_t stamp) { return uint32_t(uint64_t(stamp) + 1); }
 
 // Row `row` of the batch into its slot; vector: 16 bytes at a time, both sides of one type.
 __device__ inline void copy_row(const Ring& ring, const Batch& batch, int64_t slot, int64_t row, bool vector) {

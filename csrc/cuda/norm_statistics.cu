@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(kThreads) update_statistics(NormStatistics s) 
 }  // namespace
 
 void norm_statistics(const NormStatistics& s, const Stream& stream) {
-  const OnDevice device("norm_statistics", stream);
+  use_device("norm_statistics", stream);
   launch("norm_statistics", update_statistics, {dim3(1), dim3(kThreads)}, stream, s);
 }
 

@@ -6,6 +6,7 @@ device and wait for nothing. `use_backend("reference")` never gets here, or is a
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import Any
 
@@ -30,6 +31,11 @@ def _extension(t: Tensor) -> ModuleType | None:
 def _launch(t: Tensor) -> dict[str, int]:
     """Where a kernel on `t` runs."""
     return {"stream": torch.cuda.current_stream(t.device).cuda_stream, "device": t.device.index}
+
+
+def _guard(t: Tensor) -> AbstractContextManager[object]:
+    """Makes the device of `t` torch's current one; `_cuda.py` has done so for the rows of W."""
+    return torch.cuda.device(t.device) if t.device.type == "cuda" else nullcontext()
 
 
 def _address(t: Tensor | None) -> int:
@@ -65,7 +71,8 @@ def run_prototype_rows(weight: Tensor, injection: Injected | None, prototypes: T
     if module is None or not _takes_rows(module, weight, injection, out=prototypes):
         from ..triton_kernels.effective_prototypes import run_prototype_rows as run
 
-        return run(weight, injection, prototypes, renormalize=renormalize)
+        run(weight, injection, prototypes, renormalize=renormalize)
+        return
     module.cuda_effective_prototypes(
         weight=_address(weight), memory=_memory(module, injection, renormalize), prototypes=_address(prototypes),
         bfloat16=prototypes.dtype == torch.bfloat16, R=weight.shape[0], D=weight.shape[1], **_launch(weight),
@@ -131,11 +138,12 @@ def memory_write(
         rows=_address(rows), strength=_address(row_strength), stamp=_address(stamp), owner=_address(owner), slot=_address(slot),
         cursor=_address(cursor), S=size, C=slot.shape[0], D=rows.shape[1], bfloat16=rows.dtype == torch.bfloat16,
     )  # fmt: skip
-    module.cuda_memory_write(
-        ring, embeddings=_address(x), labels=_address(y), strengths=_address(lam), N=n, step=step,
-        bfloat16=x.dtype == torch.bfloat16, strengths_double=lam.dtype == torch.float64, scratch=_address(scratch),
-        evicted=_address(evicted), **_launch(rows),
-    )  # fmt: skip
+    with _guard(rows):
+        module.cuda_memory_write(
+            ring, embeddings=_address(x), labels=_address(y), strengths=_address(lam), N=n, step=step,
+            bfloat16=x.dtype == torch.bfloat16, strengths_double=lam.dtype == torch.float64, scratch=_address(scratch),
+            evicted=_address(evicted), **_launch(rows),
+        )  # fmt: skip
     return evicted
 
 
@@ -154,11 +162,12 @@ def norm_statistics(
         return None
     norms, labelled = norms.contiguous(), labelled.contiguous()
     new_mean, new_std, new_batches = torch.empty_like(mean), torch.empty_like(std), torch.empty_like(batches)
-    module.cuda_norm_statistics(
-        norms=_address(norms), labelled=_address(labelled), N=norms.shape[0], norms_double=norms.dtype == torch.float64, old=old,
-        mean=_address(mean), std=_address(std), batches=_address(batches), new_mean=_address(new_mean), new_std=_address(new_std),
-        new_batches=_address(new_batches), **_launch(norms),
-    )  # fmt: skip
+    with _guard(norms):
+        module.cuda_norm_statistics(
+            norms=_address(norms), labelled=_address(labelled), N=norms.shape[0], norms_double=norms.dtype == torch.float64, old=old,
+            mean=_address(mean), std=_address(std), batches=_address(batches), new_mean=_address(new_mean), new_std=_address(new_std),
+            new_batches=_address(new_batches), **_launch(norms),
+        )  # fmt: skip
     return new_mean, new_std, new_batches
 
 

@@ -106,6 +106,13 @@ def triton_missing(index: int = 0) -> str | None:
     return reason
 
 
+def cuda_missing() -> str | None:
+    """Why torch's current CUDA device cannot run the extension's CUDA C++ kernels; None where it can. Touches no other device."""
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    return native.cuda_missing(torch.cuda.current_device())
+
+
 def call_of_device(backend: str, operands: Iterable[torch.Tensor | None], *, operation: str, kept: bool) -> Call:
     """The call that these operands on a CUDA device make."""
     there = [t for t in operands if t is not None]
@@ -121,11 +128,11 @@ def describe(backend: str) -> str:
     lines = []
     for rule in TABLE:
         if rule.runs == TRITON:
-            missing, alone = triton_missing(), native.cuda_missing()
+            missing, alone = triton_missing(), cuda_missing()
             rows = f"; rows of W: {CUDA_NATIVE if alone is None else f'Triton ({alone})'}"
             lines.append(f"{rule.when}: {TRITON + rows if missing is None else f'the line below ({missing})'}")
         elif rule.runs == CUDA_NATIVE:
-            missing = native.cuda_missing()
+            missing = cuda_missing()
             lines.append(f"{rule.when}: {CUDA_NATIVE if missing is None else f'the line below ({missing})'}")
         elif rule.runs == REFERENCE:
             now = (rule is MISSING and isa is None) or rule.holds(Call(backend, frozenset({"cpu"}), frozenset(), "baseline"))
