@@ -14,7 +14,7 @@ START, END = "<!-- stored results: python -m recipes -->", "<!-- end of stored r
 # The order of the page; others follow by name.
 ORDER = (
     "ers_decision", "ers_curve", "ers_center", "ers_templates", "low_resolution", "margin_gain", "margins", "memory",
-    "unknown_identities", "recognizability_index",
+    "memory_characters", "unknown_identities", "recognizability_index",
 )  # fmt: skip
 
 

@@ -125,11 +125,6 @@ def progress(text: str) -> None:
     print(f"[{time.process_time():6.0f} s CPU] {text}", file=sys.stderr, flush=True)
 
 
-def mean_of(values: Sequence[float]) -> float:
-    """Plain mean, for table cells."""
-    return float(np.mean(np.asarray(values, dtype=np.float64)))
-
-
 def stored() -> list[dict[str, Any]]:
     """Every stored result, by name."""
     return [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]

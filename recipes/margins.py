@@ -42,7 +42,7 @@ def run(seeds: list[int]) -> Outcome:
         note="m = 0.3 (CosFace 0.2), ramped over the first half; not ranked",
     )  # fmt: skip
     for seed in seeds:
-        values = {}
+        values: dict[str, float] = {}
         for name, margin in VARIANTS.items():
             found = omniglot.run(replace(omniglot.baseline(seed), margin=margin()), name)
             values |= {f"{name}, {key}": found[key] for key in ("accuracy clean", "TAR@1e-2 clean", "TAR@1e-2 8x8")}

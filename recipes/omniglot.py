@@ -86,17 +86,19 @@ class Trained:
         return copy.deepcopy(self)
 
 
-def start(seed: int, classes: int, scale: float = 32.0) -> Trained:
-    """Fresh weights, the same for every variant of a seed."""
+def start(seed: int, classes: int, scale: float = 32.0, policy: Any = None) -> Trained:
+    """Fresh weights, the same for every variant of a seed; policy: of a prototype memory."""
+    memory = None if policy is None else rf.PrototypeMemory(classes, 128, policy)
     torch.manual_seed(seed)
     backbone = build_model("tiny", embedding_dim=128, input_size=SIZE)
-    return Trained(backbone, rf.MarginHead(classes, 128, margin=rf.Softmax(), scale=scale), 0.0)
+    return Trained(backbone, rf.MarginHead(classes, 128, margin=rf.Softmax(), scale=scale, memory=memory), 0.0)
 
 
 def train(model: Trained, images: Images, labels: Labels, settings: Settings, unknown: Images | None = None) -> Trained:
     """Trains `model` in place: SGD with momentum for the backbone, HeadSGD for the head, polynomial rate.
 
-    unknown (U, 32, 32, 3): images of unknown characters; `unknown_share` of every batch, label -1.
+    unknown (U, 32, 32, 3): images of unknown characters; `unknown_share` of every batch, label -1. A head with a memory has
+    it filled by a momentum encoder (gamma 0.99).
     """
     backbone, head = model.backbone, model.head
     head.unknown_weight = settings.unknown_weight
@@ -108,6 +110,7 @@ def train(model: Trained, images: Images, labels: Labels, settings: Settings, un
     warmup, late = len(images) // known // 2, []
     backbone.train()
     head.train()
+    encoder = None if head.memory is None else rf.MomentumEncoder(backbone, 0.99)
     batches = _batches(images, labels, unknown, known, extra, settings)
     for step, (x, y) in zip(range(steps), batches, strict=False):
         rate = settings.lr * polynomial_smooth(step, base=1.0, warmup=warmup, total=steps)
@@ -115,7 +118,12 @@ def train(model: Trained, images: Images, labels: Labels, settings: Settings, un
             optimizer.param_groups[0]["lr"] = rate
             optimizer.zero_grad()
         head.margin = settings.margin(min(1.0, step / (settings.ramp * steps)) if settings.ramp else 1.0)
-        loss, stats = head(backbone(x), y, return_stats=True)
+        keys = None
+        if encoder is not None:
+            encoder.update(backbone)
+            with torch.no_grad():
+                keys = encoder(x)
+        loss, stats = head(backbone(x), y, keys=keys, return_stats=True)
         loss.backward()
         nn.utils.clip_grad_norm_(backbone.parameters(), 5.0)
         first.step()
@@ -193,10 +201,10 @@ def pairs(labels: Labels, count: int = PAIRS, seed: int = 5) -> tuple[Labels, La
     return first[rows], second[rows], same[rows]
 
 
-def run(settings: Settings, name: str) -> dict[str, float]:
+def run(settings: Settings, name: str, policy: Any = None) -> dict[str, float]:
     """Trains one variant from fresh weights and verifies it."""
     split = load()
-    model = start(settings.seed, int(split.labels.max()) + 1, settings.scale)
+    model = start(settings.seed, int(split.labels.max()) + 1, settings.scale, policy)
     train(model, split.images, split.labels, settings)
     found = verify(model, split)
     progress(f"seed {settings.seed} {name}: " + ", ".join(f"{k} {v:.4f}" for k, v in found.items()))
