@@ -75,6 +75,8 @@ def open_source(config: DataConfig) -> Any:
 
     Raises FileNotFoundError for a missing path and ValueError for options the dataset does not take.
     """
+    if config.kind == "mixed":
+        return _mixed(config)
     reader = getattr(sources, _READERS[config.kind])
     if config.path and not Path(config.path).exists():
         raise FileNotFoundError(f"train: data.path {config.path} does not exist")
@@ -90,6 +92,23 @@ def open_source(config: DataConfig) -> Any:
     source = reader(**{"size": config.size, **arguments})
     # Drawing costs more than decoding: whole batches at once, before the workers start.
     return source.cache() if config.cache else source
+
+
+def _mixed(config: DataConfig) -> Any:
+    """Several sources as one, each with a kind, path and options of its own."""
+    options = dict(config.options)
+    fields = {"kind", "path", "options"}
+    listed = options.pop("sources", None)
+    if not isinstance(listed, list) or not listed or not all(isinstance(one, dict) and set(one) <= fields for one in listed):
+        raise ValueError(f"train: expected data.options.sources as a list of kind, path and options with kind mixed, got {listed!r}")
+    unknown = sorted(set(options) - {"share_classes", "unlabelled"})
+    if unknown:
+        raise ValueError(f"train: unknown key 'data.options.{unknown[0]}'; mixed takes: sources, share_classes, unlabelled")
+    parts = [DataConfig(size=config.size, cache=config.cache, **one) for one in listed]
+    for part in parts:
+        if part.kind not in _READERS:
+            raise ValueError(f"train: expected kind of a source in {', '.join(_READERS)}, got {part.kind!r}")
+    return sources.MixedDataset([open_source(part) for part in parts], **options)
 
 
 def split_classes(source: Any, config: DataConfig, seed: int) -> tuple[Split, Split]:
