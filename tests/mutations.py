@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import pickle
 import resource
 import signal
@@ -24,12 +25,14 @@ import PIL.Image
 
 from recog_fast.data import (
     CorruptImage,
+    ListDataset,
     RecordDataset,
     TarDataset,
     ZipDataset,
     decode_image,
     pack_record,
     read_bin,
+    read_ijb_media,
     read_tinyface,
     write_identities,
     write_records,
@@ -129,6 +132,17 @@ def kinds(folder: Path) -> dict[str, Kind]:
             buffer, {"probe_set": _names(300), "probe_ids": np.arange(300)[:, None]}, do_compression=compressed
         )
         mats.append(buffer.getvalue())
+    for k in range(4):
+        (folder / f"{k}.jpg").write_bytes(images[k])
+    rows = [(f"{k % 4}.jpg", k % 3) for k in range(200)]
+    table = "".join(f"{path},{label}\n" for path, label in rows).encode()
+    lines = "".join(json.dumps({"path": path, "label": label}) + "\n" for path, label in rows).encode()
+    media = "".join(f"{k}.jpg {k // 3} {1000 + k // 2}\n" for k in range(200)).encode()
+
+    def text(path: Path) -> None:
+        # A line of 8 bytes becomes a path and a label: Python objects of some hundred bytes.
+        listed(ListDataset(path, root=folder, decode=False))
+
     formats = ("JPEG", "PNG", "GIF", "BMP", "PPM", "WEBP", "TIFF")
     pictures = [picture(kind, k) for k, kind in enumerate(formats)] + [
         picture("JPEG", 9, "CMYK"),
@@ -158,6 +172,9 @@ def kinds(folder: Path) -> dict[str, Kind]:
         "mat": Kind(".mat", mats, read_tinyface, lambda data: 4 * max(len(data), len(mats[0]))),
         "tar": Kind(".tar", [shard.getvalue()], lambda path: listed(TarDataset(path, decode=False)), four),
         "zip": Kind(".zip", [archive.getvalue()], lambda path: listed(ZipDataset(path, decode=False)), four),
+        "csv": Kind(".csv", [table], text, lambda data: 100 * len(data)),
+        "jsonl": Kind(".jsonl", [lines], text, lambda data: 100 * len(data)),
+        "ijb": Kind(".txt", [media], read_ijb_media, lambda data: 100 * len(data)),
         "image": Kind(".img", pictures, lambda path: decode_image(path.read_bytes(), str(path)), lambda data: 1 << 62),
     }
 
