@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import signal
 import threading
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from recog_fast import data as sources
 from recog_fast.training.config import DataConfig, TrainConfig
@@ -212,7 +213,62 @@ def read_image(source: Any, index: int, size: int) -> Image | None:
         return None
 
 
-def step_loader(images: TrainingImages, config: TrainConfig, pin_memory: bool) -> tuple[Any, DataLoader[Any]]:
+_PREFETCH = 2  # batches a worker has under way
+
+
+class _Sent(NamedTuple):
+    """A batch as it leaves a worker: its pixels lie in the pool."""
+
+    slot: tuple[int, int]
+    labels: NDArray[np.int64]
+    samples: list[int]
+
+
+class _Pool:
+    """Memory of a fixed number of batches that workers fill in turn; fresh shared memory for every batch would cost a
+    worker half of what decoding does.
+
+    A worker is asked for batch n when batch n - _PREFETCH of its own is handed out, so batch n - _PREFETCH - 1 has been
+    copied by then: one slot more than are under way is enough.
+    """
+
+    def __init__(self, workers: int, rows: int, size: int) -> None:
+        self.pixels = torch.empty(workers, _PREFETCH + 1, rows, size, size, 3, dtype=torch.uint8).share_memory_()
+        self.filled = 0  # in this worker
+
+    def fill(self, items: list[Item]) -> _Sent | Batch:
+        """The collate function of a worker."""
+        worker = get_worker_info()
+        if worker is None:
+            return collate(items)
+        slot = (worker.id, self.filled % (_PREFETCH + 1))
+        self.filled += 1
+        np.stack([item[0] for item in items], out=self.pixels[slot].numpy())
+        return _Sent(slot, np.array([item[1] for item in items], np.int64), [item[2] for item in items])
+
+    def take(self, sent: _Sent, pin_memory: bool) -> Batch:
+        """A batch of its own memory."""
+        pixels = self.pixels[sent.slot]
+        images = torch.empty(pixels.shape, dtype=torch.uint8, pin_memory=pin_memory).copy_(pixels)
+        return Batch(images, torch.from_numpy(sent.labels), sent.samples)
+
+
+class StepBatches(sources.ResumableBatches):
+    """`ResumableBatches` whose `track` hands out a `Batch` for each one that a worker left in the pool."""
+
+    def __init__(self, images: TrainingImages, config: TrainConfig, pin_memory: bool) -> None:
+        rows = config.batch_size * config.gradient_acc
+        super().__init__(len(images), rows, seed=config.seed)
+        self.pin_memory = pin_memory
+        self.pool = _Pool(config.num_workers, rows, images.size) if config.num_workers else None
+
+    def track(self, loader: Iterable[Any]) -> Iterator[Any]:
+        """Iterate over `loader`, counting each batch as it is handed out."""
+        for batch in super().track(loader):
+            yield self.pool.take(batch, self.pin_memory) if self.pool is not None and isinstance(batch, _Sent) else batch
+
+
+def step_loader(images: TrainingImages, config: TrainConfig, pin_memory: bool) -> tuple[StepBatches, DataLoader[Any]]:
     """(position, loader): each batch holds the rows of one optimizer step; iterate with `position.track(loader)`.
 
     The global random state is left alone.
@@ -222,13 +278,14 @@ def step_loader(images: TrainingImages, config: TrainConfig, pin_memory: bool) -
         raise ValueError(
             f"train: expected batch_size * gradient_acc <= the {len(images)} training images, got {per_step}"
         )
-    position = sources.ResumableBatches(len(images), per_step, seed=config.seed)
+    position = StepBatches(images, config, pin_memory)
     loader: DataLoader[Any] = DataLoader(
         images,
         batch_sampler=position,
         num_workers=config.num_workers,
-        collate_fn=collate,
-        pin_memory=pin_memory,
+        prefetch_factor=_PREFETCH if config.num_workers else None,
+        collate_fn=collate if position.pool is None else position.pool.fill,
+        pin_memory=pin_memory and not config.num_workers,
         persistent_workers=config.num_workers > 0,
         worker_init_fn=_leave_signals_to_the_parent,
         generator=torch.Generator(),
