@@ -71,7 +71,7 @@ def main(rec: Path) -> None:
     """The table; the cost of starting workers is taken out by the difference of two lengths."""
     alone = decoding(rec)
     print(f"decoding alone: {alone * 1e6:.0f} us of CPU an image, {1 / alone:.0f} images a second")
-    for workers in (1,):
+    for workers in (1, 2):
         for flip in (0.0, 0.5):
             short, long = (working(rec, workers, flip, epochs) for epochs in (1, 4))
             user, system = ((b - a) / (long[2] - short[2]) for a, b in zip(short[:2], long[:2], strict=True))

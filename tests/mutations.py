@@ -178,7 +178,7 @@ def kinds(folder: Path) -> dict[str, Kind]:
     (shard, archive), (table, lines, media) = _archives(images), _lists(folder, images)
     # A line of 8 bytes becomes a path and a label, Python objects of some hundred bytes; an image becomes its pixels, whose
     # number is bounded by the file's bytes.
-    lines_of, pixels_of = (lambda data: 100 * len(data)), (lambda data: 12 * max(1 << 16, 8 * 1032 * len(data)))
+    lines_of, pixels_of = (lambda data: 40 * len(data)), (lambda data: 12 * max(1 << 16, 8 * 1032 * len(data)))
     return {
         "rec": Kind(".rec", [rec.read_bytes(), plain.read_bytes()], _read_records, _four),
         "idx": Kind(
@@ -214,23 +214,33 @@ def run(name: str, count: int, seed: int = 0) -> dict[str, float]:
             for case in range(count):
                 data = mutated(kind.files[case % len(kind.files)], np.random.default_rng((seed, case)))
                 path = _written(folder, kind, data)
-                tracemalloc.reset_peak()
-                base = tracemalloc.get_traced_memory()[0]
-                signal.alarm(SECONDS)
-                try:
-                    kind.read(path)
-                except ValueError as error:  # CorruptImage is one
-                    assert place in str(error), f"{name} case {case}: which file? {error}"
-                    refused += 1
-                finally:
-                    signal.alarm(0)
-                taken = tracemalloc.get_traced_memory()[1] - base
+                fault, taken = _attempt(kind, path)
+                if taken > kind.budget(data) + FIXED_BYTES:
+                    # The interpreter's own tables (of interned path parts) grow now and then, by megabytes: once.
+                    fault, taken = _attempt(kind, path)
+                assert not fault or place in fault, f"{name} case {case}: which file? {fault}"
+                refused += bool(fault)
                 worst = max(worst, (taken - FIXED_BYTES) / max(1, len(data)))
                 assert taken <= kind.budget(data) + FIXED_BYTES, f"{name} case {case}: {taken} bytes for {len(data)}"
     finally:
         tracemalloc.stop()
         signal.signal(signal.SIGALRM, before)
     return {"cases": count, "refused": refused, "bytes_per_byte": round(worst, 2)}
+
+
+def _attempt(kind: Kind, path: Path) -> tuple[str, int]:
+    """(the error's text, "" for none; the most bytes held meanwhile)."""
+    fault = ""
+    tracemalloc.reset_peak()
+    base = tracemalloc.get_traced_memory()[0]
+    signal.alarm(SECONDS)
+    try:
+        kind.read(path)
+    except ValueError as error:  # CorruptImage is one
+        fault = str(error) or "no text"
+    finally:
+        signal.alarm(0)
+    return fault, tracemalloc.get_traced_memory()[1] - base
 
 
 def _written(folder: Path, kind: Kind, data: bytes) -> Path:
