@@ -20,7 +20,7 @@ from recog_fast.commands import data as data_commands
 from recog_fast.commands import interchange
 from recog_fast.training.commands import add_commands
 
-_LIBRARIES = "numpy triton jsonargparse yaml rich tensorboard PIL simplejpeg scipy sklearn matplotlib safetensors"
+_LIBRARIES = "numpy triton jsonargparse yaml rich tensorboard PIL simplejpeg scipy sklearn matplotlib safetensors onnx onnxruntime faiss"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

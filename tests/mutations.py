@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import pickle
 import resource
 import signal
@@ -24,12 +25,14 @@ import PIL.Image
 
 from recog_fast.data import (
     CorruptImage,
+    ListDataset,
     RecordDataset,
     TarDataset,
     ZipDataset,
     decode_image,
     pack_record,
     read_bin,
+    read_ijb_media,
     read_tinyface,
     write_identities,
     write_records,
@@ -95,46 +98,19 @@ def _names(count: int) -> np.ndarray:
     return cells
 
 
-def kinds(folder: Path) -> dict[str, Kind]:
-    """What is mutated; the undamaged .rec and .idx stay in `folder`."""
-    import scipy.io
+def _lists(folder: Path, images: list[bytes]) -> tuple[bytes, bytes, bytes]:
+    """A .csv and a .jsonl over four images in `folder`, and an IJB media file."""
+    for k in range(4):
+        (folder / f"{k}.jpg").write_bytes(images[k])
+    rows = [(f"{k % 4}.jpg", k % 3) for k in range(200)]
+    table = "".join(f"{path},{label}\n" for path, label in rows)
+    lines = "".join(json.dumps({"path": path, "label": label}) + "\n" for path, label in rows)
+    media = "".join(f"{k}.jpg {k // 3} {1000 + k // 2}\n" for k in range(200))
+    return table.encode(), lines.encode(), media.encode()
 
-    rec = folder / "whole.rec"
-    write_identities(rec, [(k, picture("JPEG", 3 * k + j)) for k in range(6) for j in range(3)])
-    plain = folder / "plain.rec"
-    write_records(
-        plain, [(k, pack_record([k // 2, 1.0], picture("PNG", k) + struct.pack("<I", 0xCED7230A))) for k in range(9)]
-    )
-    idx = rec.with_suffix(".idx")
 
-    def records(path: Path, index: Path | None = None) -> None:
-        dataset = RecordDataset(path, index, decode=False)
-        assert len(dataset.labels) == len(dataset) and dataset.num_classes >= 0
-        for item in dataset:
-            assert isinstance(item[0], bytes)
-        for _ in RecordFile(path).scan():
-            pass
-
-    def index(path: Path) -> None:
-        read_index(path)
-        records(rec, path)
-
-    images = [picture("JPEG", k) for k in range(30)]
-    arrays = [np.frombuffer(data, np.uint8)[:, None] for data in images]
-    pickles = [pickle.dumps((c, [True, False] * 7 + [True]), p) for p in (0, 2, 3, 4, 5) for c in (images, arrays)]
-    mats = []
-    for compressed in (False, True):
-        buffer = io.BytesIO()
-        scipy.io.savemat(
-            buffer, {"probe_set": _names(300), "probe_ids": np.arange(300)[:, None]}, do_compression=compressed
-        )
-        mats.append(buffer.getvalue())
-    formats = ("JPEG", "PNG", "GIF", "BMP", "PPM", "WEBP", "TIFF")
-    pictures = [picture(kind, k) for k, kind in enumerate(formats)] + [
-        picture("JPEG", 9, "CMYK"),
-        picture("PNG", 9, "1"),
-    ]
-    pictures += [picture("JPEG", 10, "L"), picture("JPEG", 11)]
+def _archives(images: list[bytes]) -> tuple[bytes, bytes]:
+    """A WebDataset tar and a zip of 20 images."""
     shard, archive = io.BytesIO(), io.BytesIO()
     with tarfile.open(fileobj=shard, mode="w") as tar, zipfile.ZipFile(archive, "w") as zipped:
         for k in range(20):
@@ -143,22 +119,79 @@ def kinds(folder: Path) -> dict[str, Kind]:
                 info.size = len(data)
                 tar.addfile(info, io.BytesIO(data))
                 zipped.writestr(member, data)
+    return shard.getvalue(), archive.getvalue()
 
-    def listed(dataset: Any) -> None:
-        assert dataset.num_classes >= 1 and len(dataset.labels) == len(dataset)
-        for index in range(len(dataset)):
-            with contextlib.suppress(CorruptImage):  # counted skips
-                dataset[index]
 
-    four = lambda data: 4 * len(data)  # noqa: E731
+def _mat(compressed: bool) -> bytes:
+    import scipy.io
+
+    buffer = io.BytesIO()
+    content = {"probe_set": _names(300), "probe_ids": np.arange(300)[:, None]}
+    scipy.io.savemat(buffer, content, do_compression=compressed)
+    return buffer.getvalue()
+
+
+def _pictures() -> list[bytes]:
+    formats = ("JPEG", "PNG", "GIF", "BMP", "PPM", "WEBP", "TIFF", "JPEG")
+    odd = [picture("JPEG", 9, "CMYK"), picture("PNG", 9, "1"), picture("JPEG", 10, "L")]
+    return [picture(kind, k) for k, kind in enumerate(formats)] + odd
+
+
+def _read_records(path: Path, index: Path | None = None) -> None:
+    dataset = RecordDataset(path, index, decode=False)
+    assert len(dataset.labels) == len(dataset) and dataset.num_classes >= 0
+    for item in dataset:
+        assert isinstance(item[0], bytes)
+    for _ in RecordFile(path).scan():
+        pass
+
+
+def _read_all(dataset: Any) -> None:
+    assert dataset.num_classes >= 1 and len(dataset.labels) == len(dataset)
+    for index in range(len(dataset)):
+        with contextlib.suppress(CorruptImage):  # counted skips
+            dataset[index]
+
+
+def _four(data: bytes) -> int:
+    return 4 * len(data)
+
+
+def kinds(folder: Path) -> dict[str, Kind]:
+    """What is mutated; the undamaged .rec and .idx stay in `folder`."""
+    rec, plain = folder / "whole.rec", folder / "plain.rec"
+    write_identities(rec, [(k, picture("JPEG", 3 * k + j)) for k in range(6) for j in range(3)])
+    split = struct.pack("<I", 0xCED7230A)
+    write_records(plain, [(k, pack_record([k // 2, 1.0], picture("PNG", k) + split)) for k in range(9)])
+
+    def read_idx(path: Path) -> None:
+        read_index(path)
+        _read_records(rec, path)
+
+    def read_list(path: Path) -> None:
+        _read_all(ListDataset(path, root=folder, decode=False))
+
+    images = [picture("JPEG", k) for k in range(30)]
+    arrays = [np.frombuffer(data, np.uint8)[:, None] for data in images]
+    pickles = [pickle.dumps((c, [True, False] * 7 + [True]), p) for p in (0, 2, 3, 4, 5) for c in (images, arrays)]
+    mats = [_mat(False), _mat(True)]
+    (shard, archive), (table, lines, media) = _archives(images), _lists(folder, images)
+    # A line of 8 bytes becomes a path and a label, Python objects of some hundred bytes; an image becomes its pixels, whose
+    # number is bounded by the file's bytes.
+    lines_of, pixels_of = (lambda data: 40 * len(data)), (lambda data: 12 * max(1 << 16, 8 * 1032 * len(data)))
     return {
-        "rec": Kind(".rec", [rec.read_bytes(), plain.read_bytes()], records, four),
-        "idx": Kind(".idx", [idx.read_bytes()], index, lambda data: 4 * (len(data) + rec.stat().st_size)),
-        "bin": Kind(".bin", pickles, read_bin, four),
+        "rec": Kind(".rec", [rec.read_bytes(), plain.read_bytes()], _read_records, _four),
+        "idx": Kind(
+            ".idx", [rec.with_suffix(".idx").read_bytes()], read_idx, lambda data: 4 * (len(data) + rec.stat().st_size)
+        ),
+        "bin": Kind(".bin", pickles, read_bin, _four),
         "mat": Kind(".mat", mats, read_tinyface, lambda data: 4 * max(len(data), len(mats[0]))),
-        "tar": Kind(".tar", [shard.getvalue()], lambda path: listed(TarDataset(path, decode=False)), four),
-        "zip": Kind(".zip", [archive.getvalue()], lambda path: listed(ZipDataset(path, decode=False)), four),
-        "image": Kind(".img", pictures, lambda path: decode_image(path.read_bytes(), str(path)), lambda data: 1 << 62),
+        "tar": Kind(".tar", [shard], lambda path: _read_all(TarDataset(path, decode=False)), _four),
+        "zip": Kind(".zip", [archive], lambda path: _read_all(ZipDataset(path, decode=False)), _four),
+        "csv": Kind(".csv", [table], read_list, lines_of),
+        "jsonl": Kind(".jsonl", [lines], read_list, lines_of),
+        "ijb": Kind(".txt", [media], read_ijb_media, lines_of),
+        "image": Kind(".img", _pictures(), lambda path: decode_image(path.read_bytes(), str(path)), pixels_of),
     }
 
 
@@ -181,23 +214,33 @@ def run(name: str, count: int, seed: int = 0) -> dict[str, float]:
             for case in range(count):
                 data = mutated(kind.files[case % len(kind.files)], np.random.default_rng((seed, case)))
                 path = _written(folder, kind, data)
-                tracemalloc.reset_peak()
-                base = tracemalloc.get_traced_memory()[0]
-                signal.alarm(SECONDS)
-                try:
-                    kind.read(path)
-                except ValueError as error:  # CorruptImage is one
-                    assert place in str(error), f"{name} case {case}: which file? {error}"
-                    refused += 1
-                finally:
-                    signal.alarm(0)
-                taken = tracemalloc.get_traced_memory()[1] - base
+                fault, taken = _attempt(kind, path)
+                if taken > kind.budget(data) + FIXED_BYTES:
+                    # The interpreter's own tables (of interned path parts) grow now and then, by megabytes: once.
+                    fault, taken = _attempt(kind, path)
+                assert not fault or place in fault, f"{name} case {case}: which file? {fault}"
+                refused += bool(fault)
                 worst = max(worst, (taken - FIXED_BYTES) / max(1, len(data)))
                 assert taken <= kind.budget(data) + FIXED_BYTES, f"{name} case {case}: {taken} bytes for {len(data)}"
     finally:
         tracemalloc.stop()
         signal.signal(signal.SIGALRM, before)
     return {"cases": count, "refused": refused, "bytes_per_byte": round(worst, 2)}
+
+
+def _attempt(kind: Kind, path: Path) -> tuple[str, int]:
+    """(the error's text, "" for none; the most bytes held meanwhile)."""
+    fault = ""
+    tracemalloc.reset_peak()
+    base = tracemalloc.get_traced_memory()[0]
+    signal.alarm(SECONDS)
+    try:
+        kind.read(path)
+    except ValueError as error:  # CorruptImage is one
+        fault = str(error) or "no text"
+    finally:
+        signal.alarm(0)
+    return fault, tracemalloc.get_traced_memory()[1] - base
 
 
 def _written(folder: Path, kind: Kind, data: bytes) -> Path:

@@ -75,6 +75,31 @@ def test_a_corrupt_image_is_looked_up_once(tmp_path: Path, monkeypatch: pytest.M
     )
 
 
+def test_several_sources_in_one_run(tmp_path: Path) -> None:
+    """Two folders of people and one of unknown ones: classes side by side, the unknown labelled -1, and it trains."""
+    made = [
+        make_folder(tmp_path / name, identities, 3, seed)
+        for seed, (name, identities) in enumerate([("a", 4), ("b", 3), ("c", 2)])
+    ]
+    sources = [{"kind": "folder", "path": str(folder)} for folder in made]
+    options = {"sources": sources, "unlabelled": [2]}
+    config = settings(
+        tmp_path, made[0], data__kind="mixed", data__path="", data__options=options, unknown_weight=0.1, max_steps=2
+    )
+    images = TrainingImages(config)
+    assert (images.num_classes, len(images), sum(images[0, i][1] == -1 for i in range(27))) == (7, 27, 6)
+    assert Path(images.path(26)).parent.parent.name == "c"
+    assert train(config).finished
+    for wrong, message in (
+        ({}, "data.options.sources as a list"),
+        ({**options, "sharing": 1}, "unknown key 'data.options.sharing'"),
+        ({"sources": [{"kind": "lmdb", "path": "x"}]}, "kind of a source in rec, folder"),
+        ({"sources": [{"kind": "folder", "path": str(tmp_path / "none")}]}, "does not exist"),
+    ):
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            TrainingImages(dataclasses.replace(config, data=dataclasses.replace(config.data, options=wrong)))
+
+
 def test_no_augmentation_draws_nothing(tmp_path: Path) -> None:
     config = settings(tmp_path, make_folder(tmp_path / "faces", identities=2, images=2))
     plain = TrainingImages(dataclasses.replace(config, augment=Augmentation(flip=0.0)))

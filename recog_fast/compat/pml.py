@@ -60,8 +60,10 @@ class _MarginLoss(nn.Module):
             raise ValueError(f"{name}: expected a positive scale, got {scale!r}")
         self.num_classes, self.embedding_size, self.sub_centers = num_classes, embedding_size, sub_centers
         self.scale, self._margin = float(scale), margin
-        self.W = nn.Parameter(torch.empty(num_classes * sub_centers, embedding_size).t())
-        (nn.init.normal_ if weight_init_func is None else weight_init_func)(self.W.data)
+        # Drawn in pytorch-metric-learning's order, so that one seed gives one W in both.
+        drawn = torch.empty(embedding_size, num_classes * sub_centers)
+        (nn.init.normal_ if weight_init_func is None else weight_init_func)(drawn)
+        self.W = nn.Parameter(drawn.t().contiguous().t())
 
     def _weight(self) -> Tensor:
         """(C, D) or (C, K, D), a view of W."""

@@ -134,12 +134,14 @@ def _label_report(labels: NDArray[np.int64]) -> DataReport:
 
 
 class _Pixels:
-    """Sums over the images that were read."""
+    """Sums over the images that were read; 24 bytes an image."""
 
-    def __init__(self) -> None:
+    def __init__(self, total: int) -> None:
         self.sizes: Counter[tuple[int, int]] = Counter()
         self.formats: Counter[str] = Counter()
-        self.seen: dict[bytes, list[int]] = {}
+        self.digests = np.empty((total, 2), np.uint64)
+        self.places = np.empty(total, np.int64)
+        self.read = 0
         self.sums = np.zeros((2, 3))
         self.count = self.grey = 0
 
@@ -147,7 +149,9 @@ class _Pixels:
         self.sizes[image.shape[0], image.shape[1]] += 1
         self.formats[image_format(data)[0]] += 1
         digest = hashlib.blake2b(np.ascontiguousarray(image).data, digest_size=16, salt=b"%dx%d" % image.shape[:2])
-        self.seen.setdefault(digest.digest(), []).append(index)
+        self.digests[self.read] = np.frombuffer(digest.digest(), np.uint64)
+        self.places[self.read] = index
+        self.read += 1
         flat = image.reshape(-1, 3)
         histograms = np.stack([np.bincount(flat[:, k], minlength=256) for k in range(3)]).astype(np.float64)
         values = np.arange(256) / 255.0
@@ -157,18 +161,28 @@ class _Pixels:
 
     def into(self, report: DataReport, dataset: EncodedDataset, labels: NDArray[np.int64]) -> None:
         report.sizes, report.formats, report.grey = self.sizes.most_common(), self.formats.most_common(), self.grey
-        for group in (places for places in self.seen.values() if len(places) > 1):
+        for group in self._same():
             known = labels[group]
             if len(np.unique(known)) > 1:
-                report.conflicting.append(
-                    [(dataset.source(i), int(label)) for i, label in zip(group, known, strict=True)]
-                )
+                named = [(dataset.source(int(i)), int(label)) for i, label in zip(group, known, strict=True)]
+                report.conflicting.append(named)
             else:
-                report.repeated.append([dataset.source(i) for i in group])
+                report.repeated.append([dataset.source(int(i)) for i in group])
         if self.count:
             mean = self.sums[0] / self.count
             report.mean = tuple(mean.tolist())
             report.std = tuple(np.sqrt(np.maximum(0, self.sums[1] / self.count - mean**2)).tolist())
+
+    def _same(self) -> list[NDArray[np.int64]]:
+        """Groups of places with one digest, in the order of their first image."""
+        digests, places = self.digests[: self.read], self.places[: self.read]
+        order = np.lexsort((places, digests[:, 1], digests[:, 0]))
+        digests, places = digests[order], places[order]
+        changes = np.flatnonzero((digests[1:] != digests[:-1]).any(axis=1)) + 1
+        edges = np.concatenate([[0], changes, [len(places)]])
+        several = np.flatnonzero(np.diff(edges) > 1)
+        groups = [places[edges[k] : edges[k + 1]] for k in several]
+        return sorted(groups, key=lambda group: int(group[0]))
 
 
 def check_dataset(
@@ -186,7 +200,7 @@ def check_dataset(
     report = _label_report(labels)
     total = len(dataset) if sample is None else min(sample, len(dataset))
     places = np.arange(len(dataset)) if total == len(dataset) else np.linspace(0, len(dataset) - 1, total).astype(int)
-    pixels = _Pixels()
+    pixels = _Pixels(total)
     for done, index in enumerate(places.tolist()):
         try:
             data, _ = dataset.encoded(index)

@@ -64,7 +64,8 @@ def convert_dataset(
     kind = target_kind(target) if kind is None else kind
     if kind not in TARGETS:
         raise ValueError(f"convert_dataset: expected kind in {', '.join(TARGETS)}, got {kind!r}")
-    place, journal = Path(target), Path(f"{os.fspath(target)}.converting")
+    place = Path(target)
+    journal = place.with_name(f"{place.name}.converting")
     labels: NDArray[np.int64] = np.asarray(source.labels, np.int64)  # type: ignore[attr-defined]
     writer = TARGETS[kind](place, labels, **options)
     names = _names(source, labels, writer)

@@ -113,13 +113,13 @@ def _decode_pillow(data: bytes, source: str, index: int) -> Image:
 def resize_image(image: Image, size: int | tuple[int, int]) -> Image:
     """Resize (H, W, 3) uint8 to (size, size) or size = (height, width): box mean where both sides shrink, bilinear
     otherwise."""
-    import PIL.Image
-
     height, width = (size, size) if isinstance(size, int) else size
     if height < 1 or width < 1:
         raise ValueError(f"resize_image: expected size >= 1, got {size}")
     if image.shape[:2] == (height, width):
         return image
+    import PIL.Image
+
     shrinks = height <= image.shape[0] and width <= image.shape[1]
     method = PIL.Image.Resampling.BOX if shrinks else PIL.Image.Resampling.BILINEAR
     return np.array(PIL.Image.fromarray(image).resize((width, height), method))

@@ -215,7 +215,10 @@ class FolderTarget(Target):
     def position(self, written: EncodedDataset, step: int, name: str) -> int:
         if self.found is None:
             self.found = {path: k for k, path in enumerate(written.paths)}  # type: ignore[attr-defined]
-        return self.found[os.path.join(os.fspath(self.path), name)]
+        path = os.path.join(os.fspath(self.path), name)
+        if path not in self.found:
+            raise ValueError(f"convert_dataset: expected {path} in the target, got no such image")
+        return self.found[path]
 
 
 class ListTarget(FolderTarget):

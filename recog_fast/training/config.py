@@ -21,7 +21,7 @@ from recog_fast.data import Augmentation
 class DataConfig:
     """Where images come from. The number of classes is counted, never typed."""
 
-    kind: Literal["rec", "folder", "list", "zip", "tar", "synthetic"] = "synthetic"
+    kind: Literal["rec", "folder", "list", "zip", "tar", "synthetic", "mixed"] = "synthetic"
     path: str = ""
     size: int = 112  # images are resized to size x size
     min_images: int = 1  # identities with fewer images are left out
@@ -30,7 +30,8 @@ class DataConfig:
     )
     cache: bool = False  # decode and resize all images once, into memory
     max_corrupt: int = 100  # so many unreadable images are replaced and listed; one more ends the run
-    options: dict[str, Any] = field(default_factory=dict)  # further arguments of the dataset
+    # Further arguments of the dataset; mixed: {sources: [{kind: ..., path: ...}, ...], share_classes: false, unlabelled: [1]}
+    options: dict[str, Any] = field(default_factory=dict)
     keep: str = ""  # a list of `recog-fast filter-overlap`: only its images are used
 
 
@@ -259,7 +260,7 @@ def _check(config: TrainConfig) -> None:
         _check_recognizability(config.recognizability)
         sources.append(("recognizability.ui", config.recognizability.ui))
     for label, data in sources:
-        if data is not None and data.kind != "synthetic" and not data.path:
+        if data is not None and data.kind not in ("synthetic", "mixed") and not data.path:
             raise ValueError(f"train: expected {label}.path with {label}.kind = {data.kind!r}, got none")
         if data is not None and (data.size < 8 or min(data.min_images - 1, data.holdout_classes, data.max_corrupt) < 0):
             raise ValueError(

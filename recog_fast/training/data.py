@@ -9,21 +9,19 @@ import os
 import signal
 import threading
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from recog_fast import data as sources
+from recog_fast.training.batches import PREFETCH, Image, Item, StepBatches, collate
+from recog_fast.training.batches import Batch as Batch
 from recog_fast.training.config import DataConfig, TrainConfig
 from recog_fast.training.kept import read_kept
 from recog_fast.training.mixing import MixedBatches
-
-Image = NDArray[np.uint8]  # (H, W, 3) RGB
-Item = tuple[Image, int, int]  # image, label, sample
 
 _READERS = {
     "rec": "RecordDataset",
@@ -33,19 +31,6 @@ _READERS = {
     "tar": "TarDataset",
     "synthetic": "SyntheticIdentities",
 }
-
-
-class Batch(NamedTuple):
-    """Rows as they leave the loader."""
-
-    images: Tensor  # (B, S, S, 3) uint8
-    labels: Tensor  # (B,) int64, -1 = unlabelled
-    samples: list[int]  # (B,) which sample of the training set each row is
-
-    def split(self, size: int) -> list[Batch]:
-        """Micro-batches of `size` rows."""
-        starts = range(0, len(self.samples), size)
-        return [Batch(self.images[i : i + size], self.labels[i : i + size], self.samples[i : i + size]) for i in starts]
 
 
 class Split(Dataset[tuple[Image, int]]):
@@ -77,6 +62,8 @@ def open_source(config: DataConfig, label: str = "data") -> Any:
 
     Raises FileNotFoundError for a missing path and ValueError for options the dataset does not take.
     """
+    if config.kind == "mixed":
+        return _mixed(config)
     reader = getattr(sources, _READERS[config.kind])
     if config.path and not Path(config.path).exists():
         raise FileNotFoundError(f"train: {label}.path {config.path} does not exist")
@@ -94,6 +81,23 @@ def open_source(config: DataConfig, label: str = "data") -> Any:
         # Drawing costs more than decoding: whole batches at once, before the workers start.
         source = source.cache() if config.cache else source
     return read_kept(config.keep, source) if config.keep else source
+
+
+def _mixed(config: DataConfig) -> Any:
+    """Several sources as one, each with a kind, path and options of its own."""
+    options = dict(config.options)
+    fields = {"kind", "path", "options"}
+    listed = options.pop("sources", None)
+    if not isinstance(listed, list) or not listed or not all(isinstance(one, dict) and set(one) <= fields for one in listed):
+        raise ValueError(f"train: expected data.options.sources as a list of kind, path and options with kind mixed, got {listed!r}")
+    unknown = sorted(set(options) - {"share_classes", "unlabelled"})
+    if unknown:
+        raise ValueError(f"train: unknown key 'data.options.{unknown[0]}'; mixed takes: sources, share_classes, unlabelled")
+    parts = [DataConfig(size=config.size, cache=config.cache, **one) for one in listed]
+    for part in parts:
+        if part.kind not in _READERS:
+            raise ValueError(f"train: expected kind of a source in {', '.join(_READERS)}, got {part.kind!r}")
+    return sources.MixedDataset([open_source(part) for part in parts], **options)
 
 
 def split_classes(source: Any, config: DataConfig, seed: int) -> tuple[Split, Split]:
@@ -231,29 +235,25 @@ def step_batches(images: TrainingImages, config: TrainConfig) -> sources.Resumab
     return MixedBatches(labelled, unlabelled, rows, others, config.gradient_acc, config.seed)
 
 
-def step_loader(images: TrainingImages, config: TrainConfig, pin_memory: bool) -> tuple[Any, DataLoader[Any]]:
+def step_loader(images: TrainingImages, config: TrainConfig, pin_memory: bool) -> tuple[StepBatches, DataLoader[Any]]:
     """(position, loader): each batch holds the rows of one optimizer step; iterate with `position.track(loader)`.
 
     The global random state is left alone.
     """
-    position = step_batches(images, config)
+    rows = config.batch_size * config.gradient_acc
+    position = StepBatches(step_batches(images, config), rows, config.num_workers, images.size, pin_memory)
     loader: DataLoader[Any] = DataLoader(
         images,
         batch_sampler=position,
         num_workers=config.num_workers,
-        collate_fn=collate,
-        pin_memory=pin_memory,
+        prefetch_factor=PREFETCH if config.num_workers else None,
+        collate_fn=collate if position.pool is None else position.pool.fill,
+        pin_memory=pin_memory and not config.num_workers,
         persistent_workers=config.num_workers > 0,
         worker_init_fn=_leave_signals_to_the_parent,
         generator=torch.Generator(),
     )
     return position, loader
-
-
-def collate(items: list[Item]) -> Batch:
-    """Items of TrainingImages as one Batch."""
-    images = torch.from_numpy(np.stack([item[0] for item in items]))
-    return Batch(images, torch.tensor([item[1] for item in items], dtype=torch.int64), [item[2] for item in items])
 
 
 def _leave_signals_to_the_parent(_: int) -> None:

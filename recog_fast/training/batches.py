@@ -1,0 +1,106 @@
+"""Batches on their way from the data workers: shared memory that is filled in turn instead of made anew."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Sampler, get_worker_info
+
+from recog_fast.data import ResumableBatches
+
+Image = NDArray[np.uint8]  # (H, W, 3) RGB
+Item = tuple[Image, int, int]  # image, label, sample
+PREFETCH = 2  # batches a worker has under way
+
+
+class Batch(NamedTuple):
+    """Rows as they leave the loader."""
+
+    images: Tensor  # (B, S, S, 3) uint8
+    labels: Tensor  # (B,) int64, -1 = unlabelled
+    samples: list[int]  # (B,) which sample of the training set each row is
+
+    def split(self, size: int) -> list[Batch]:
+        """Micro-batches of `size` rows."""
+        starts = range(0, len(self.samples), size)
+        return [Batch(self.images[i : i + size], self.labels[i : i + size], self.samples[i : i + size]) for i in starts]
+
+
+def collate(items: list[Item]) -> Batch:
+    """Items of TrainingImages as one Batch."""
+    images = torch.from_numpy(np.stack([item[0] for item in items]))
+    return Batch(images, torch.tensor([item[1] for item in items], dtype=torch.int64), [item[2] for item in items])
+
+
+class _Sent(NamedTuple):
+    """A batch as it leaves a worker: its pixels lie in the pool."""
+
+    slot: tuple[int, int]
+    labels: NDArray[np.int64]
+    samples: list[int]
+
+
+class Pool:
+    """Memory of a fixed number of batches that workers fill in turn; fresh shared memory for every batch would cost a
+    worker half of what decoding does.
+
+    A worker is asked for batch n when batch n - PREFETCH of its own is handed out, so batch n - PREFETCH - 1 has been
+    copied by then: one slot more than are under way is enough.
+    """
+
+    def __init__(self, workers: int, rows: int, size: int) -> None:
+        self.pixels = torch.empty(workers, PREFETCH + 1, rows, size, size, 3, dtype=torch.uint8).share_memory_()
+        self.filled = 0  # in this worker
+
+    def fill(self, items: list[Item]) -> _Sent | Batch:
+        """The collate function of a worker."""
+        worker = get_worker_info()
+        if worker is None:
+            return collate(items)
+        slot = (worker.id, self.filled % (PREFETCH + 1))
+        self.filled += 1
+        np.stack([item[0] for item in items], out=self.pixels[slot].numpy())
+        return _Sent(slot, np.array([item[1] for item in items], np.int64), [item[2] for item in items])
+
+    def take(self, sent: _Sent, pin_memory: bool) -> Batch:
+        """A batch of its own memory."""
+        pixels = self.pixels[sent.slot]
+        images = torch.empty(pixels.shape, dtype=torch.uint8, pin_memory=pin_memory).copy_(pixels)
+        return Batch(images, torch.from_numpy(sent.labels), sent.samples)
+
+
+class StepBatches(Sampler[list[tuple[int, int]]]):
+    """The keys of `order`; `track` hands out a `Batch` for each one that a worker left in the pool."""
+
+    def __init__(self, order: ResumableBatches, rows: int, workers: int, size: int, pin_memory: bool) -> None:
+        self.order, self.pin_memory = order, pin_memory
+        self.pool = Pool(workers, rows, size) if workers else None
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        return iter(self.order)
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Of the order."""
+        return self.order.batches_per_epoch
+
+    def track(self, loader: Iterable[Any]) -> Iterator[Any]:
+        """Iterate over `loader`, counting each batch as it is handed out."""
+        for batch in self.order.track(loader):
+            yield self.pool.take(batch, self.pin_memory) if self.pool is not None and isinstance(batch, _Sent) else batch
+
+    def state_dict(self) -> dict[str, int]:
+        """The order's position."""
+        return self.order.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes to a saved position."""
+        self.order.load_state_dict(state)
