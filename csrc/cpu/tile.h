@@ -35,13 +35,28 @@ static inline float inverse_norm(const float* row, int64_t D, float squared) {
 
 static inline float inverse_norm(const float* row, int64_t D) { return inverse_norm(row, D, dot(row, row, D)); }
 
-static inline float memory_value(const Classes& c, int64_t at) {
-  if (!c.memory_bf16) return static_cast<const float*>(c.memory_rows)[at];
-  const uint32_t bits = uint32_t(static_cast<const uint16_t*>(c.memory_rows)[at]) << 16;
-  float value;
-  __builtin_memcpy(&value, &bits, sizeof value);
-  return value;
-}
+// kWidth (or one) values of the memory from `at` on.
+typedef uint16_t vs_unaligned __attribute__((vector_size(RF_VECTOR_BYTES / 2), aligned(2), may_alias));
+struct FloatMemory {
+  const float* rows;
+  vf lanes(int64_t at) const { return load(rows + at); }
+  float one(int64_t at) const { return rows[at]; }
+};
+struct HalfMemory {
+  const uint16_t* rows;
+  vf lanes(int64_t at) const {
+    const vi bits = __builtin_convertvector(*reinterpret_cast<const vs_unaligned*>(rows + at), vi) << 16;
+    vf values;
+    __builtin_memcpy(&values, &bits, sizeof values);
+    return values;
+  }
+  float one(int64_t at) const {
+    const uint32_t bits = uint32_t(rows[at]) << 16;
+    float value;
+    __builtin_memcpy(&value, &bits, sizeof value);
+    return value;
+  }
+};
 
 // Row of W behind the r-th row of the sweep.
 static inline int64_t weight_row(const Classes& c, int64_t r) {
@@ -57,27 +72,47 @@ static inline int64_t memory_slot(const Classes& c, int64_t r) {
 
 // Starts reading a row of the memory: rows lie there as they were written, in no order of the classes.
 static inline void fetch_memory(const Classes& c, int64_t slot) {
+  if (slot < 0) return;
   const int64_t bytes = c.D * (c.memory_bf16 ? 2 : 4);
   const char* at = static_cast<const char*>(c.memory_rows) + slot * bytes;
   for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(at + b);
 }
 
+constexpr int64_t kAhead = 8;           // classes
 constexpr float kCancelled = 1e-4f;  // |U| below this: the prototype falls back to W^ (math.md 2)
 
-// P_r = U / |U|, U = W^ + lam M (or U itself without renormalize). Returns 1/|U|, or 0 where the injection is not used.
+// row = U = W^ + lam M; |U|^2.
+template <class Memory>
+static inline float add_memory(const float* w, float inverse, float lam, Memory memory, int64_t at, int64_t D, float* row) {
+  vf squares = splat(0.0f);
+  int64_t d = 0;
+  for (; d + kWidth <= D; d += kWidth) {
+    const vf u = load(w + d) * inverse + lam * memory.lanes(at + d);
+    store(row + d, u);
+    squares += u * u;
+  }
+  float squared = sum_lanes(squares);
+  for (; d < D; ++d) {
+    row[d] = w[d] * inverse + lam * memory.one(at + d);
+    squared += row[d] * row[d];
+  }
+  return squared;
+}
+
+// row = U, of which the prototype is U / |U|, or U itself without renormalize; W^ where they cancel. Returns 1/|U| (1 without
+// renormalize), or 0 where the injection is not used.
 static inline float inject(const Classes& c, int64_t r, int64_t slot, float inverse, float* row) {
   const float* w = c.weight + r * c.D;
   const float lam = c.strength[slot];
-  for (int64_t d = 0; d < c.D; ++d) row[d] = w[d] * inverse + lam * memory_value(c, slot * c.D + d);
+  const float squared = c.memory_bf16
+      ? add_memory(w, inverse, lam, HalfMemory{static_cast<const uint16_t*>(c.memory_rows)}, slot * c.D, c.D, row)
+      : add_memory(w, inverse, lam, FloatMemory{static_cast<const float*>(c.memory_rows)}, slot * c.D, c.D, row);
   if (!c.renormalize) return 1.0f;
-  const float squared = dot(row, row, c.D);
   if (squared < kCancelled * kCancelled) {
     for (int64_t d = 0; d < c.D; ++d) row[d] = w[d] * inverse;
     return 0.0f;
   }
-  const float scale = 1.0f / __builtin_sqrtf(squared);
-  for (int64_t d = 0; d < c.D; ++d) row[d] *= scale;
-  return scale;
+  return 1.0f / __builtin_sqrtf(squared);
 }
 
 static inline void zero_tail(float* row, int64_t D, int64_t depth) {
@@ -90,23 +125,24 @@ static void prepare(const Plan& plan, int64_t first, int64_t count, Scratch& scr
   float* buffer = scratch.rows;
   tile = {c.weight + first * D, D, first, count, scratch.inverse, scratch.inverse};
   bool injected = false;
+  for (int64_t j = 0; j < count && !injected; ++j) injected = memory_slot(c, weight_row(c, first + j)) >= 0;
+  const bool copied = injected || D != plan.depth || c.members != nullptr;
   for (int64_t j = 0; j < count; ++j) {
     const int64_t r = weight_row(c, first + j), slot = memory_slot(c, r);
-    if (slot >= 0) fetch_memory(c, slot), injected = true;
-    tile.inverse[j] = c.unit ? 1.0f : inverse_norm(c.weight + r * D, D);
-  }
-  if (!injected && D == plan.depth && c.members == nullptr) return;
-  for (int64_t j = 0; j < count; ++j) {
+    if (injected && j + kAhead < count) fetch_memory(c, memory_slot(c, weight_row(c, first + j + kAhead)));
+    const float inverse = c.unit ? 1.0f : inverse_norm(c.weight + r * D, D);
+    tile.inverse[j] = inverse;
+    if (!copied) continue;
     float* row = buffer + j * plan.stride;
-    const int64_t r = weight_row(c, first + j), slot = memory_slot(c, r);
     if (slot >= 0) {
-      inject(c, r, slot, tile.inverse[j], row);
-      tile.inverse[j] = 1.0f;
+      const float scale = inject(c, r, slot, inverse, row);
+      tile.inverse[j] = scale == 0.0f ? 1.0f : scale;
     } else {
       __builtin_memcpy(row, c.weight + r * D, sizeof(float) * D);
     }
     zero_tail(row, D, plan.depth);
   }
+  if (!copied) return;
   tile.rows = buffer;
   tile.stride = plan.stride;
 }
