@@ -70,15 +70,6 @@ static inline int64_t memory_slot(const Classes& c, int64_t r) {
   return slot >= 0 && slot < c.S && c.strength[slot] != 0.0f ? slot : -1;
 }
 
-// Starts reading a row of the memory: rows lie there as they were written, in no order of the classes.
-static inline void fetch_memory(const Classes& c, int64_t slot) {
-  if (slot < 0) return;
-  const int64_t bytes = c.D * (c.memory_bf16 ? 2 : 4);
-  const char* at = static_cast<const char*>(c.memory_rows) + slot * bytes;
-  for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(at + b);
-}
-
-constexpr int64_t kAhead = 8;           // classes
 constexpr float kCancelled = 1e-4f;  // |U| below this: the prototype falls back to W^ (math.md 2)
 
 // row = U = W^ + lam M; |U|^2.
@@ -129,7 +120,6 @@ static void prepare(const Plan& plan, int64_t first, int64_t count, Scratch& scr
   const bool copied = injected || D != plan.depth || c.members != nullptr;
   for (int64_t j = 0; j < count; ++j) {
     const int64_t r = weight_row(c, first + j), slot = memory_slot(c, r);
-    if (injected && j + kAhead < count) fetch_memory(c, memory_slot(c, weight_row(c, first + j + kAhead)));
     const float inverse = c.unit ? 1.0f : inverse_norm(c.weight + r * D, D);
     tile.inverse[j] = inverse;
     if (!copied) continue;
@@ -157,14 +147,30 @@ static Fetch next_rows(const Plan& plan, const Tile& tile, const float* matrix, 
   return {at, at + bytes, pace > 0 ? pace : 1, 1};
 }
 
+// The memory rows of the tile after this one, over the next `steps` k-steps: they lie in the order they were written.
+static Fetch next_memory(const Plan& plan, const Tile& tile, const Scratch& scratch, int64_t steps) {
+  const Classes& c = plan.classes;
+  const int64_t first = tile.first + tile.count, left = c.C * c.K - first, count = left < tile.count ? left : tile.count;
+  if (scratch.ahead == nullptr || c.D == 0) return {};
+  const int64_t bytes = c.D * (c.memory_bf16 ? 2 : 4);
+  int64_t found = 0;
+  for (int64_t j = 0; j < count; ++j) {
+    const int64_t slot = memory_slot(c, weight_row(c, first + j));
+    if (slot >= 0) scratch.ahead[found++] = static_cast<const char*>(c.memory_rows) + slot * bytes;
+  }
+  if (found == 0) return {};
+  const int64_t pace = steps / (found * ((bytes + 63) / 64));
+  return {scratch.ahead[0], scratch.ahead[0] + bytes, pace > 0 ? pace : 1, 1, scratch.ahead + 1, found - 1, bytes};
+}
+
 // cos[j][n] = <P_j, x_n>: (count, lanes)
-static void cosines(const Plan& plan, const Tile& tile, float* logits) {
+static void cosines(const Plan& plan, const Tile& tile, const Scratch& scratch, float* logits) {
   const int64_t D = plan.classes.D, lanes = plan.lanes;
-  Fetch nothing;
+  Fetch fetch = next_memory(plan, tile, scratch, (tile.count + kRowsAtOnce - 1) / kRowsAtOnce * (lanes / kPanel) * D);
   for (int64_t k = 0; k < D; k += kDepth) {
     const int64_t depth = D - k < kDepth ? D - k : kDepth;
     for (int64_t n = 0; n < lanes; n += kPanel)
-      gemm_panel(nothing, tile.count, tile.rows + k, tile.stride, 1, plan.x_panels + n * D + k * kPanel, kPanel, logits + n, lanes,
+      gemm_panel(fetch, tile.count, tile.rows + k, tile.stride, 1, plan.x_panels + n * D + k * kPanel, kPanel, logits + n, lanes,
                  depth, k > 0);
   }
   for (int64_t j = 0; j < tile.count; ++j) {
