@@ -23,8 +23,8 @@ struct Float32 {
   // What the pull of a tile prepared without `forward` still needs.
   static void prepare_pull(const Plan&, Scratch&, Tile&) {}
 
-  static void cosines(const Plan& plan, const Tile& tile, const Scratch&, float* logits) {
-    recog_fast::cpu::RF_ISA::cosines(plan, tile, logits);
+  static void cosines(const Plan& plan, const Tile& tile, const Scratch& scratch, float* logits) {
+    recog_fast::cpu::RF_ISA::cosines(plan, tile, scratch, logits);
   }
 
   static void pull(const Plan& plan, const Tile& tile, const float* exponentials, const Scratch& scratch, const KeptTile& kept, float* out) {
@@ -85,9 +85,9 @@ struct Pairs {
   static void cosines(const Plan& plan, const Tile& tile, const Scratch& scratch, float* logits) {
     const int64_t half = plan.depth / 2, lanes = plan.lanes;
     for (int64_t j = 0; j < tile.count; ++j) scratch.step[j] = tile.weight[j] * plan.x_step;
-    Fetch nothing;
+    Fetch fetch = next_memory(plan, tile, scratch, groups(tile.count) * (lanes / kPanel) * half);
     for (int64_t n = 0; n < lanes; n += kPanel)
-      gemm_pairs(nothing, tile.count, scratch.row_pairs, plan.pair_stride, 1, plan.x_pair_panels + n * half, kPanel, scratch.step, logits + n, lanes, half,
+      gemm_pairs(fetch, tile.count, scratch.row_pairs, plan.pair_stride, 1, plan.x_pair_panels + n * half, kPanel, scratch.step, logits + n, lanes, half,
                  false);
   }
 

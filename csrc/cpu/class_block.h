@@ -70,12 +70,20 @@ static Tile kept_rows(const Plan& plan, int64_t first, int64_t last, const KeptT
   return tile;
 }
 
-// dP (in place) -> dL/dW^ of one row with memory: through P = U/|U|, U = W^ + lam M (math.md 2).
-static void memory_chain(const Classes& c, int64_t r, int64_t slot, float inverse, float* d, float* prototype) {
-  const float scale = inject(c, r, slot, inverse, prototype);
-  if (scale == 0.0f) return;
-  const float along = dot(d, prototype, c.D);
-  for (int64_t k = 0; k < c.D; ++k) d[k] = (d[k] - along * prototype[k]) * scale;
+// U = W^ + lam M of a class as the tile was prepared with it, 1/|U|; no row where it was not.
+struct Injected {
+  const float* row = nullptr;
+  float scale = 0.0f;
+};
+
+// dP (in place) -> dL/dW^ of one row with memory: through P = U/|U| (math.md 2). `buffer` takes U where the tile has none.
+static void memory_chain(const Classes& c, int64_t r, int64_t slot, float inverse, Injected u, float* d, float* buffer) {
+  if (u.row == nullptr) u = {buffer, inject(c, r, slot, inverse, buffer)};
+  if (u.scale == 0.0f) return;
+  const float along = dot(d, u.row, c.D) * u.scale * u.scale;
+  const float* row = u.row;
+  const float scale = u.scale;
+  along_row(c.D, [=](auto lanes, int64_t k) { lanes.put(d + k, (lanes.get(d + k) - along * lanes.get(row + k)) * scale); });
 }
 
 // dL/dW = (d - along w) inverse: through W^ = W/|W|; inverse 1 and along 0 where rows are unit by themselves.
@@ -83,7 +91,7 @@ struct Chain {
   float inverse = 1.0f, along = 0.0f;
 };
 
-static Chain weight_chain(const Classes& c, int64_t r, float* d, float* prototype) {
+static Chain weight_chain(const Classes& c, int64_t r, Injected injected, float* d, float* buffer) {
   if (c.unit) return {};
   const float* w = c.weight + r * c.D;
   const int64_t slot = memory_slot(c, r);
@@ -98,7 +106,7 @@ static Chain weight_chain(const Classes& c, int64_t r, float* d, float* prototyp
   for (; k < c.D; ++k) squared += w[k] * w[k], product += w[k] * d[k];
   const float inverse = inverse_norm(w, c.D, squared);
   if (slot >= 0 && c.renormalize) {
-    memory_chain(c, r, slot, inverse, d, prototype);
+    memory_chain(c, r, slot, inverse, injected, d, buffer);
     product = dot(d, w, c.D);
   }
   return {inverse, product * inverse * inverse};
@@ -136,9 +144,9 @@ static void sgd_row(const ClassOutput& out, const Chain& chain, int64_t at, int6
 
 #include "unsampled.h"
 
-static void finish_row(const Plan& plan, const ClassOutput& out, int64_t r, float* d, float* prototype) {
+static void finish_row(const Plan& plan, const ClassOutput& out, int64_t r, Injected injected, float* d, float* buffer) {
   const int64_t D = plan.classes.D;
-  const Chain chain = out.mode == kPrototypeGradient ? Chain{} : weight_chain(plan.classes, r, d, prototype);
+  const Chain chain = out.mode == kPrototypeGradient ? Chain{} : weight_chain(plan.classes, r, injected, d, buffer);
   if (out.mode == kStep) return sgd_row(out, chain, r * D, D, d);
   const float* w = plan.classes.weight + r * D;
   float* gradient = out.gradient + r * D;
@@ -170,8 +178,11 @@ static void class_block(const Plan& plan, const ClassOutput& out, int64_t first,
       target_gradients(plan, tile, scratch.logits);
       A::gradient(plan, tile, out.velocity, scratch.logits, scratch);
     }
-    for (int64_t j = 0; j < tile.count; ++j)
-      finish_row(plan, out, weight_row(plan.classes, tile.first + j), scratch.gradient + j * plan.stride, scratch.rows);
+    const bool prepared = tile.rows == scratch.rows;
+    for (int64_t j = 0; j < tile.count; ++j) {
+      const Injected injected = prepared ? Injected{tile.rows + j * tile.stride, tile.inverse[j]} : Injected{};
+      finish_row(plan, out, weight_row(plan.classes, tile.first + j), injected, scratch.gradient + j * plan.stride, scratch.rows);
+    }
   }
   if (plan.classes.members != nullptr) unsampled_rows(plan, out, first, last, scratch);
 }
@@ -182,7 +193,8 @@ static void prototype_block(const Classes& c, float* prototypes, int64_t first, 
     const float* w = c.weight + r * c.D;
     const float inverse = c.unit ? 1.0f : inverse_norm(w, c.D);
     const int64_t slot = memory_slot(c, r);
-    if (slot >= 0) inject(c, r, slot, inverse, row);
+    const float scale = slot >= 0 ? inject(c, r, slot, inverse, row) : inverse;
+    if (slot >= 0) along_row(c.D, [=](auto lanes, int64_t k) { lanes.put(row + k, lanes.get(row + k) * (scale == 0.0f ? 1.0f : scale)); });
     else for (int64_t d = 0; d < c.D; ++d) row[d] = w[d] * inverse;
   }
 }

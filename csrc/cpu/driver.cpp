@@ -55,6 +55,7 @@ struct ThreadMemory {
   Array<float> logits, rows, gradient, panel, lane, inverse, weight, step;
   Array<int32_t> row_pairs, class_pairs, coefficients;
   Array<Element> list;
+  Array<const char*> ahead;
   Scratch scratch{};
 
   ThreadMemory(const Plan& plan, bool forward) {
@@ -65,6 +66,7 @@ struct ThreadMemory {
     inverse = Array<float>(tile);
     weight = Array<float>(tile);
     step = Array<float>(std::max(tile, plan.lanes));
+    if (plan.classes.slot != nullptr) ahead = Array<const char*>(tile);
     if (plan.lists) list = Array<Element>(std::max(tile, plan.lanes) + 1);
     if (!forward) gradient = Array<float>(tile * plan.stride);
     if (forward && !plan.pairs) panel = Array<float>(tile * plan.width);
@@ -74,7 +76,8 @@ struct ThreadMemory {
       if (forward) class_pairs = Array<int32_t>(tile / 2 * plan.stride);
     }
     scratch = {logits.get(), rows.get(), gradient.get(),  panel.get(),       lane.get(),        inverse.get(),
-               weight.get(), step.get(), row_pairs.get(), class_pairs.get(), coefficients.get(), list.get()};
+               weight.get(), step.get(), row_pairs.get(), class_pairs.get(), coefficients.get(), list.get(),
+               ahead.get()};
   }
 };
 

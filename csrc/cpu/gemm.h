@@ -3,16 +3,27 @@
 
 // Memory that the next tile reads, brought into cache line by line while this tile's products are computed: one line every
 // `pace` k-steps of the micro-kernels. In bursts the lines would queue before the products' own loads and gain nothing.
+// After [at, end) come `more` rows of `bytes` each, wherever they lie.
 struct Fetch {
   const char* at = nullptr;
   const char* end = nullptr;
   int64_t pace = 0, left = INT64_MAX;
+  const char* const* rows = nullptr;
+  int64_t more = 0, bytes = 0;
 
   inline void step() {
     if (--left != 0) return;
     __builtin_prefetch(at);
     at += 64;
-    left = at < end ? pace : INT64_MAX;
+    left = pace;
+    if (at < end) return;
+    if (more == 0) {
+      left = INT64_MAX;
+      return;
+    }
+    --more;
+    at = *rows++;
+    end = at + bytes;
   }
 };
 

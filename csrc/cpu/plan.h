@@ -84,6 +84,7 @@ struct Scratch {
   int32_t* class_pairs;   // (tile rows / 2, stride)
   int32_t* coefficients;  // (tile rows / 2, lanes) exponentials, or (tile rows, lanes / 2) slopes
   Element* list;          // (max(tile rows, lanes) + 1,)
+  const char** ahead;     // (tile rows,) memory rows of the next tile; null without a memory
 };
 
 // Where one tile's exponentials e^{z - offset} g weight are kept for the class sweep; all null where they are not.

@@ -35,10 +35,23 @@ static inline float inverse_norm(const float* row, int64_t D, float squared) {
 
 static inline float inverse_norm(const float* row, int64_t D) { return inverse_norm(row, D, dot(row, row, D)); }
 
-static inline float memory_value(const Classes& c, int64_t at) {
-  if (!c.memory_bf16) return static_cast<const float*>(c.memory_rows)[at];
-  return from_bfloat16(static_cast<const uint16_t*>(c.memory_rows)[at]);
-}
+// kWidth (or one) values of the memory from `at` on.
+typedef uint16_t vs_unaligned __attribute__((vector_size(RF_VECTOR_BYTES / 2), aligned(2), may_alias));
+struct FloatMemory {
+  const float* rows;
+  vf lanes(int64_t at) const { return load(rows + at); }
+  float one(int64_t at) const { return rows[at]; }
+};
+struct HalfMemory {
+  const uint16_t* rows;
+  vf lanes(int64_t at) const {
+    const vi bits = __builtin_convertvector(*reinterpret_cast<const vs_unaligned*>(rows + at), vi) << 16;
+    vf values;
+    __builtin_memcpy(&values, &bits, sizeof values);
+    return values;
+  }
+  float one(int64_t at) const { return from_bfloat16(rows[at]); }
+};
 
 // Row of W behind the r-th row of the sweep.
 static inline int64_t weight_row(const Classes& c, int64_t r) {
@@ -52,27 +65,38 @@ static inline int64_t memory_slot(const Classes& c, int64_t r) {
   return slot >= 0 && slot < c.S && c.strength[slot] != 0.0f ? slot : -1;
 }
 
-// Starts reading a row of the memory: rows lie there as they were written, in no order of the classes.
-static inline void fetch_memory(const Classes& c, int64_t slot) {
-  const int64_t bytes = c.D * (c.memory_bf16 ? 2 : 4);
-  const char* at = static_cast<const char*>(c.memory_rows) + slot * bytes;
-  for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(at + b);
+// row = U = W^ + lam M; |U|^2.
+template <class Memory>
+static inline float add_memory(const float* w, float inverse, float lam, Memory memory, int64_t at, int64_t D, float* row) {
+  vf squares = splat(0.0f);
+  int64_t d = 0;
+  for (; d + kWidth <= D; d += kWidth) {
+    const vf u = load(w + d) * inverse + lam * memory.lanes(at + d);
+    store(row + d, u);
+    squares += u * u;
+  }
+  float squared = sum_lanes(squares);
+  for (; d < D; ++d) {
+    row[d] = w[d] * inverse + lam * memory.one(at + d);
+    squared += row[d] * row[d];
+  }
+  return squared;
 }
 
-// P_r = U / |U|, U = W^ + lam M (or U itself without renormalize). Returns 1/|U|, or 0 where the injection is not used.
+// row = U, of which the prototype is U / |U|, or U itself without renormalize; W^ where they cancel. Returns 1/|U| (1 without
+// renormalize), or 0 where the injection is not used.
 static inline float inject(const Classes& c, int64_t r, int64_t slot, float inverse, float* row) {
   const float* w = c.weight + r * c.D;
   const float lam = c.strength[slot];
-  for (int64_t d = 0; d < c.D; ++d) row[d] = w[d] * inverse + lam * memory_value(c, slot * c.D + d);
+  const float squared = c.memory_bf16
+      ? add_memory(w, inverse, lam, HalfMemory{static_cast<const uint16_t*>(c.memory_rows)}, slot * c.D, c.D, row)
+      : add_memory(w, inverse, lam, FloatMemory{static_cast<const float*>(c.memory_rows)}, slot * c.D, c.D, row);
   if (!c.renormalize) return 1.0f;
-  const float squared = dot(row, row, c.D);
   if (squared < kCancelled * kCancelled) {
     for (int64_t d = 0; d < c.D; ++d) row[d] = w[d] * inverse;
     return 0.0f;
   }
-  const float scale = 1.0f / __builtin_sqrtf(squared);
-  for (int64_t d = 0; d < c.D; ++d) row[d] *= scale;
-  return scale;
+  return 1.0f / __builtin_sqrtf(squared);
 }
 
 static inline void zero_tail(float* row, int64_t D, int64_t depth) {
@@ -85,23 +109,23 @@ static void prepare(const Plan& plan, int64_t first, int64_t count, Scratch& scr
   float* buffer = scratch.rows;
   tile = {c.weight + first * D, D, first, count, scratch.inverse, scratch.inverse};
   bool injected = false;
+  for (int64_t j = 0; j < count && !injected; ++j) injected = memory_slot(c, weight_row(c, first + j)) >= 0;
+  const bool copied = injected || D != plan.depth || c.members != nullptr;
   for (int64_t j = 0; j < count; ++j) {
     const int64_t r = weight_row(c, first + j), slot = memory_slot(c, r);
-    if (slot >= 0) fetch_memory(c, slot), injected = true;
-    tile.inverse[j] = c.unit ? 1.0f : inverse_norm(c.weight + r * D, D);
-  }
-  if (!injected && D == plan.depth && c.members == nullptr) return;
-  for (int64_t j = 0; j < count; ++j) {
+    const float inverse = c.unit ? 1.0f : inverse_norm(c.weight + r * D, D);
+    tile.inverse[j] = inverse;
+    if (!copied) continue;
     float* row = buffer + j * plan.stride;
-    const int64_t r = weight_row(c, first + j), slot = memory_slot(c, r);
     if (slot >= 0) {
-      inject(c, r, slot, tile.inverse[j], row);
-      tile.inverse[j] = 1.0f;
+      const float scale = inject(c, r, slot, inverse, row);
+      tile.inverse[j] = scale == 0.0f ? 1.0f : scale;
     } else {
       __builtin_memcpy(row, c.weight + r * D, sizeof(float) * D);
     }
     zero_tail(row, D, plan.depth);
   }
+  if (!copied) return;
   tile.rows = buffer;
   tile.stride = plan.stride;
 }
@@ -116,14 +140,30 @@ static Fetch next_rows(const Plan& plan, const Tile& tile, const float* matrix, 
   return {at, at + bytes, pace > 0 ? pace : 1, 1};
 }
 
+// The memory rows of the tile after this one, over the next `steps` k-steps: they lie in the order they were written.
+static Fetch next_memory(const Plan& plan, const Tile& tile, const Scratch& scratch, int64_t steps) {
+  const Classes& c = plan.classes;
+  const int64_t first = tile.first + tile.count, left = c.C * c.K - first, count = left < tile.count ? left : tile.count;
+  if (scratch.ahead == nullptr || c.D == 0) return {};
+  const int64_t bytes = c.D * (c.memory_bf16 ? 2 : 4);
+  int64_t found = 0;
+  for (int64_t j = 0; j < count; ++j) {
+    const int64_t slot = memory_slot(c, weight_row(c, first + j));
+    if (slot >= 0) scratch.ahead[found++] = static_cast<const char*>(c.memory_rows) + slot * bytes;
+  }
+  if (found == 0) return {};
+  const int64_t pace = steps / (found * ((bytes + 63) / 64));
+  return {scratch.ahead[0], scratch.ahead[0] + bytes, pace > 0 ? pace : 1, 1, scratch.ahead + 1, found - 1, bytes};
+}
+
 // cos[j][n] = <P_j, x_n>: (count, lanes)
-static void cosines(const Plan& plan, const Tile& tile, float* logits) {
+static void cosines(const Plan& plan, const Tile& tile, const Scratch& scratch, float* logits) {
   const int64_t D = plan.classes.D, lanes = plan.lanes;
-  Fetch nothing;
+  Fetch fetch = next_memory(plan, tile, scratch, (tile.count + kRowsAtOnce - 1) / kRowsAtOnce * (lanes / kPanel) * D);
   for (int64_t k = 0; k < D; k += kDepth) {
     const int64_t depth = D - k < kDepth ? D - k : kDepth;
     for (int64_t n = 0; n < lanes; n += kPanel)
-      gemm_panel(nothing, tile.count, tile.rows + k, tile.stride, 1, plan.x_panels + n * D + k * kPanel, kPanel, logits + n, lanes,
+      gemm_panel(fetch, tile.count, tile.rows + k, tile.stride, 1, plan.x_panels + n * D + k * kPanel, kPanel, logits + n, lanes,
                  depth, k > 0);
   }
   for (int64_t j = 0; j < tile.count; ++j) {
