@@ -75,7 +75,7 @@ class ClassQueries(nn.Module):
             check()
             return None
         facts = {
-            **arguments, "mode": "training" if self.training else "evaluation", "gradients": torch.is_grad_enabled(), "clock": int(self.steps),
+            **arguments, "mode": "training" if self.training else "evaluation", "gradients": torch.is_grad_enabled(), "clock": None if self.steps.is_cuda else int(self.steps),
             "scale": self.scale, "unknown_weight": self.unknown_weight, "sample_rate": self.sample_rate,
             "dtypes": (getattr(embeddings, "dtype", None), self.weight.dtype), "fused optimizer": self._fused is not None,
             "autocast": torch.is_autocast_enabled(self.weight.device.type),
