@@ -91,9 +91,9 @@ def join_ranks() -> None:
     if attempt is None:
         dist.init_process_group()
         return
-    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)  # type: ignore[attr-defined]
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    dist.init_process_group(store=dist.PrefixStore(f"attempt {attempt}", store), rank=rank, world_size=ranks)
+    dist.init_process_group(store=dist.PrefixStore(f"attempt {attempt}", store), rank=rank, world_size=ranks)  # type: ignore[attr-defined]
 
 
 def save(folder: Path, step: int, head: Any, head_optimizer: Any, backbone: nn.Module, optimizer: Any) -> None:
