@@ -213,6 +213,9 @@ def _doctor(_: argparse.Namespace, __: list[str]) -> int:
     for name in _LIBRARIES.split():
         if importlib.util.find_spec(name) is None:
             print(f"{name:8} not installed")
+    d = torch.distributed
+    groups = [n for n, there in (("gloo", d.is_gloo_available), ("nccl", d.is_nccl_available)) if there()] if d.is_available() else []
+    print(f"ranks    {', '.join(groups) or 'no torch.distributed'}: MarginHead(group=) spreads classes over processes")
     print(f"threads  {torch.get_num_threads()}")
     print(f"package  {Path(__file__).parent}")
     return 0

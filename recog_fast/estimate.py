@@ -245,7 +245,7 @@ def estimate(
             advice.append("HeadSGD instead of an optimizer that needs dW")
         if momentum and optimizer != "adamw" and fits(head_of(gpus, momentum=False)):
             advice.append("momentum 0 for the head")
-        more = next((2**k for k in range(21) if 2**k > gpus and fits(head_of(2**k))), None)
+        more: int | None = next((1 << k for k in range(21) if 1 << k > gpus and fits(head_of(1 << k))), None)
         advice.append(f"{more} {device} instead of {gpus}" if more else "fewer rows a step: what does not shrink with the ranks is too large")
         larger = [name for name, d in DEVICES.items() if d.memory > chosen.memory and sum(i.bytes for i in memory(head)) <= _USABLE * d.memory]
         advice += [f"{gpus} {name}" for name in larger[:1]]
@@ -255,9 +255,10 @@ def estimate(
 def crossover(classes: int, batch_per_gpu: int, *, device: str = "H100", dimension: int = 512, most: int = 1024) -> int | None:
     """The first power of two of ranks on which messages take longer than the sweeps; None up to `most`."""
     for k in range(1, int(math.log2(most)) + 1):
-        report = estimate(classes, 2**k, batch_per_gpu * 2**k, device=device, dimension=dimension)
+        ranks = 1 << k
+        report = estimate(classes, ranks, batch_per_gpu * ranks, device=device, dimension=dimension)
         if report.times.messages > report.times.sweeps:
-            return 2**k
+            return ranks
     return None
 
 

@@ -114,8 +114,7 @@ class MarginHead(ClassQueries):
         self.first_class, last = (0, self.num_classes) if self.shards is None else self.shards.spread(self.num_classes)
         self.weight = nn.Parameter(initial_rows(shape, self.first_class, last))
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
-        self.sample_rate = float(sample_rate)
-        seed = torch.initial_seed() if sample_seed is None else operator.index(sample_seed)
+        self.sample_rate, seed = float(sample_rate), torch.initial_seed() if sample_seed is None else operator.index(sample_seed)
         self.register_buffer("sample_seed", torch.tensor(seed % 2**63))
         self.memory = memory
         if memory is not None:

@@ -180,10 +180,13 @@ def use_of(head: rf.MarginHead, x: Tensor, ids: Tensor, upstream: Tensor) -> dic
     (logits * logits.detach().cos()).sum().backward()
     head.eval()
     (head.cosine(b, ids) * upstream).sum().backward()
+    with torch.no_grad():
+        loss, stats = head(x, ids - 1, return_stats=True)  # evaluation: no gradient, no state moves
     head.train()
     assert a.grad is not None and b.grad is not None and head.weight.grad is not None
     d_weight, head.weight.grad = head.weight.grad, None
-    return {"topk": cosine, "ids": classes, "logits": logits.detach(), "d logits": a.grad, "cosine": attached.detach(), "d cosine": b.grad, "dW cosine": d_weight}
+    evaluated = {"evaluated": loss, "lse": stats.lse, "nearest_index": stats.nearest_index}
+    return evaluated | {"topk": cosine, "ids": classes, "logits": logits.detach(), "d logits": a.grad, "cosine": attached.detach(), "d cosine": b.grad, "dW cosine": d_weight}
 
 
 ROWS = ("dx", "lse", "target_", "nearest_", "subcenter", "max_", "dropped", "topk", "ids", "logits", "d logits", "cosine", "d cosine")

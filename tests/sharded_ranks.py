@@ -227,3 +227,26 @@ def part_of_head(group: Any, problem: Problem) -> dict[str, int]:
     state = [t for t in optimizer.state.get(head.weight, {}).values() if t.dim()]
     held = [] if head.memory is None else [head.memory.ring, head.memory.ring_strength, head.memory.stamp, head.memory.owner, head.memory.slot]
     return {name: sum(t.numel() * t.element_size() for t in tensors) for name, tensors in (("W", [head.weight]), ("state", state), ("memory", held))}
+
+
+def cosine_steps(group: Any, problem: Problem) -> list[dict[str, Tensor]]:
+    """HeadSGD steps from attached cosines, alone and beside the loss; ids of one shard's classes at first."""
+    head = build(problem, group)
+    optimizer = optimizer_of(problem, head)
+    rank = 0 if group is None else head.shards.rank  # type: ignore[union-attr]
+    first = sum(problem.sizes[:rank])
+    own = slice(0, sum(problem.sizes)) if group is None else slice(first, first + problem.sizes[rank])
+    out = []
+    with rf.ops.use_backend("reference"):
+        for step in range(3):
+            x, labels, weights = (t[own] for t in rows_of(problem, step))
+            x = x.clone().requires_grad_()
+            ids = labels.clamp_min(0) % (3 if step == 0 else problem.classes)
+            loss = (head.cosine(x, ids) * weights).sum()
+            if step == 2:
+                loss = loss + head(x, labels, normalizer=1.0)
+            loss.backward()
+            optimizer.step()
+            assert x.grad is not None
+            out.append({"dx": x.grad, "W": head.weight.detach().clone()})
+    return out

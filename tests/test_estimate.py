@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 
 import pytest
 from paths import ROOT
@@ -10,6 +11,7 @@ from ranks import Ranks, ranks
 from sharded import UNEVEN, D, Problem
 from sharded_ranks import messages_of, part_of_head
 
+sys.path.insert(0, str(ROOT))  # benchmarks/ is no part of the installed package
 from benchmarks import cost_model
 from recog_fast import cli
 from recog_fast import estimate as model

@@ -34,16 +34,15 @@ def go(processes: Ranks, world: int, *arguments: Any) -> list[dict[str, Tensor]]
     return [joined([part[i] for part in parts]) for i in range(len(parts[0]))]
 
 
-@pytest.mark.parametrize("name", list(PROBLEMS))
-@pytest.mark.parametrize("saved_by", [1, 3, 4])
+@pytest.mark.parametrize(("name", "saved_by"), [*((name, 3) for name in PROBLEMS), ("memory", 1), ("empty shards", 1), ("empty shards", 4), ("SGD", 4)])
 def test_any_number_of_ranks_goes_on(processes: Ranks, name: str, saved_by: int, tmp_path: Path) -> None:
-    """Saved by 1, 3 or 4, resumed by 1, 2, 3 and 4: the next 20 losses and the state are those of one process undisturbed."""
+    """Saved by 3, resumed by 1, 2 and 4 (by 1: 2 and 3, by 4: 1 and 3): the next 20 losses and the state are those of one process undisturbed."""
     problem = PROBLEMS[name]
     truth = run(None, problem, None, None, range(BEFORE + AFTER))[BEFORE:]
     path = str(tmp_path / "c")
-    go(processes, saved_by, problem, None, path, range(BEFORE), saved_by == 4 or name == "SGD")
+    go(processes, saved_by, problem, None, path, range(BEFORE), saved_by == 4)
     assert os.listdir(tmp_path) == ["c"]
-    for world in (1, 2, 3, 4):
+    for world in (1, 2, 4) if saved_by == 3 else (2, 3) if saved_by == 1 else (1, 3):
         resumed = go(processes, world, problem, path, None, range(BEFORE, BEFORE + AFTER))
         for step, (got, expected) in enumerate(zip(resumed, truth, strict=True)):
             assert set(got) == set(expected)
