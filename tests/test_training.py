@@ -18,8 +18,9 @@ from training_data import make_folder, settings
 from recog_fast.evaluation.report import read_metrics
 from recog_fast.ops import use_backend
 from recog_fast.training import loop
+from recog_fast.training.batches import Batch
 from recog_fast.training.config import TrainConfig, read_config, to_yaml
-from recog_fast.training.data import Batch, TrainingImages, step_loader
+from recog_fast.training.data import TrainingImages, step_loader
 from recog_fast.training.logs import Meter
 from recog_fast.training.loop import NonFiniteError, TrainResult, train
 from recog_fast.training.verification import alternating, load_backbone, pairs_of_split, verify

@@ -18,7 +18,6 @@ from torch.utils.data import DataLoader, Dataset
 
 from recog_fast import data as sources
 from recog_fast.training.batches import PREFETCH, Image, Item, StepBatches, collate
-from recog_fast.training.batches import Batch as Batch
 from recog_fast.training.config import DataConfig, TrainConfig
 from recog_fast.training.kept import read_kept
 from recog_fast.training.mixing import MixedBatches

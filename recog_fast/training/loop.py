@@ -32,8 +32,9 @@ from recog_fast.checkpoint import (
     prune_checkpoints,
     save_checkpoint,
 )
+from recog_fast.training.batches import Batch
 from recog_fast.training.config import TrainConfig, to_yaml
-from recog_fast.training.data import Batch, TrainingImages, step_loader
+from recog_fast.training.data import TrainingImages, step_loader
 from recog_fast.training.logs import Log, Meter
 from recog_fast.training.methods import apply_method
 from recog_fast.training.model import (

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from recog_fast.recognizability import RecognizabilityBranches
+from recog_fast.training.batches import Image
 from recog_fast.training.config import TrainConfig
-from recog_fast.training.data import Image, TrainingImages
+from recog_fast.training.data import TrainingImages
 from recog_fast.training.logs import Meter
 from recog_fast.training.model import MarginRamp
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from recog_fast.recognizability import RecognizabilityBranches
-from recog_fast.training.data import Batch
+from recog_fast.training.batches import Batch
 from recog_fast.training.logs import dropped_share
 from recog_fast.training.model import set_learning_rate
 from recog_fast.training.run import NonFiniteError, Run

@@ -12,8 +12,9 @@ import torch
 from numpy.typing import NDArray
 
 import recog_fast as rf
+from recog_fast.training.batches import Image
 from recog_fast.training.config import DataConfig
-from recog_fast.training.data import Image, open_source, read_image, split_classes
+from recog_fast.training.data import open_source, read_image, split_classes
 from recog_fast.training.kept import write_kept
 from recog_fast.training.saved import load_run
 

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from recog_fast import data as sources
+from recog_fast.training.batches import Image
 from recog_fast.training.config import DataConfig, TrainConfig
-from recog_fast.training.data import Image, TrainingImages, open_source, read_image
+from recog_fast.training.data import TrainingImages, open_source, read_image
 from recog_fast.training.run import Run
 
 

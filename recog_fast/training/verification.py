@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 
 from recog_fast import data as sources
 from recog_fast import evaluation
+from recog_fast.training.batches import Image
 from recog_fast.training.config import DataConfig, TrainConfig
-from recog_fast.training.data import Image, Split, TrainingImages, open_source, read_image, split_classes
+from recog_fast.training.data import Split, TrainingImages, open_source, read_image, split_classes
 
 
 @dataclass(frozen=True)
