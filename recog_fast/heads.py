@@ -7,14 +7,14 @@ from collections.abc import Iterator
 from typing import Any, Literal, SupportsFloat, SupportsIndex, overload
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import reference
+from .head_weight import HeadWeight, WeightFormat
 from .losses import Reduction, check_options, check_rows
 from .margins import ArcFace
 from .memory import PrototypeMemory
-from .ops import _checks
-from .ops._buffers import GradientBuffers
+from .ops import _checks, _planes
 from .ops._compile import outside_graphs
 from .ops._flags import HostCount, RowFlags
 from .ops._kept import BUDGET, kept_exponentials
@@ -27,7 +27,7 @@ from .sampling import sample_classes
 _CHUNK = 16384  # classes whose cosines `topk` holds at a time
 
 
-class MarginHead(nn.Module):
+class MarginHead(HeadWeight):
     """The classification head of margin softmax over very many classes; holds W (C, D) float32 and nothing else of size C x D.
 
     loss_i = softplus(L_i - s phi(c_{i,y_i})), L_i the logsumexp of s f(c_ij) over the other classes (math.md 1).
@@ -59,13 +59,15 @@ class MarginHead(nn.Module):
             than half of its elements to list, and a batch whose unlabelled rows count, are swept in full; with several forwards per
             HeadSGD step dW is (dx and dropped_mass are of the lists all the same). Setting it to 0 later turns it off. One of
             drop_elements, drop_mass and keep_exponentials.
+        weight_format: "split" holds W as `weight` bfloat16, its nearest, and `weight_low` int16, the rest: float32 bit for bit
+            (`full_weight()`, `copy_weight(values)`), from which every sweep reads. It needs HeadSGD, whose momentum_dtype=torch.bfloat16
+            leaves 6 bytes to an element of W; no keep_exponentials or drop_elements. float32 states load into it and back.
     W is drawn from N(0, 0.01). Without `HeadSGD`, backward fills weight.grad; with it, backward leaves row records here
     and weight.grad stays None: clip the backbone's gradients only.
 
     Raises ValueError naming the argument.
     """
 
-    weight: nn.Parameter
     steps: Tensor
     sample_seed: Tensor
 
@@ -86,8 +88,8 @@ class MarginHead(nn.Module):
         keep_budget: int = BUDGET,
         drop_mass: float = 0.0,
         drop_elements: float = 0.0,
+        weight_format: WeightFormat = "float32",
     ) -> None:
-        super().__init__()
         for name, value in (("num_classes", num_classes), ("embedding_dim", embedding_dim), ("subcenters", subcenters)):
             _checks.expect(isinstance(value, SupportsIndex) and operator.index(value) >= 1, "MarginHead", f"{name} >= 1", value)
         _checks.check_margin(margin, "MarginHead")
@@ -95,9 +97,9 @@ class MarginHead(nn.Module):
         _checks.expect(isinstance(sample_rate, SupportsFloat) and 0 < float(sample_rate) <= 1, "MarginHead", "sample_rate in (0, 1]", repr(sample_rate))
         _checks.expect(sample_seed is None or isinstance(sample_seed, SupportsIndex), "MarginHead", "sample_seed an integer or None", repr(sample_seed))
         shape = (num_classes, embedding_dim) if subcenters == 1 else (num_classes, subcenters, embedding_dim)
+        super().__init__(shape, weight_format)
         self.num_classes, self.embedding_dim, self.subcenters = map(operator.index, (num_classes, embedding_dim, subcenters))
         self.margin, self.scale, self.unknown_weight, self.compute_dtype = margin, float(scale), unknown_weight, compute_dtype
-        self.weight = nn.Parameter(torch.empty(shape, dtype=torch.float32).normal_(0.0, 0.01))
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
         self.sample_rate = float(sample_rate)
         seed = torch.initial_seed() if sample_seed is None else operator.index(sample_seed)
@@ -110,9 +112,9 @@ class MarginHead(nn.Module):
         self._class_set: tuple[int, Tensor] | None = None  # step and ids of the classes sampled for it
         self._redraw = False  # zero_grad came after the set was drawn
         self.last_sampled: Tensor | None = None  # (M,) int64 sorted ids of the last training forward's classes; None: all
-        self._gradients = GradientBuffers()
         self._flags, self._count = RowFlags("MarginHead"), HostCount()
         self.keep = kept_exponentials(keep_exponentials, keep_budget, drop_mass, drop_elements)
+        _checks.expect(self.keep is None or weight_format != "split", "MarginHead", "weight_format 'float32' with keep_exponentials or drop_elements", "'split'")
         self.drop_mass, self.drop_elements = float(drop_mass), float(drop_elements)
 
     def _adopt(self, memory: PrototypeMemory | None) -> PrototypeMemory | None:
@@ -186,6 +188,7 @@ class MarginHead(nn.Module):
             drop_mass=self.drop_mass if recording else 0.0,
             drop_elements=self.drop_elements,
             flags=flags,
+            residual=self.weight_low,
         )
         loss, stats = margin_softmax(embeddings, self.weight, labels, options)
         if self.training:
@@ -226,9 +229,8 @@ class MarginHead(nn.Module):
                 "MarginHead: expected one forward per batch, got a second one from inside backward (activation "
                 "checkpointing); keep the head outside the checkpointed region"
             )
-        _checks.check_embeddings(embeddings, where)
-        _checks.check_weight(self.weight, embeddings.shape[1], where)
-        flags = check_rows(where, embeddings, labels, self.weight, None if now else self._flags)
+        self._check_embeddings(embeddings, where)
+        flags = check_rows(where, embeddings, labels, self._shaped, None if now else self._flags)
         if keys is not None:
             _checks.expect(self.memory is not None, where, "a head with a memory when keys are given", "memory=None")
             _checks.check_embeddings(keys, where, "keys")
@@ -258,7 +260,8 @@ class MarginHead(nn.Module):
     def _key(self, step: int) -> Key:
         """What a row record depends on: scale, W's storage and version, memory, clock, `invalidate` calls."""
         clock = (self.memory.epoch, step) if self.memory is not None else ()
-        return (self.scale, self.sample_rate, self.weight.data_ptr(), self.weight._version, self._epoch, *clock)
+        low = () if self.weight_low is None else (self.weight_low.data_ptr(), self.weight_low._version)
+        return (self.scale, self.sample_rate, self.weight.data_ptr(), self.weight._version, self._epoch, *low, *clock)
 
     def invalidate(self) -> None:
         """Call after edits autograd cannot see (`weight.data[...] = `, replays of a CUDA graph): cached prototypes and pending
@@ -305,19 +308,6 @@ class MarginHead(nn.Module):
         fresh: dict[str, Any] = {"_fused": None, "_pending": [], "_cache": None, "_class_set": None, "_count": HostCount()}
         return {**self.__dict__, **fresh}
 
-    def release_gradient_memory(self) -> None:
-        """Frees what the head keeps of dropped gradients: with an ordinary optimizer up to two tensors like W on the CPU.
-
-        `backward` writes dW into the memory of an earlier weight.grad once nothing else refers to it, which saves a new
-        tensor's page faults each step; a gradient that somebody still holds is never written again.
-        """
-        self._gradients.release()
-
-    def _apply(self, fn: Any, recurse: bool = True) -> MarginHead:
-        self.release_gradient_memory()  # of the former device or dtype
-        super()._apply(fn, recurse)
-        return self
-
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         state_dict.setdefault(prefix + "sample_seed", self.sample_seed)  # heads saved before there was sampling
         self._class_set = None
@@ -344,24 +334,32 @@ class MarginHead(nn.Module):
         key = self._key(now)
         if self._cache is None or self._cache[0] != key:
             with torch.inference_mode(False):  # a cache made while evaluating serves training too
-                made = torch.ops.recog_fast.effective_prototypes(self.weight, *self._injection(now).arguments(), True)
+                made = torch.ops.recog_fast.effective_prototypes(self.weight, *self._injection(now).arguments(), True, self.weight_low)
             self._cache = (key, made)
         return self._cache[1]
 
     def logits(self, embeddings: Tensor) -> Tensor:
         """s * cosine (N, C), no margin (max over sub-centers): an N x C tensor, differentiable in embeddings only."""
-        _checks.check_embeddings(embeddings, "MarginHead.logits")
-        _checks.check_weight(self.weight, embeddings.shape[1], "MarginHead.logits")
+        self._check_embeddings(embeddings, "MarginHead.logits")
         return self.scale * torch.cat([c for _, c in self._cosines(embeddings)], dim=1)
 
     def _cosines(self, embeddings: Tensor) -> Iterator[tuple[int, Tensor]]:
         """(first class, cosines (N, chunk)) a chunk of classes at a time."""
-        unit, _ = reference.unit_rows(embeddings.to(self.weight.dtype))
-        prototypes = self.prototypes()
+        unit, _ = reference.unit_rows(embeddings.to(self._shaped.dtype))
         for start in range(0, self.num_classes, _CHUNK):
-            rows = prototypes[start : start + _CHUNK]
+            rows = self._prototypes_of(start, min(start + _CHUNK, self.num_classes))
             cosine = unit @ rows.reshape(-1, self.embedding_dim).t()
             yield start, cosine.reshape(unit.shape[0], rows.shape[0], self.subcenters).amax(dim=2)
+
+    @torch.no_grad()
+    def _prototypes_of(self, start: int, stop: int) -> Tensor:
+        """Prototypes of classes start .. stop - 1; those of a split head are never all there: they would be larger than W."""
+        if self.weight_low is None:
+            return self.prototypes()[start:stop]
+        rows = _planes.join(self.weight[start:stop], self.weight_low[start:stop])
+        memory = self._injection(self._count.of(self.steps))
+        slot = None if memory.slot is None else memory.slot[start:stop]
+        return torch.ops.recog_fast.effective_prototypes(rows, memory.rows, memory.strength, slot, True)  # type: ignore[no-any-return]
 
     @torch.no_grad()
     def topk(self, embeddings: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -370,11 +368,10 @@ class MarginHead(nn.Module):
         Raises ValueError for k outside [1, C].
         """
         where = "MarginHead.topk"
-        _checks.check_embeddings(embeddings, where)
-        _checks.check_weight(self.weight, embeddings.shape[1], where)
+        self._check_embeddings(embeddings, where)
         _checks.expect(1 <= k <= self.num_classes, where, f"k in [1, C = {self.num_classes}]", k)
         n = embeddings.shape[0]
-        best = torch.empty(n, 0, dtype=self.weight.dtype, device=self.weight.device)
+        best = torch.empty(n, 0, dtype=self._shaped.dtype, device=self.weight.device)
         ids = torch.empty(n, 0, dtype=torch.int64, device=self.weight.device)
         for start, cosine in self._cosines(embeddings):
             here = torch.arange(start, start + cosine.shape[1], device=ids.device).expand(n, -1)
@@ -390,14 +387,14 @@ class MarginHead(nn.Module):
         Raises ValueError naming the argument.
         """
         where = "MarginHead.cosine"
-        _checks.check_embeddings(embeddings, where)
-        _checks.check_weight(self.weight, embeddings.shape[1], where)
+        self._check_embeddings(embeddings, where)
         _checks.check_labels(class_ids, embeddings.shape[0], self.num_classes, where, low=0, name="class_ids")
         now = self._count.of(self.steps)
         on_rows = self._keep_rows if self.training and self._fused is not None else None
-        return attached_cosine(embeddings, self.weight, class_ids.long(), CosineOptions(self.scale, self._injection(now), self._key(now), on_rows))
+        options = CosineOptions(self.scale, self._injection(now), self._key(now), on_rows, self.weight_low)
+        return attached_cosine(embeddings, self.weight, class_ids.long(), options)
 
     def extra_repr(self) -> str:
         """Sizes, for print."""
-        sampled = f", sample_rate={self.sample_rate}" if self.sample_rate < 1 else ""
-        return f"{self.num_classes}, {self.embedding_dim}, margin={self.margin}, scale={self.scale}, subcenters={self.subcenters}{sampled}"
+        more = f", sample_rate={self.sample_rate}" * (self.sample_rate < 1) + ", weight_format='split'" * (self.weight_low is not None)
+        return f"{self.num_classes}, {self.embedding_dim}, margin={self.margin}, scale={self.scale}, subcenters={self.subcenters}{more}"
