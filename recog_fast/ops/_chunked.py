@@ -101,7 +101,7 @@ def unknown(
 ) -> Sweep:  # fmt: skip
     """`unknown_rejection` of W in planes: sums over the classes of each chunk add."""
     n, d = unit_embeddings.shape
-    mass, remainder, mean = torch.zeros(3, n, dtype=torch.float64)
+    mass, remainder, mean = (torch.zeros(n, dtype=torch.float64) for _ in range(3))
     pull = torch.zeros(n, d, dtype=torch.float64)
     for start, stop in _planes.chunks(weight):
         rows = _planes.join(weight[start:stop], residual[start:stop])
