@@ -86,7 +86,7 @@ class HeadWeight(nn.Module):
         """Planes move between devices and keep their dtypes: `.half()` on a model must not cost W its precision."""
         self.release_gradient_memory()  # of the former device or dtype
         if self.weight_low is None:
-            return super()._apply(fn, recurse)
+            return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for child in self.children() if recurse else ():
             child._apply(fn)
         planes = self.weight.dtype, self.weight_low.dtype
@@ -95,7 +95,7 @@ class HeadWeight(nn.Module):
             moved = fn(t)
             return t.to(moved.device) if t.dtype in planes and moved.dtype != t.dtype else moved
 
-        return super()._apply(keep, False)
+        return super()._apply(keep, False)  # type: ignore[no-untyped-call]
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Takes a head's state in either format: values are converted as far as shapes fit; a bfloat16 weight by itself has no residual."""

@@ -34,7 +34,6 @@ HEADS: dict[str, Callable[[], rf.MarginHead]] = {
     "memory": lambda: rf.MarginHead(C, D, memory=rf.PrototypeMemory(C, D, rf.QAFace(delta=2, inject_scale=0.3), dtype=torch.float32)),
     "split": lambda: rf.MarginHead(C, D, weight_format="split"),
     "split, bfloat16 momentum": lambda: rf.MarginHead(C, D, weight_format="split", subcenters=2),
-    "bfloat16 momentum": lambda: rf.MarginHead(C, D),
 }
 
 

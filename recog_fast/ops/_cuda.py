@@ -17,9 +17,8 @@ from ._operands import Classes, Plan
 from ._rows import Injection
 from .chunks import ClassSweep
 from .class_gradient import _reference as _gradient_reference
-from .class_step import _check_in_place
+from .class_step import _check_in_place, check_formats
 from .class_step import _reference as _step_reference
-from .class_step import check_formats
 from .effective_prototypes import _reference as _prototypes_reference
 from .negative_logsumexp import _reference as _forward_reference
 from .unknown_rejection import _reference as _unknown_reference

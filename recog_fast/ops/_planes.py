@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import _checks
 
-CHUNK = 1 << 21  # elements of W that are float32 at a time on the CPU
+CHUNK = 1 << 20  # elements of W that are float32 at a time on the CPU
 
 
 def join(high: Tensor, low: Tensor) -> Tensor:

@@ -97,10 +97,10 @@ def _mixed(unit: Tensor, weight: Tensor, labels: Tensor, scale: float, rules: Te
     """Rows labelled -1 see all classes, the others the members (the last but one of `rest`): one sweep for each kind, nothing kept."""
     parts, sweep = [], cast("Callable[..., Sweep]", _cpu_kernel)
     alone = labels == -1
-    *rest, given, residual = rest
+    *operands, given, residual = rest
     for rows, members in ((alone, None), (~alone, given)):
         its = None if rules is None else rules[:, rows]
-        parts.append(sweep(unit[rows], weight, labels[rows], scale, its, *rest, None, members, residual=residual))
+        parts.append(sweep(unit[rows], weight, labels[rows], scale, its, *operands, None, members, residual=residual))
     order = torch.cat([alone.nonzero(), (~alone).nonzero()]).squeeze(1).argsort()
     lse, cosine, index, pull = (torch.cat(pair) for pair in zip(*parts, strict=True))
     return lse[order], cosine[order], index[order], pull[order] if pull.shape[0] else pull
