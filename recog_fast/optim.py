@@ -32,7 +32,7 @@ class HeadSGD(torch.optim.Optimizer):
     momentum_dtype: torch.bfloat16 halves the velocity: v is rounded up or down by chance, unbiased (to nearest, momentum 0.9 would lose
     steps below 2^-9 of v), after W has taken the step with the v not rounded. The chance is a hash of (head.sample_seed, head.steps,
     element of W): the same bits on every run, for any number of threads. A state loaded is converted, to the nearest.
-    With a head of weight_format="split" that makes 8 bytes (torch.float32, the default) or 6 of an element of W, all in all.
+    W and v then have 6 bytes for each element instead of 8, in either weight_format. Not with keep_exponentials or drop_elements.
 
     weight.grad stays None. So `clip_grad_norm_` does nothing to the head: clip the backbone alone. GradScaler is refused
     (its scaled rows could not be unscaled): train in bf16. A margin's own parameters want another optimizer.
@@ -73,6 +73,8 @@ class HeadSGD(torch.optim.Optimizer):
         _check_group(group)
         known = momentum_dtype in (torch.float32, torch.bfloat16)
         _checks.expect(known, "HeadSGD", "momentum_dtype torch.float32 or torch.bfloat16", momentum_dtype)
+        kept = head.keep is not None and momentum_dtype == torch.bfloat16
+        _checks.expect(not kept, "HeadSGD", "momentum_dtype torch.float32 with keep_exponentials or drop_elements", momentum_dtype)
         self.momentum_dtype = momentum_dtype
         self.head = head
         super().__init__([head.weight], group)

@@ -185,6 +185,11 @@ def test_other_momentum_types_are_refused() -> None:
         rf.HeadSGD(make_head(), 0.1, momentum_dtype=torch.float16)
 
 
+def test_kept_exponentials_want_a_float32_velocity() -> None:
+    with pytest.raises(ValueError, match="HeadSGD: expected momentum_dtype torch.float32 with keep_exponentials or drop_elements"):
+        rf.HeadSGD(rf.MarginHead(C, D, keep_exponentials=True), 0.1, momentum_dtype=torch.bfloat16)
+
+
 def test_bad_embeddings_are_named_as_for_a_float32_head() -> None:
     head = make_head()
     with pytest.raises(ValueError, match="MarginHead: expected weight with D = 5"):

@@ -14,7 +14,7 @@ from . import _checks, _chunked, _cpu, _library, _planes
 def _reference(
     weight: Tensor, memory_rows: Tensor | None, strength: Tensor | None, slot: Tensor | None, renormalize: bool, residual: Tensor | None = None
 ) -> Tensor:
-    rows = _planes.whole(weight, residual, torch.empty(0, dtype=torch.float32))
+    rows = weight if residual is None else _planes.join(weight, residual)
     return reference.effective_prototypes(rows, memory_rows, strength, slot, renormalize)
 
 
