@@ -12,7 +12,7 @@ from torch import Tensor
 
 import recog_fast as rf
 from recog_fast import native
-from recog_fast.ops import _planes, _stochastic
+from recog_fast.ops import _chunked, _planes, _stochastic
 
 # zeros, denormals (a tie among them), ties with even and odd neighbours, beside ties, the largest bfloat16 and beyond it, the largest
 AWKWARD = torch.tensor(
@@ -142,6 +142,34 @@ def test_what_bfloat16_holds_stays() -> None:
     special = rounded(AWKWARD.unsqueeze(1).repeat(1, 64))
     assert torch.equal(torch.isnan(special).all(1), torch.isnan(AWKWARD)) and torch.equal(torch.isnan(special).any(1), torch.isnan(AWKWARD))
     assert (special[2] == 0).sum() + (special[2].float() == 2**-133).sum() == 64  # a denormal's neighbours
+
+
+# -- the compiled twins ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(native.load()[0] is None, reason="of the compiled kernels")
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("shape", [(0, 5), (1, 1), (3, 33), (2, 40000), (9001, 33)], ids=str)  # none, a tail alone, rows longer than a block, many blocks
+def test_compiled_planes_and_rounding_have_the_same_bits(shape: tuple[int, int], threads: int) -> None:
+    """Any bits, those hard to split among them; rows far beyond 2^32."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        values = torch.randint(-(2**31), 2**31, shape, generator=torch.Generator().manual_seed(0)).to(torch.int32).view(torch.float32)
+        there = min(values.numel(), AWKWARD.numel())
+        values.view(-1)[:there] = AWKWARD[:there]
+        high, low = planes_of(values)
+        ours = torch.empty_like(high), torch.empty_like(low)
+        _chunked._split(values, *ours)
+        assert all(torch.equal(bits(a), b) for a, b in zip(ours, (bits(high), low), strict=True))
+        assert torch.equal(bits(_chunked._joined(high, low)), bits(_planes.join(high, low)))
+        velocity, rounding = torch.empty_like(high), torch.tensor([2**62 + 3, 77, 2**34])
+        _chunked._round(values, velocity, rounding, 123)
+        expected = torch.empty_like(high)
+        _stochastic.round_into(values, expected, rounding + torch.tensor([0, 0, 123]))
+        assert torch.equal(bits(velocity), bits(expected))
+    finally:
+        torch.set_num_threads(before)
 
 
 # -- operations on the CPU ---------------------------------------------------------------------------------------------

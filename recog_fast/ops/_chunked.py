@@ -14,11 +14,40 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import reference
+from .. import native, reference
 from . import _planes, _stochastic
+from ._cpu import threads
 
 Sweep = tuple[Tensor, Tensor, Tensor, Tensor]
 Memory = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
+def _module() -> Any:
+    module, reason = native.load()
+    assert module is not None, reason  # else the reference runs
+    return module
+
+
+def _joined(high: Tensor, low: Tensor) -> Tensor:
+    """`_planes.join` of contiguous planes."""
+    rows = torch.empty(high.shape, dtype=torch.float32)
+    _module().join_planes(high=high.data_ptr(), low=low.data_ptr(), out=rows.data_ptr(), n=rows.numel(), threads=threads())
+    return rows
+
+
+def _split(values: Tensor, high: Tensor, low: Tensor) -> None:
+    """`_planes.split`, all contiguous."""
+    _module().split_planes(values=values.data_ptr(), high=high.data_ptr(), low=low.data_ptr(), n=values.numel(), threads=threads())
+
+
+def _round(values: Tensor, rounded: Tensor, rounding: Tensor, first: int) -> None:
+    """`_stochastic.round_into` of rows first, first + 1, ... of W, all contiguous."""
+    seed, step, at = rounding.tolist()
+    columns = values.shape[-1]
+    _module().round_by_chance(
+        values=values.data_ptr(), rounded=rounded.data_ptr(), R=values.numel() // columns, D=columns, seed=seed, step=step, first=at + first,
+        threads=threads(),
+    )  # fmt: skip
 
 
 def _memory_of(memory: Memory, start: int, stop: int) -> Memory:
@@ -45,7 +74,7 @@ def prototypes(sweep: Callable[..., Tensor], weight: Tensor, residual: Tensor, m
     """`effective_prototypes` of W in planes: (C, D) or (C, K, D) float32."""
     made = torch.empty(weight.shape, dtype=torch.float32)
     for start, stop in _planes.chunks(weight):
-        rows = _planes.join(weight[start:stop], residual[start:stop])
+        rows = _joined(weight[start:stop], residual[start:stop])
         made[start:stop] = sweep(rows, *_memory_of(memory, start, stop), renormalize)
     return made
 
@@ -84,7 +113,7 @@ def forward(
         inside = None if members is None else _members_of(members, start, stop)
         if inside is not None and inside.numel() == 0:
             continue
-        rows = _planes.join(weight[start:stop], residual[start:stop])
+        rows = _joined(weight[start:stop], residual[start:stop])
         part = sweep(
             unit_embeddings, rows, _local(labels, start, stop), scale, rules, *_memory_of(memory, start, stop), False, renormalize,
             half, want_pull, None, inside,
@@ -104,7 +133,7 @@ def unknown(
     mass, remainder, mean = (torch.zeros(n, dtype=torch.float64) for _ in range(3))
     pull = torch.zeros(n, d, dtype=torch.float64)
     for start, stop in _planes.chunks(weight):
-        rows = _planes.join(weight[start:stop], residual[start:stop])
+        rows = _joined(weight[start:stop], residual[start:stop])
         part = sweep(
             unit_embeddings, rows, _local(nearest, start, stop, -1), lse, first_mean, scale, *_memory_of(memory, start, stop),
             False, renormalize, half, low,
@@ -127,18 +156,17 @@ def step(
         if sparse and not any_row:
             continue
         n = unit_embeddings.shape[0] if any_row else 0
-        rows = weight[start:stop] if residual is None else _planes.join(weight[start:stop], residual[start:stop])
+        rows = weight[start:stop] if residual is None else _joined(weight[start:stop], residual[start:stop])
         speed = None if velocity is None else velocity[start:stop].float()  # float32: itself
         sweep(
             unit_embeddings[:n], at[:n], its_terms[:, :n], rows, speed, scale, None if rules is None else rules[:, :n],
             *_memory_of(memory, start, stop), *sgd, half, None, inside, sparse,
         )  # fmt: skip
         if residual is not None:
-            _planes.split(rows, weight[start:stop], residual[start:stop])
+            _split(rows, weight[start:stop], residual[start:stop])
         if velocity is not None and speed is not None and _stochastic.wanted(velocity):
             assert rounding is not None
-            first = rounding + torch.tensor([0, 0, start * subcenters])
-            _stochastic.round_into(speed, velocity[start:stop], first)
+            _round(speed, velocity[start:stop], rounding, start * subcenters)
 
 
 def _rows_of(

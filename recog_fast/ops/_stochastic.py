@@ -1,7 +1,7 @@
 """Rounding to bfloat16 up or down by chance, unbiased, the same for everyone who asks (docs/math.md 1.5).
 
-The random bits of an element are a hash of (seed, step, row of W, column) and of nothing else: the same for any number of threads,
-chunks, ranks, and in the Triton kernel (`triton_kernels/planes.py`), which repeats this arithmetic on unsigned integers.
+The random bits of an element are a hash of (seed, step, row of W, column) and of nothing else: the same for any number of threads, chunks and
+ranks. `triton_kernels/planes.py` and `csrc/cpu/planes.cpp` repeat this arithmetic on unsigned integers.
 """
 
 from __future__ import annotations
