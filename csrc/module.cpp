@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <string>
 
+#include "cpu/planes.h"
 #include "cpu/sweep.h"
 #include "cuda/kernels.h"
 
@@ -193,6 +194,27 @@ PYBIND11_MODULE(_native, m) {
       py::arg("weight") = 0, py::arg("velocity") = 0, py::arg("lr") = 0.0f, py::arg("momentum") = 0.0f,
       py::arg("weight_decay") = 0.0f, py::arg("nesterov") = false, py::arg("sparse") = false, py::arg("kept"), py::arg("threads"),
       py::call_guard<py::gil_scoped_release>());
+
+  m.def(
+      "join_planes",
+      [](uintptr_t high, uintptr_t low, uintptr_t out, int64_t n, int threads) {
+        cpu::join_planes(at<const uint16_t>(high), at<const int16_t>(low), at<float>(out), n, threads);
+      },
+      py::kw_only(), py::arg("high"), py::arg("low"), py::arg("out"), py::arg("n"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "split_planes",
+      [](uintptr_t values, uintptr_t high, uintptr_t low, int64_t n, int threads) {
+        cpu::split_planes(at<const float>(values), at<uint16_t>(high), at<int16_t>(low), n, threads);
+      },
+      py::kw_only(), py::arg("values"), py::arg("high"), py::arg("low"), py::arg("n"), py::arg("threads"),
+      py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "round_by_chance",
+      [](uintptr_t values, uintptr_t rounded, int64_t R, int64_t D, int64_t seed, int64_t step, int64_t first, int threads) {
+        cpu::round_by_chance(at<const float>(values), at<uint16_t>(rounded), R, D, {seed, step, first}, threads);
+      },
+      py::kw_only(), py::arg("values"), py::arg("rounded"), py::arg("R"), py::arg("D"), py::arg("seed"), py::arg("step"), py::arg("first"),
+      py::arg("threads"), py::call_guard<py::gil_scoped_release>());
 
   m.def(
       "effective_prototypes",

@@ -6,13 +6,13 @@ import operator
 from typing import Any, Literal, SupportsFloat, SupportsIndex, overload
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from .head_weight import WeightFormat
 from .losses import Reduction, check_options, check_rows
 from .margins import ArcFace
 from .memory import PrototypeMemory
 from .ops import _checks
-from .ops._buffers import GradientBuffers
 from .ops._compile import outside_graphs
 from .ops._flags import HostCount, RowFlags
 from .ops._kept import BUDGET, kept_exponentials
@@ -61,13 +61,15 @@ class MarginHead(ClassQueries):
             is raised on all. Several ranks without a group: ValueError. `prototypes` and `last_sampled` are this shard's.
         ddp_average: multiply the gradient of the embeddings by R, since DistributedDataParallel averages the backbone's over the ranks;
             False: the gradient of the global loss. weight.grad never is.
+        weight_format: "split" holds W as `weight` bfloat16, its nearest, and `weight_low` int16, the rest: float32 bit for bit
+            (`full_weight()`, `copy_weight(values)`), from which every sweep reads. It needs HeadSGD, whose momentum_dtype=torch.bfloat16
+            leaves 6 bytes to an element of W; no keep_exponentials or drop_elements. float32 states load into it and back. Not with a group of several ranks.
     W is drawn from N(0, 0.01). Without `HeadSGD`, backward fills weight.grad; with it, backward leaves row records here
     and weight.grad stays None: clip the backbone's gradients only.
 
     Raises ValueError naming the argument.
     """
 
-    weight: nn.Parameter
     steps: Tensor
     sample_seed: Tensor
 
@@ -90,29 +92,30 @@ class MarginHead(ClassQueries):
         drop_elements: float = 0.0,
         group: Any = None,
         ddp_average: bool = True,
+        weight_format: WeightFormat = "float32",
     ) -> None:
-        super().__init__()
-        self.shards, self.ddp_average = join_group(group), ddp_average
+        shards = join_group(group)
 
         def check() -> None:
             _check_arguments(num_classes, embedding_dim, subcenters, margin, scale, unknown_weight, compute_dtype, sample_rate, sample_seed)
             _check_memory(memory, num_classes, embedding_dim, subcenters)
-            kept_exponentials(keep_exponentials, keep_budget, drop_mass, drop_elements)
+            _check_format(weight_format, kept_exponentials(keep_exponentials, keep_budget, drop_mass, drop_elements) is not None, shards is not None)
 
-        if self.shards is None:
+        if shards is None:
             check()
         else:
-            self.shards.agree("MarginHead", check, {
+            shards.agree("MarginHead", check, {
                 "num_classes": num_classes, "embedding_dim": embedding_dim, "subcenters": subcenters, "scale": scale, "margin": margin,
                 "memory": memory and (memory.policy, memory.capacity, memory.ring.dtype), "sample_rate": sample_rate, "sample_seed": sample_seed,
                 "unknown_weight": unknown_weight, "compute_dtype": compute_dtype, "ddp_average": ddp_average, "keep_exponentials": keep_exponentials,
-                "drop_mass": drop_mass, "drop_elements": drop_elements,
+                "drop_mass": drop_mass, "drop_elements": drop_elements, "weight_format": weight_format,
             })  # fmt: skip
         shape = (num_classes, embedding_dim) if subcenters == 1 else (num_classes, subcenters, embedding_dim)
+        first, last = (0, shape[0]) if shards is None else shards.spread(shape[0])
+        super().__init__((last - first, *shape[1:]), weight_format, initial_rows(shape, first, last) if weight_format == "float32" else None)
+        self.shards, self.ddp_average, self.first_class = shards, ddp_average, first
         self.num_classes, self.embedding_dim, self.subcenters = map(operator.index, (num_classes, embedding_dim, subcenters))
         self.margin, self.scale, self.unknown_weight, self.compute_dtype = margin, float(scale), unknown_weight, compute_dtype
-        self.first_class, last = (0, self.num_classes) if self.shards is None else self.shards.spread(self.num_classes)
-        self.weight = nn.Parameter(initial_rows(shape, self.first_class, last))
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
         self.sample_rate, seed = float(sample_rate), torch.initial_seed() if sample_seed is None else operator.index(sample_seed)
         self.register_buffer("sample_seed", torch.tensor(seed % 2**63))
@@ -126,7 +129,6 @@ class MarginHead(ClassQueries):
         self._class_set: tuple[int, Tensor] | None = None  # step and ids of the classes sampled for it
         self._redraw = False  # zero_grad came after the set was drawn
         self.last_sampled: Tensor | None = None  # (M,) int64 sorted ids of the last training forward's classes; None: all
-        self._gradients = GradientBuffers()
         self._flags, self._count = RowFlags("MarginHead"), HostCount()
         self.keep = kept_exponentials(keep_exponentials, keep_budget, drop_mass, drop_elements)
         self.drop_mass, self.drop_elements = float(drop_mass), float(drop_elements)
@@ -202,6 +204,7 @@ class MarginHead(ClassQueries):
             drop_mass=self.drop_mass if recording else 0.0,
             drop_elements=self.drop_elements,
             flags=flags,
+            residual=self.weight_low,
         )
         if shard is None:
             loss, stats = margin_softmax(embeddings, self.weight, labels, options)
@@ -252,9 +255,8 @@ class MarginHead(ClassQueries):
                 "MarginHead: expected one forward per batch, got a second one from inside backward (activation "
                 "checkpointing); keep the head outside the checkpointed region"
             )
-        _checks.check_embeddings(embeddings, where)
-        self._check_dimension(embeddings, where)
-        flags = check_rows(where, embeddings, labels, self.num_classes, self.weight.dtype, None if now else self._flags)
+        self._check_embeddings(embeddings, where)
+        flags = check_rows(where, embeddings, labels, self.num_classes, self._shaped.dtype, None if now else self._flags)
         if keys is not None:
             _checks.expect(self.memory is not None, where, "a head with a memory when keys are given", "memory=None")
             _checks.check_embeddings(keys, where, "keys")
@@ -284,7 +286,8 @@ class MarginHead(ClassQueries):
     def _key(self, step: int) -> Key:
         """What a row record depends on: scale, W's storage and version, memory, clock, `invalidate` calls."""
         clock = (self.memory.epoch, step) if self.memory is not None else ()
-        return (self.scale, self.sample_rate, self.weight.data_ptr(), self.weight._version, self._epoch, *clock)
+        low = () if self.weight_low is None else (self.weight_low.data_ptr(), self.weight_low._version)
+        return (self.scale, self.sample_rate, self.weight.data_ptr(), self.weight._version, self._epoch, *low, *clock)
 
     def invalidate(self) -> None:
         """Call after edits autograd cannot see (`weight.data[...] = `, replays of a CUDA graph): cached prototypes and pending
@@ -331,19 +334,6 @@ class MarginHead(ClassQueries):
         fresh: dict[str, Any] = {"_fused": None, "_pending": [], "_cache": None, "_class_set": None, "_count": HostCount()}
         return {**self.__dict__, **fresh}
 
-    def release_gradient_memory(self) -> None:
-        """Frees what the head keeps of dropped gradients: with an ordinary optimizer up to two tensors like W on the CPU.
-
-        `backward` writes dW into the memory of an earlier weight.grad once nothing else refers to it, which saves a new
-        tensor's page faults each step; a gradient that somebody still holds is never written again.
-        """
-        self._gradients.release()
-
-    def _apply(self, fn: Any, recurse: bool = True) -> MarginHead:
-        self.release_gradient_memory()  # of the former device or dtype
-        super()._apply(fn, recurse)
-        return self
-
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         state_dict.setdefault(prefix + "sample_seed", self.sample_seed)  # heads saved before there was sampling
         self._class_set = None
@@ -363,8 +353,8 @@ class MarginHead(ClassQueries):
 
     def extra_repr(self) -> str:
         """Sizes, for print."""
-        sampled = f", sample_rate={self.sample_rate}" if self.sample_rate < 1 else ""
-        return f"{self.num_classes}, {self.embedding_dim}, margin={self.margin}, scale={self.scale}, subcenters={self.subcenters}{sampled}"
+        more = f", sample_rate={self.sample_rate}" * (self.sample_rate < 1) + ", weight_format='split'" * (self.weight_low is not None)
+        return f"{self.num_classes}, {self.embedding_dim}, margin={self.margin}, scale={self.scale}, subcenters={self.subcenters}{more}"
 
 
 def _check_arguments(
@@ -392,3 +382,10 @@ def _check_memory(memory: PrototypeMemory | None, num_classes: int, embedding_di
         f"memory of (num_classes, embedding_dim) = {(num_classes, embedding_dim)} without sub-centers",
         f"{held} with subcenters = {subcenters}",
     )
+
+
+def _check_format(weight_format: str, keeps: bool, several_ranks: bool) -> None:
+    """A split W takes neither kept exponentials nor a group."""
+    _checks.expect(weight_format in ("float32", "split"), "MarginHead", "weight_format 'float32' or 'split'", repr(weight_format))
+    for refused, what in ((keeps, "keep_exponentials or drop_elements"), (several_ranks, "a group of several ranks")):
+        _checks.expect(not refused or weight_format == "float32", "MarginHead", f"weight_format 'float32' with {what}", repr(weight_format))

@@ -29,12 +29,19 @@ class HeadSGD(torch.optim.Optimizer):
     unsampled: what a step does to the classes a sampled head left out: "dense" moves them by momentum and weight decay,
     as Partial FC v2; "sparse" leaves weight and momentum alone (a class first touched starts from momentum 0).
 
+    momentum_dtype: torch.bfloat16 halves the velocity: v is rounded up or down by chance, unbiased (to nearest, momentum 0.9 would lose
+    steps below 2^-9 of v), after W has taken the step with the v not rounded. The chance is a hash of (head.sample_seed, head.steps,
+    element of W): the same bits on every run, for any number of threads. A state loaded is converted, to the nearest.
+    W and v then have 6 bytes for each element instead of 8, in either weight_format. Not with keep_exponentials or drop_elements.
+
     weight.grad stays None. So `clip_grad_norm_` does nothing to the head: clip the backbone alone. GradScaler is refused
     (its scaled rows could not be unscaled): train in bf16. A margin's own parameters want another optimizer.
 
     Args: head; lr >= 0; momentum in [0, 1); weight_decay >= 0; nesterov (needs momentum > 0); unsampled; dampening and
     maximize are there to be refused by name: 0 and False. Raises ValueError, TypeError. Source: docs/math.md 1, 1.3.
     """
+
+    momentum_dtype = torch.float32  # of optimizers pickled before there was another
 
     # GradScaler hands over its scale instead of looking for gradients; `step` then refuses in words of its own.
     _step_supports_amp_scaling = True
@@ -48,6 +55,7 @@ class HeadSGD(torch.optim.Optimizer):
         nesterov: bool = False,
         unsampled: Literal["dense", "sparse"] = "dense",
         *,
+        momentum_dtype: torch.dtype = torch.float32,
         dampening: float = 0.0,
         maximize: bool = False,
     ) -> None:
@@ -63,6 +71,11 @@ class HeadSGD(torch.optim.Optimizer):
             "unsampled": unsampled,
         }
         _check_group(group)
+        known = momentum_dtype in (torch.float32, torch.bfloat16)
+        _checks.expect(known, "HeadSGD", "momentum_dtype torch.float32 or torch.bfloat16", momentum_dtype)
+        kept = head.keep is not None and momentum_dtype == torch.bfloat16
+        _checks.expect(not kept, "HeadSGD", "momentum_dtype torch.float32 with keep_exponentials or drop_elements", momentum_dtype)
+        self.momentum_dtype = momentum_dtype
         self.head = head
         super().__init__([head.weight], group)
         head.attach(self)
@@ -81,20 +94,22 @@ class HeadSGD(torch.optim.Optimizer):
         _checks.expect(known, "HeadSGD", f"one group with {sorted(needed)}", [sorted(g) for g in groups])
         group = {"unsampled": self.param_groups[0]["unsampled"], "maximize": False, **groups[0]}
         _check_group(group)
-        state = {}
-        for key, buffers in state_dict["state"].items():
+        velocities = []
+        for buffers in state_dict["state"].values():
             velocity = buffers.get("momentum_buffer")
             if velocity is None:  # SGD without momentum
                 continue
             _checks.expect_tensor(velocity, "HeadSGD", "momentum_buffer")
             shape = tuple(velocity.shape)
             _checks.expect(shape == tuple(self.head.weight.shape), "HeadSGD", f"momentum_buffer of shape {tuple(self.head.weight.shape)}", shape)
-            # The step writes it in place: it must be neither the other optimizer's nor strided.
-            state[key] = {"momentum_buffer": velocity.detach().clone(memory_format=torch.contiguous_format)}
-        super().load_state_dict({**state_dict, "state": state, "param_groups": [copy.copy(group)]})
+            velocities.append(velocity)
+        super().load_state_dict({**state_dict, "state": {}, "param_groups": [copy.copy(group)]})
+        for velocity in velocities:  # not through torch, which would make it the weight's dtype: that of a plane
+            own = torch.empty_like(self.head.weight, dtype=self._velocity_dtype(), memory_format=torch.contiguous_format)
+            self.state[self.head.weight] = {"momentum_buffer": own.copy_(velocity.detach())}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "head": self.head}
+        return {**super().__getstate__(), "head": self.head, "momentum_dtype": self.momentum_dtype}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -162,13 +177,25 @@ class HeadSGD(torch.optim.Optimizer):
                 if group["unsampled"] == "sparse":
                     return
                 members = None
+        velocity = self._velocity(weight, group)
         torch.ops.recog_fast.class_step(
-            batch.unit_embeddings, batch.targets, batch.terms, weight.detach(), self._velocity(weight, group), batch.scale,
+            batch.unit_embeddings, batch.targets, batch.terms, weight.detach(), velocity, batch.scale,
             batch.rules, *batch.injection.arguments(), True, 0.0 if rate is not None else float(group["lr"]), group["momentum"],
             group["weight_decay"], group["nesterov"], batch.half, None if batch.kept is None else batch.kept.buffer,
-            members, group["unsampled"] == "sparse", rate,
+            members, group["unsampled"] == "sparse", rate, self.head.weight_low, self._rounding(velocity),
         )  # fmt: skip
         torch.autograd.graph.increment_version(weight)
+
+    def _velocity_dtype(self) -> torch.dtype:
+        float64 = self.head.weight.dtype == torch.float64 and self.momentum_dtype == torch.float32
+        return torch.float64 if float64 else self.momentum_dtype
+
+    def _rounding(self, velocity: Tensor | None) -> Tensor | None:
+        """(3,) int64 seed, step, first row of W, on the device: what chance is a hash of, with each element's place."""
+        if velocity is None or velocity.dtype != torch.bfloat16:
+            return None
+        seed, step = self.head.sample_seed, self.head.steps
+        return torch.stack([seed, step, torch.full_like(step, self.head.first_class * self.head.subcenters)])
 
     def _velocity(self, weight: Tensor, group: dict[str, Any]) -> Tensor | None:
         """The momentum buffer, made at first need; None with momentum 0 (SGD leaves it alone then, and so does this)."""
@@ -176,10 +203,12 @@ class HeadSGD(torch.optim.Optimizer):
             return None
         state = self.state[weight]
         if state.get("momentum_buffer") is None:
-            state["momentum_buffer"] = torch.zeros_like(weight, memory_format=torch.contiguous_format)
+            state["momentum_buffer"] = torch.zeros_like(weight, dtype=self._velocity_dtype(), memory_format=torch.contiguous_format)
         velocity: Tensor = state["momentum_buffer"]
-        beside = (velocity.device, velocity.dtype) == (weight.device, weight.dtype)
-        _checks.expect(beside, "HeadSGD", f"momentum_buffer on {weight.device} as {weight.dtype} like the weight", (velocity.device, velocity.dtype))
+        dtype = self._velocity_dtype()
+        fits = (velocity.device, velocity.dtype) == (weight.device, dtype)
+        like = "like the weight" if dtype == weight.dtype else "(momentum_dtype)"
+        _checks.expect(fits, "HeadSGD", f"momentum_buffer on {weight.device} as {dtype} {like}", (velocity.device, velocity.dtype))
         return velocity
 
 

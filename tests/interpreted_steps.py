@@ -32,6 +32,8 @@ HEADS: dict[str, Callable[[], rf.MarginHead]] = {
     "curricular": lambda: rf.MarginHead(C, D, margin=rf.CurricularFace()),
     "sub-centers": lambda: rf.MarginHead(C, D, subcenters=3),
     "memory": lambda: rf.MarginHead(C, D, memory=rf.PrototypeMemory(C, D, rf.QAFace(delta=2, inject_scale=0.3), dtype=torch.float32)),
+    "split": lambda: rf.MarginHead(C, D, weight_format="split"),
+    "split, bfloat16 momentum": lambda: rf.MarginHead(C, D, weight_format="split", subcenters=2),
 }
 
 
@@ -48,12 +50,16 @@ def graphs(taken_over: None, monkeypatch: pytest.MonkeyPatch) -> LoopGraphs:
     return held
 
 
-def train(head: rf.MarginHead, steps: int = 4) -> list[Tensor]:
-    """Losses, dx and W of steps whose rows, learning rate and memory change."""
+def optimizer_of(name: str, head: rf.MarginHead) -> rf.HeadSGD:
+    return rf.HeadSGD(head, lr=0.1, momentum_dtype=torch.bfloat16 if "bfloat16 momentum" in name else torch.float32)
+
+
+def train(name: str, steps: int = 4) -> list[Tensor]:
+    """Losses, dx, W and velocity of steps whose rows, learning rate, memory and rounding change."""
     torch.manual_seed(1)
-    with torch.no_grad():
-        head.weight.copy_(torch.randn(head.weight.shape) * 0.1)
-    optimizer = rf.HeadSGD(head, lr=0.1)
+    head = HEADS[name]()
+    head.copy_weight(torch.randn(head.weight.shape) * 0.1)
+    optimizer = optimizer_of(name, head)
     found = []
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = 0.1 / (step + 1)
@@ -63,19 +69,25 @@ def train(head: rf.MarginHead, steps: int = 4) -> list[Tensor]:
         loss.backward()
         optimizer.step()
         assert x.grad is not None
-        found += [loss.detach(), x.grad, head.weight.detach().clone()]
+        found += [loss.detach(), x.grad, head.full_weight(), optimizer.state[head.weight]["momentum_buffer"].clone()]
     return found
 
 
 @pytest.mark.parametrize("name", HEADS)
 def test_replayed_steps_equal_eager_ones(name: str, graphs: LoopGraphs, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever changes from step to step is an input of the captured loop: same bits."""
-    replayed = train(HEADS[name]())
+    replayed = train(name)
     assert graphs.captured == 2
     monkeypatch.setattr(chunks, "run_loop", lambda key, inputs, body, like: body(inputs))
     monkeypatch.setattr(_cuda, "run_loop", lambda key, inputs, body, like: body(inputs))
-    eager = train(HEADS[name]())
+    eager = train(name)
     assert all(torch.equal(a, b) for a, b in zip(replayed, eager, strict=True))
+
+
+def test_a_split_head_trains_as_a_float32_one(graphs: LoopGraphs) -> None:
+    """The kernels see the same W: the same bits of losses, dx, W and velocity over replayed steps."""
+    for a, b in zip(train("arcface", 6), train("split", 6), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_replayed_unknown_rejection_equals_the_eager_one(graphs: LoopGraphs) -> None:
@@ -91,13 +103,13 @@ def test_replayed_unknown_rejection_equals_the_eager_one(graphs: LoopGraphs) -> 
         assert all(torch.equal(a, b) for a, b in zip(found, _cuda.unknown(unit, *rest, plan=PLAN), strict=True))
 
 
-@pytest.mark.parametrize("name", ["arcface", "adaface, bfloat16", "sub-centers"])
+@pytest.mark.parametrize("name", ["arcface", "adaface, bfloat16", "sub-centers", "split, bfloat16 momentum"])
 def test_a_training_step_waits_for_no_device(name: str, taken_over: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """After a first step, which may: with the checks deferred as on CUDA, nothing reads a value on the host."""
     monkeypatch.setattr(_flags, "defers", lambda tensor: True)
     monkeypatch.setattr("recog_fast.losses.defers", lambda tensor: True)
     head = HEADS[name]()
-    optimizer = rf.HeadSGD(head, lr=0.1)
+    optimizer = optimizer_of(name, head)
     for step in range(2):
         x, labels = torch.randn(N, D, requires_grad=True), torch.randint(0, C, (N,))
         with no_waiting(step > 0):

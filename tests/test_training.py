@@ -92,10 +92,10 @@ def test_it_learns_and_logs(tmp_path: Path, folder: Path) -> None:
         (0, {"gradient_acc": 2, "batch_size": 8, "margin": {"name": "AdaFace"}}),
         (2, {"gradient_acc": 2, "batch_size": 8, "margin": {"name": "AdaFace"}}),
         (0, {"optimizer": "adamw", "head_optimizer": "adamw", "lr": 0.003, "frequent": 2}),
-        (2, {"memory": {"name": "QAFace", "inject_scale": 0.176}, "memory_momentum": 0.9}),
+        (2, {"memory": {"name": "QAFace", "inject_scale": 0.176}, "memory_momentum": 0.9, "weight_format": "split", "momentum_dtype": "bfloat16"}),
         (0, {"memory": {"name": "VPL", "start": 0}, "head_optimizer": "sgd"}),
     ],
-    ids=["accumulated AdaFace", "accumulated AdaFace, workers", "adamw", "momentum encoder, workers", "memory, sgd"],
+    ids=["accumulated AdaFace", "accumulated AdaFace, workers", "adamw", "momentum encoder, split, workers", "memory, sgd"],
 )
 def test_resumed_run_is_bitwise_the_uninterrupted_one(
     tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, workers: int, changes: dict[str, Any]
@@ -167,9 +167,9 @@ def test_accumulation_is_one_large_batch(tmp_path: Path, folder: Path) -> None:
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("head_optimizer", ["sgd", "headsgd"])
-def test_head_optimizers_agree(tmp_path: Path, folder: Path, head_optimizer: str) -> None:
-    found = losses(train(settings(tmp_path, folder, head_optimizer=head_optimizer, max_steps=5)))
+@pytest.mark.parametrize("change", [{"head_optimizer": "sgd"}, {}, {"weight_format": "split", "momentum_dtype": "bfloat16"}], ids=["sgd", "headsgd", "split"])
+def test_head_optimizers_agree(tmp_path: Path, folder: Path, change: dict[str, Any]) -> None:
+    found = losses(train(settings(tmp_path, folder, max_steps=5, **change)))
     reference = losses(
         train(settings(tmp_path, folder, head_optimizer="sgd", max_steps=5, output=str(tmp_path / "reference")))
     )
@@ -336,6 +336,7 @@ def test_meter_keeps_its_sums(tmp_path: Path) -> None:
         (["--optimizer", "lion"], "optimizer"),
         (["--batch_size", "0"], "batch_size >= 1, got 0"),
         (["--warmup_epoch", "2"], "warmup_epoch < num_epoch"),
+        (["--weight_format", "split", "--head_optimizer", "sgd"], "head_optimizer 'headsgd' with weight_format = 'split'"),
         (["--scale", "0"], "scale > 0"),
         (["--val_targets", "[holdout]"], "holdout_classes > 0"),
         (["--data.path", ""], "data.path"),

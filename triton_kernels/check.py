@@ -144,11 +144,19 @@ def _row_jobs(arch: int) -> Iterator[Job]:
     """The element-wise kernels: whole rows of W, and the merging of partial results."""
     device = torch.device("cuda")
     block = configs.row_block(DIMENSION, device)
-    rows = {"D": DIMENSION, "BD": block.dimension, "BR": block.rows, "MEMORY": True, "RENORMALIZE": True}
+    rows = {"D": DIMENSION, "BD": block.dimension, "BR": block.rows, "MEMORY": True, "RENORMALIZE": True, "SPLIT": False}
+    planes = {"weight": "*i16", "low": "*i16"}
     memory = {"memory": "*bf16", "slot": "*i32", "R": "i32", "prototypes": "*bf16"}
-    yield Job(arch, "effective_prototypes", "memory", "effective_prototypes", "prototype_rows", tuple(memory.items()), tuple(rows.items()), block.warps, 3, False)
-    step = {**rows, "STEP": True, "VELOCITY": True, "NESTEROV": True}
-    yield Job(arch, "class_step", "memory, Nesterov", "class_step", "class_epilogue", tuple(memory.items()), tuple(step.items()), block.warps, 3, False)
+    step = {**rows, "STEP": True, "VELOCITY": True, "NESTEROV": True, "CHANCE": False, "NUMBERED": False}
+    chance = {"velocity": "*i16", "rounding": "*i64", "numbers": "*i64", "first": "i32"}
+    for name, types, own in (
+        ("", memory | {"first": "i32"}, {}),
+        (", split", memory | planes | {"first": "i32"}, {"SPLIT": True}),
+        (", split, bf16 velocity", memory | planes | chance, {"SPLIT": True, "CHANCE": True, "NUMBERED": True}),
+    ):
+        if "CHANCE" not in own:
+            yield Job(arch, "effective_prototypes", f"memory{name}", "effective_prototypes", "prototype_rows", tuple(types.items()), tuple({**rows, **own}.items()), block.warps, 3, False)
+        yield Job(arch, "class_step", f"memory, Nesterov{name}", "class_step", "class_epilogue", tuple(types.items()), tuple({**step, **own}.items()), block.warps, 3, False)
     for numel in (1024, 1024 * DIMENSION):
         merging = configs.merge_block(numel, device)
         adds = {"BS": merging.partials, "B": merging.elements}

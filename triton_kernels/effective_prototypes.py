@@ -7,25 +7,27 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs
+from .planes import load_rows, plane_pointers
 from .tiles import injected, renormalised, unit_rows
 
 
 @triton.jit
 def prototype_rows(
-    weight,  # (R, D) float32
+    weight, low,  # (R, D) float32; SPLIT: two int16 planes
     memory,  # (S, D) float32 or bfloat16
     strength,  # (S,) float32
     slot,  # (R,) int32
     prototypes,  # (R, D) out
     R,
     D: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr, MEMORY: tl.constexpr, RENORMALIZE: tl.constexpr,
+    SPLIT: tl.constexpr,
 ):  # fmt: skip
     """One program: BR whole rows."""
     rows = tl.program_id(0) * BR + tl.arange(0, BR)
     d = tl.arange(0, BD)
     inside = (rows < R)[:, None] & (d < D)[None, :]
     at = rows[:, None].to(tl.int64) * D + d[None, :]
-    unit, _norm = unit_rows(tl.load(weight + at, mask=inside, other=0.0))
+    unit, _norm = unit_rows(load_rows(weight, low, at, inside, SPLIT))
     if MEMORY:
         lam, mixed = injected(unit, memory, strength, slot, rows, rows < R, D, BD)
         if RENORMALIZE:
@@ -37,11 +39,12 @@ def prototype_rows(
 
 
 def run_prototype_rows(
-    weight: Tensor,  # (R, D) float32
+    weight: Tensor,  # (R, D) float32, or bfloat16 with residual
     injection: tuple[Tensor, Tensor, Tensor] | None,  # memory (S, D), strength (S,), slot (R,) int32
     prototypes: Tensor,  # (R, D) float32 or bfloat16, out
     *,
     renormalize: bool,
+    residual: Tensor | None = None,  # (R, D) int16, beside a bfloat16 weight
 ) -> None:
     """Launches `prototype_rows`."""
     count, dimension = weight.shape
@@ -50,6 +53,6 @@ def run_prototype_rows(
     block = configs.row_block(dimension, weight.device)
     memory, strength, slot = injection or (weight, weight, weight)
     prototype_rows[(triton.cdiv(count, block.rows),)](
-        weight, memory, strength, slot, prototypes, count, D=dimension, BD=block.dimension, BR=block.rows,
-        MEMORY=injection is not None, RENORMALIZE=renormalize, num_warps=block.warps,
+        *plane_pointers(weight, residual), memory, strength, slot, prototypes, count, D=dimension, BD=block.dimension, BR=block.rows,
+        MEMORY=injection is not None, RENORMALIZE=renormalize, SPLIT=residual is not None, num_warps=block.warps,
     )  # fmt: skip

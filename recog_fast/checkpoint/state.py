@@ -128,7 +128,8 @@ def _check_fit(own: dict[str, Any], saved: dict[str, Any], where: str) -> None:
             raise CheckpointError(
                 f"load_checkpoint: {where} does not fit this head: expected {name} of shape {tuple(own[name].shape)}, got {tuple(value.shape)}"
             )
-    unknown, missing = sorted(set(saved) - set(own)), sorted(set(own) - set(saved) - {"sample_seed"})
+    either = {"weight_low"}  # W in one tensor or two: the head converts
+    unknown, missing = sorted(set(saved) - set(own) - either), sorted(set(own) - set(saved) - {"sample_seed"} - either)
     if unknown or missing:
         raise CheckpointError(
             f"load_checkpoint: {where} does not fit this head: it lacks {missing or 'nothing'} and holds {unknown or 'nothing'} that the head does not have"

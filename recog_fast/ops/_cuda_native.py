@@ -65,13 +65,15 @@ def _takes_rows(module: ModuleType, weight: Tensor, *injections: Injected | None
     )
 
 
-def run_prototype_rows(weight: Tensor, injection: Injected | None, prototypes: Tensor, *, renormalize: bool) -> None:
+def run_prototype_rows(
+    weight: Tensor, injection: Injected | None, prototypes: Tensor, *, renormalize: bool, residual: Tensor | None = None
+) -> None:
     """`triton_kernels.effective_prototypes.run_prototype_rows`: P of rows of weight (R, D), float32 or bfloat16, into prototypes."""
     module = _extension(weight)
     if module is None or not _takes_rows(module, weight, injection, out=prototypes):
         from ..triton_kernels.effective_prototypes import run_prototype_rows as run
 
-        run(weight, injection, prototypes, renormalize=renormalize)
+        run(weight, injection, prototypes, renormalize=renormalize, residual=residual)
         return
     module.cuda_effective_prototypes(
         weight=_address(weight), memory=_memory(module, injection, renormalize), prototypes=_address(prototypes),
@@ -89,6 +91,10 @@ def run_class_epilogue(
     velocity: Tensor | None = None,
     rates: Tensor | None = None,
     nesterov: bool = False,
+    residual: Tensor | None = None,
+    rounding: Tensor | None = None,
+    numbers: Tensor | None = None,
+    first: int = 0,
     prototypes: Tensor | None = None,  # (R, D) float32 or bfloat16, out: P of the stepped weight
     next_injection: Injected | None = None,  # with this memory
 ) -> None:
@@ -102,7 +108,10 @@ def run_class_epilogue(
     ):
         from ..triton_kernels.class_step import run_class_epilogue as run
 
-        run(d_prototypes, weight, injection, renormalize=renormalize, gradient=gradient, velocity=velocity, rates=rates, nesterov=nesterov)
+        run(
+            d_prototypes, weight, injection, renormalize=renormalize, gradient=gradient, velocity=velocity, rates=rates, nesterov=nesterov,
+            residual=residual, rounding=rounding, numbers=numbers, first=first,
+        )  # fmt: skip
         if prototypes is not None:
             run_prototype_rows(weight, next_injection, prototypes, renormalize=renormalize)
         return

@@ -21,20 +21,22 @@ from . import _dispatch
 
 _MEMORY = "Tensor? memory_rows, Tensor? strength, Tensor? slot"
 _MEMBERS = "Tensor? members=None"
+_RESIDUAL = "Tensor? residual=None"  # the lower plane of a bfloat16 weight (`_planes.py`)
 _ROWS = "Tensor unit_embeddings, Tensor targets, Tensor terms"
 
 SCHEMAS = {
-    "effective_prototypes": f"(Tensor weight, {_MEMORY}, bool renormalize) -> Tensor",
+    "effective_prototypes": f"(Tensor weight, {_MEMORY}, bool renormalize, {_RESIDUAL}) -> Tensor",
     "negative_logsumexp": f"(Tensor unit_embeddings, Tensor weight, Tensor labels, float scale, Tensor? rules, {_MEMORY}, "
     "bool unit, bool renormalize, bool half=False, bool want_pull=True, Tensor(a!)? kept=None, "
-    f"{_MEMBERS}, Tensor? floor=None, Tensor(b!)? listed=None, bool bounded=False) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"{_MEMBERS}, Tensor? floor=None, Tensor(b!)? listed=None, bool bounded=False, {_RESIDUAL}) -> (Tensor, Tensor, Tensor, Tensor)",
     "unknown_rejection": "(Tensor unit_embeddings, Tensor weight, Tensor nearest, Tensor lse, Tensor first_mean, float scale, "
-    f"{_MEMORY}, bool unit, bool renormalize, bool half=False, Tensor? low=None) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"{_MEMORY}, bool unit, bool renormalize, bool half=False, Tensor? low=None, {_RESIDUAL}) -> (Tensor, Tensor, Tensor, Tensor)",
     "class_gradient": f"({_ROWS}, Tensor weight, float scale, Tensor? rules, {_MEMORY}, bool unit, bool renormalize, "
     f"bool half=False, Tensor? kept=None, {_MEMBERS}) -> Tensor",
     "class_step": f"({_ROWS}, Tensor(a!) weight, Tensor(b!)? velocity, float scale, Tensor? rules, {_MEMORY}, "
     "bool renormalize, float lr, float momentum, float weight_decay, bool nesterov, "
-    f"bool half=False, Tensor? kept=None, {_MEMBERS}, bool sparse=False, Tensor? rate=None) -> ()",
+    f"bool half=False, Tensor? kept=None, {_MEMBERS}, bool sparse=False, Tensor? rate=None, "
+    "Tensor(c!)? residual=None, Tensor? rounding=None) -> ()",
     "memory_write": "(Tensor(a!) rows, Tensor(b!) row_strength, Tensor(c!) stamp, Tensor(d!) owner, Tensor(e!) slot, "
     "Tensor(f!) cursor, Tensor embeddings, Tensor labels, Tensor strengths, int step) -> Tensor",
 }

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..rules import RULE_ROWS
 from . import _checks
 from ._cuda_native import run_prototype_rows
+from ._planes import check_planes
 
 _L2, _PROCESSORS = 32 << 20, 1  # of a device that does not say
 
@@ -61,14 +62,22 @@ class Classes:
     unit: bool
     renormalize: bool
     dtype: torch.dtype = torch.float32
-    rows: Tensor = field(init=False)  # (C, K, D) float32, contiguous
+    residual: Tensor | None = None  # int16, shaped as a bfloat16 weight
+    rows: Tensor = field(init=False)  # (C, K, D) float32, contiguous; bfloat16 with `low`
+    low: Tensor | None = field(init=False, default=None)  # (C, K, D) int16
     injection: Injection | None = field(init=False)
     _buffer: Tensor | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         weight = self.weight.detach()
         _checks.expect(weight.dim() in (2, 3), "recog_fast", "weight of shape (C, D) or (C, K, D)", tuple(weight.shape))
-        self.rows = (weight.unsqueeze(1) if weight.dim() == 2 else weight).to(torch.float32).contiguous()
+        rows = weight.unsqueeze(1) if weight.dim() == 2 else weight
+        if self.residual is None:
+            self.rows = rows.to(torch.float32).contiguous()
+        else:
+            check_planes(weight, self.residual, "recog_fast")
+            _checks.expect(not self.unit, "recog_fast", "unit=False with residual", self.unit)
+            self.rows, self.low = rows, self.residual.view_as(rows)
         _checks.expect(self.rows.shape[0] * self.rows.shape[1] < 2**31, "recog_fast", "C K < 2^31", tuple(weight.shape))
         self.injection = None
         if self.memory_rows is not None and self.strength is not None and not self.unit:
@@ -93,6 +102,10 @@ class Classes:
             return None
         return *self.injection[:2], self.injection[2][start * self.subcenters : stop * self.subcenters]
 
+    def low_of(self, start: int, stop: int) -> Tensor | None:
+        """The lower plane (c K, D) of these classes."""
+        return None if self.low is None else self.low[start:stop].flatten(0, 1)
+
     def chunk(self, start: int, stop: int) -> Tensor:
         """P (c, K, D) in the sweep's dtype; lies in a buffer that the next chunk overwrites."""
         rows = self.rows[start:stop]
@@ -103,7 +116,9 @@ class Classes:
         chunk = self._buffer[: stop - start]
         if self.unit:
             return chunk.copy_(rows)
-        run_prototype_rows(rows.flatten(0, 1), self.injection_of(start, stop), chunk.flatten(0, 1), renormalize=self.renormalize)
+        run_prototype_rows(
+            rows.flatten(0, 1), self.injection_of(start, stop), chunk.flatten(0, 1), renormalize=self.renormalize, residual=self.low_of(start, stop)
+        )
         return chunk
 
     def longest(self) -> Tensor | float:
@@ -134,6 +149,7 @@ class Classes:
     def key(self) -> tuple[Any, ...]:
         """What a captured loop over these classes depends on."""
         memory = () if self.injection is None else (self.injection[0].data_ptr(), self.injection[0].dtype, self.injection[2].data_ptr())
+        memory = (*memory, *(() if self.low is None else (self.low.data_ptr(),)))
         return (self.rows.data_ptr(), tuple(self.rows.shape), self.unit, self.renormalize, self.dtype, *memory)
 
     @property

@@ -12,6 +12,7 @@ from torch import Tensor
 from .. import reference
 from ..rules import NO_CLAMP, NO_THRESHOLD, PLAIN
 from ._kept import Lease
+from ._planes import Weight
 
 Key = tuple[int | float, ...]
 
@@ -50,7 +51,7 @@ class Injection:
         return Injection(self.rows[there], strength)
 
 
-def target_prototypes(unit: Tensor, weight: Tensor, labels: Tensor, injection: Injection) -> tuple[Tensor, Tensor, Tensor]:
+def target_prototypes(unit: Tensor, weight: Weight, labels: Tensor, injection: Injection) -> tuple[Tensor, Tensor, Tensor]:
     """Target cosine (N,), winning sub-center (N,), its prototype (N, D), in unit's dtype; label -1 uses class 0 as filler."""
     ids = labels.clamp_min(0)
     rows = reference.effective_prototypes(weight[ids].to(unit.dtype), *injection.of(ids).arguments())

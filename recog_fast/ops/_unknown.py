@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from ._planes import Weight, plane, residual
 from ._rows import Injection, target_prototypes
 from .unknown_rejection import double_slope, excess_double
 
@@ -31,7 +32,7 @@ class Unknown:
     kind: int
 
 
-def _prototype_sum(weight: Tensor, injection: Injection, chunk: int = 8192) -> Tensor:
+def _prototype_sum(weight: Weight, injection: Injection, chunk: int = 8192) -> Tensor:
     """sum_j P_j (D,) float64, a chunk of classes at a time."""
     total = torch.zeros(weight.shape[-1], dtype=torch.float64, device=weight.device)
     for start in range(0, weight.shape[0], chunk):
@@ -58,7 +59,7 @@ def _unlabelled(batch: Batch, options: LossOptions) -> Tensor:
     return (batch.labels == -1).nonzero().squeeze(1)
 
 
-def reject_unknown(batch: Batch, exact: Tensor, nearest: Tensor, weight: Tensor, options: LossOptions) -> Unknown | None:
+def reject_unknown(batch: Batch, exact: Tensor, nearest: Tensor, weight: Weight, options: LossOptions) -> Unknown | None:
     """Excess of the unlabelled rows and its slopes; None where it does not count. exact: x^ (N, D) in double."""
     if options.unknown_weight == 0:
         return None
@@ -78,7 +79,7 @@ def reject_unknown(batch: Batch, exact: Tensor, nearest: Tensor, weight: Tensor,
     return _reject_double(batch, exact[at], weight, options, at, nearest[at])
 
 
-def _reject_double(batch: Batch, exact: Tensor, weight: Tensor, options: LossOptions, at: Tensor, nearest: Tensor) -> Unknown:
+def _reject_double(batch: Batch, exact: Tensor, weight: Weight, options: LossOptions, at: Tensor, nearest: Tensor) -> Unknown:
     """The double softmax: sums over all classes but the nearest, whose p_0 = 1 - (their mass) enters by itself.
 
     All p are those of an lse from float32 (or 16-bit) logits, and the large ones come in double: they and the mass add up to
@@ -90,8 +91,8 @@ def _reject_double(batch: Batch, exact: Tensor, weight: Tensor, options: LossOpt
     estimate = torch.exp(options.scale * cosine - lse)
     first_mean = (estimate * torch.expm1(estimate)).to(unit.dtype)
     mass, remainder, mean, push = torch.ops.recog_fast.unknown_rejection(
-        unit, weight, nearest, lse, first_mean, options.scale, *options.injection.arguments(), False, True, batch.half,
-        (exact - unit.double()).to(unit.dtype),
+        unit, plane(weight), nearest, lse, first_mean, options.scale, *options.injection.arguments(), False, True, batch.half,
+        (exact - unit.double()).to(unit.dtype), residual(weight),
     )  # fmt: skip
     whole = mass + estimate
     remainder, mean = remainder - (whole - 1) * mean, mean / whole**2

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from ._planes import held, refuse_gradient
 from ._rows import Injection, Key, RowRecords, target_prototypes
 from .margin_softmax import weight_wanted
 
@@ -24,6 +25,7 @@ class CosineOptions:
     injection: Injection
     key: Key
     on_rows: Callable[[RowRecords], None] | None  # takes the rows instead of a weight gradient
+    residual: Tensor | None = None  # lower plane of a bfloat16 weight
 
 
 def attached_cosine(embeddings: Tensor, weight: Tensor, ids: Tensor, options: CosineOptions) -> Tensor:
@@ -37,8 +39,9 @@ class _AttachedCosine(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, embeddings: Tensor, weight: Tensor, ids: Tensor, options: CosineOptions) -> Tensor:
-        unit, norms = reference.unit_rows(embeddings.to(weight.dtype))
-        cosine, sub, rows = target_prototypes(unit, weight, ids, options.injection)
+        classes = held(weight, options.residual)
+        unit, norms = reference.unit_rows(embeddings.to(classes.dtype))
+        cosine, sub, rows = target_prototypes(unit, classes, ids, options.injection)
         ctx.save_for_backward(weight, ids, sub, unit, norms, rows)
         ctx.options, ctx.dtype, ctx.versions = options, embeddings.dtype, options.injection.versions()
         return cosine
@@ -56,6 +59,7 @@ class _AttachedCosine(torch.autograd.Function):
             targets = ids * (weight.shape[1] if weight.dim() == 3 else 1) + sub
             options.on_rows(RowRecords(unit, targets, terms, None, options.scale, options.injection, options.key))
         elif wanted:
+            refuse_gradient(options.residual)
             options.injection.check_versions(ctx.versions)
             d_weight = _scatter_rows(weight, ids, sub, d_cosine.unsqueeze(1) * unit, options.injection)
         return d_embeddings.to(ctx.dtype), d_weight, None, None

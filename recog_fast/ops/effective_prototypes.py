@@ -8,21 +8,35 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from . import _checks, _cpu, _library
+from . import _checks, _chunked, _cpu, _library, _planes
 
 
-def _cpu_kernel(weight: Tensor, memory_rows: Tensor | None, strength: Tensor | None, slot: Tensor | None, renormalize: bool) -> Tensor:
+def _reference(
+    weight: Tensor, memory_rows: Tensor | None, strength: Tensor | None, slot: Tensor | None, renormalize: bool, residual: Tensor | None = None
+) -> Tensor:
+    rows = weight if residual is None else _planes.join(weight, residual)
+    return reference.effective_prototypes(rows, memory_rows, strength, slot, renormalize)
+
+
+def _cpu_kernel(
+    weight: Tensor, memory_rows: Tensor | None, strength: Tensor | None, slot: Tensor | None, renormalize: bool, residual: Tensor | None = None
+) -> Tensor:
     module = _library.compiled(weight)
     if module is None:
-        return reference.effective_prototypes(weight, memory_rows, strength, slot, renormalize)
+        return _reference(weight, memory_rows, strength, slot, renormalize, residual)
+    if residual is not None:
+        _planes.check_planes(weight, residual, "effective_prototypes")
+        return _chunked.prototypes(_cpu_kernel, weight, residual, (memory_rows, strength, slot), renormalize)
     operands = _cpu.Operands(module, weight, memory_rows, strength, slot, renormalize=renormalize)
     prototypes = torch.empty_like(operands.weight)
     module.effective_prototypes(operands.classes, prototypes=prototypes.data_ptr(), threads=_cpu.threads())
     return prototypes
 
 
-def _fake(weight: Tensor, memory_rows: Tensor | None, strength: Tensor | None, slot: Tensor | None, renormalize: bool) -> Tensor:
-    return torch.empty_like(weight, memory_format=torch.contiguous_format)
+def _fake(
+    weight: Tensor, memory_rows: Tensor | None, strength: Tensor | None, slot: Tensor | None, renormalize: bool, residual: Tensor | None = None
+) -> Tensor:
+    return torch.empty_like(weight, dtype=None if residual is None else torch.float32, memory_format=torch.contiguous_format)
 
 
 class _EffectivePrototypes(torch.autograd.Function):
@@ -40,13 +54,16 @@ class _EffectivePrototypes(torch.autograd.Function):
         return reference.prototype_chain(d_prototypes, weight, memory_rows, strength, slot, ctx.renormalize), None, None, None, None
 
 
-def _autograd(weight: Tensor, memory_rows: Tensor | None, strength: Tensor | None, slot: Tensor | None, renormalize: bool) -> Tensor:
+def _autograd(
+    weight: Tensor, memory_rows: Tensor | None, strength: Tensor | None, slot: Tensor | None, renormalize: bool, residual: Tensor | None = None
+) -> Tensor:
+    if residual is not None:  # of a split head: no gradient of a plane
+        with torch.no_grad(), _library.below_autograd():
+            return torch.ops.recog_fast.effective_prototypes(weight, memory_rows, strength, slot, renormalize, residual)  # type: ignore[no-any-return]
     return _EffectivePrototypes.apply(weight, memory_rows, strength, slot, renormalize)  # type: ignore[no-any-return]
 
 
-_library.register(
-    "effective_prototypes", reference=reference.effective_prototypes, fake=_fake, cpu=_cpu_kernel, autograd=_autograd
-)
+_library.register("effective_prototypes", reference=_reference, fake=_fake, cpu=_cpu_kernel, autograd=_autograd)
 
 
 def effective_prototypes(

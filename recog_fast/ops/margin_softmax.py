@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .. import reference
 from ..rules import RowStats, exponent_span, pack_rules
-from . import _library
+from . import _library, _planes
 from ._buffers import GradientBuffers
 from ._flags import RowFlags
 from ._kept import KeptExponentials, Lease
@@ -53,6 +53,7 @@ class LossOptions:
     unknown_stats: bool = True  # statistics of unlabelled rows are wanted even where they do not count
     buffers: GradientBuffers | None = None  # memory for dW
     flags: RowFlags | None = None  # bad rows are noted there instead of being refused beforehand
+    residual: Tensor | None = None  # int16 lower plane of a bfloat16 weight: HeadSGD alone moves it
     spoiled: Tensor | None = None  # (N,) bool: rows found non-finite that way
 
     def parameters(self) -> tuple[nn.Parameter, ...]:
@@ -141,7 +142,7 @@ def _with_exact_nearest(lse: Tensor, swept: Tensor, exact: Tensor, scale: float)
     return lse + torch.log((1 - before).clamp_min(0) + after)
 
 
-def _sweep(unit: Tensor, norms: Tensor, weight: Tensor, labels: Tensor, options: LossOptions, half: bool) -> tuple[Batch, RowStats]:
+def _sweep(unit: Tensor, norms: Tensor, weight: _planes.Weight, labels: Tensor, options: LossOptions, half: bool) -> tuple[Batch, RowStats]:
     """Target cosines, margin, forward sweep; rows' statistics."""
     margin = options.margin
     cosine, sub, rows = target_prototypes(unit, weight, labels, options.injection)
@@ -163,12 +164,13 @@ def _sweep(unit: Tensor, norms: Tensor, weight: Tensor, labels: Tensor, options:
     if keep is not None and _hides_unknown(keep, half) and options.unknown_weight > 0 and not bool(labelled.all()):
         keep = None
     count = weight.shape[0] if options.members is None else options.members.numel()
-    kept = None if keep is None else keep.lease(unit, weight, half, count)
-    floor, listed = _lists(unit, weight, labels, target, rules, half, kept, options)
+    kept = None if keep is None else keep.lease(unit, _planes.plane(weight), half, count)
+    floor, listed = _lists(unit, _planes.plane(weight), labels, target, rules, half, kept, options)
     lse, nearest, index, pull = torch.ops.recog_fast.negative_logsumexp(
-        unit, weight, torch.where(labelled, labels, -2) if apart and not wanted else labels, options.scale, rules,
+        unit, _planes.plane(weight), torch.where(labelled, labels, -2) if apart and not wanted else labels, options.scale, rules,
         *options.injection.arguments(), False, True, half, options.record, None if kept is None else kept.buffer, options.members,
         floor, listed, options.scale * exponent_span(rule, clamp) <= SAFE_SPAN,
+        _planes.residual(weight),
     )  # fmt: skip
     if half:
         swept = nearest
@@ -257,15 +259,16 @@ class _MarginSoftmax(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, embeddings: Tensor, weight: Tensor, labels: Tensor, options: LossOptions, *parameters: Tensor) -> tuple[Tensor, ...]:
+        classes = _planes.held(weight, options.residual)
         with torch.autocast(embeddings.device.type, enabled=False):
             # in double: an error of |x| is one of all the row's logits at once, and shows in the UIR excess
             rows_in = embeddings if options.spoiled is None else embeddings.masked_fill(options.spoiled.unsqueeze(1), 0.0)
             exact, lengths = reference.unit_rows(rows_in.double())
-            unit, norms = exact.to(weight.dtype), lengths.to(weight.dtype)
+            unit, norms = exact.to(classes.dtype), lengths.to(classes.dtype)
             # the single softmax multiplies the error of lse by C: float32 whatever is asked for
             half = options.compute_dtype == torch.bfloat16 and options.softmax == "double"
-            batch, stats = _sweep(unit, norms, weight, labels, options, half)
-            unknown = reject_unknown(batch, exact, stats.nearest_index, weight, options)
+            batch, stats = _sweep(unit, norms, classes, labels, options, half)
+            unknown = reject_unknown(batch, exact, stats.nearest_index, classes, options)
             rows = _row_losses(batch, unknown, options)
             shares = _row_shares(batch, unknown, options)
             if options.spoiled is not None:
@@ -276,7 +279,7 @@ class _MarginSoftmax(torch.autograd.Function):
         ctx.parameters, ctx.dtype, ctx.backend = parameters, embeddings.dtype, _library.backend()
         ctx.versions = options.injection.versions()
         ctx.mark_non_differentiable(*stats)
-        return loss.to(weight.dtype), *stats
+        return loss.to(classes.dtype), *stats
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -336,6 +339,7 @@ def _class_gradient(weight: Tensor, record: RowRecords, options: LossOptions, ve
     if options.on_rows is not None:
         options.on_rows(record)
         return None
+    _planes.refuse_gradient(options.residual)
     options.injection.check_versions(versions)
     arguments = (
         record.unit_embeddings, record.targets, record.terms, weight, record.scale, record.rules,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import reference
 from ..rules import NegativeRule, pack_rules
-from . import _checks, _cpu, _library
+from . import _checks, _chunked, _cpu, _library, _planes
 
 Sweep = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -38,18 +38,27 @@ def _cpu_kernel(
     floor: Tensor | None = None,
     listed: Tensor | None = None,
     bounded: bool = False,  # of the GPU's sweep: no sum can leave float32's range
+    residual: Tensor | None = None,
 ) -> Sweep:
     module = _library.compiled(unit_embeddings, weight)
     if module is None:
         return _reference(
             unit_embeddings, weight, labels, scale, rules, memory_rows, strength, slot, unit, renormalize, half, want_pull, kept, members,
-            floor, listed,
+            floor, listed, False, residual,
         )  # fmt: skip
+    if residual is not None:
+        _planes.check_planes(weight, residual, "negative_logsumexp")
+        _checks.expect(kept is None and not unit, "negative_logsumexp", "no kept and unit=False with residual", (kept is None, unit))
     if members is not None and bool((labels == -1).any()):
         _checks.expect(kept is None, "recog_fast", "no kept with members and rows labelled -1 (two sweeps)", "kept")
-        return _mixed(unit_embeddings, weight, labels, scale, rules, memory_rows, strength, slot, unit, renormalize, half, want_pull, members)
+        return _mixed(unit_embeddings, weight, labels, scale, rules, memory_rows, strength, slot, unit, renormalize, half, want_pull, members, residual)
     members = None if members is None else _cpu.check_members(members, weight.shape[0])
     _checks.expect(kept is None or want_pull, "recog_fast", "want_pull=True with kept (they are written in one pass)", want_pull)
+    if residual is not None:
+        return _chunked.forward(
+            cast("Callable[..., Sweep]", _cpu_kernel), unit_embeddings, weight, residual, labels, scale, rules, (memory_rows, strength, slot),
+            renormalize, half, want_pull, members,
+        )  # fmt: skip
     floor = _check_lists(kept, floor, listed, unit_embeddings.shape[0])
     operands = _cpu.Operands(module, weight, memory_rows, strength, slot, unit=unit, renormalize=renormalize, members=members)
     rows = operands.rows(unit_embeddings, _target_rows(labels, weight), rules, scale, half)
@@ -85,12 +94,13 @@ def _check_lists(kept: Tensor | None, floor: Tensor | None, listed: Tensor | Non
 
 
 def _mixed(unit: Tensor, weight: Tensor, labels: Tensor, scale: float, rules: Tensor | None, *rest: Any) -> Sweep:
-    """Rows labelled -1 see all classes, the others the members (the last of `rest`): one sweep for each kind, nothing kept."""
+    """Rows labelled -1 see all classes, the others the members (the last but one of `rest`): one sweep for each kind, nothing kept."""
     parts, sweep = [], cast("Callable[..., Sweep]", _cpu_kernel)
     alone = labels == -1
-    for rows, members in ((alone, None), (~alone, rest[-1])):
+    *operands, given, residual = rest
+    for rows, members in ((alone, None), (~alone, given)):
         its = None if rules is None else rules[:, rows]
-        parts.append(sweep(unit[rows], weight, labels[rows], scale, its, *rest[:-1], None, members))
+        parts.append(sweep(unit[rows], weight, labels[rows], scale, its, *operands, None, members, residual=residual))
     order = torch.cat([alone.nonzero(), (~alone).nonzero()]).squeeze(1).argsort()
     lse, cosine, index, pull = (torch.cat(pair) for pair in zip(*parts, strict=True))
     return lse[order], cosine[order], index[order], pull[order] if pull.shape[0] else pull
@@ -100,11 +110,11 @@ def _reference(
     unit_embeddings: Tensor, weight: Tensor, labels: Tensor, scale: float, rules: Tensor | None, memory_rows: Tensor | None,
     strength: Tensor | None, slot: Tensor | None, unit: bool, renormalize: bool, half: bool = False, want_pull: bool = True,
     kept: Tensor | None = None, members: Tensor | None = None, floor: Tensor | None = None, listed: Tensor | None = None,
-    bounded: bool = False,
+    bounded: bool = False, residual: Tensor | None = None,
 ) -> Sweep:  # fmt: skip
     """Materialised, in the operands' own precision: `half`, `kept` and `floor` are the kernels' means, not part of the result."""
     lse, cosine, index, pull = reference.negative_logsumexp(
-        unit_embeddings, weight, labels, scale, rules, memory_rows, strength, slot, unit, renormalize, members
+        unit_embeddings, _planes.whole(weight, residual, unit_embeddings), labels, scale, rules, memory_rows, strength, slot, unit, renormalize, members
     )
     if listed is not None:
         listed.fill_(1.0)
@@ -115,7 +125,7 @@ def _fake(
     unit_embeddings: Tensor, weight: Tensor, labels: Tensor, scale: float, rules: Tensor | None, memory_rows: Tensor | None,
     strength: Tensor | None, slot: Tensor | None, unit: bool, renormalize: bool, half: bool = False, want_pull: bool = True,
     kept: Tensor | None = None, members: Tensor | None = None, floor: Tensor | None = None, listed: Tensor | None = None,
-    bounded: bool = False,
+    bounded: bool = False, residual: Tensor | None = None,
 ) -> Sweep:  # fmt: skip
     n = unit_embeddings.shape[0]
     return (
@@ -126,7 +136,7 @@ def _fake(
     )
 
 
-_DEFAULTS = (False, True, None, None, None, None, False)  # half, want_pull, kept, members, floor, listed, bounded
+_DEFAULTS = (False, True, None, None, None, None, False, None)  # half, want_pull, kept, members, floor, listed, bounded, residual
 
 
 class _NegativeLogsumexp(torch.autograd.Function):
@@ -138,7 +148,8 @@ class _NegativeLogsumexp(torch.autograd.Function):
             lse, cosine, index, pull = torch.ops.recog_fast.negative_logsumexp(unit_embeddings, weight, labels, scale, *rest)
         options = (*rest[4:], *_DEFAULTS[len(rest) - 6 :])
         ctx.scale, ctx.backend = scale, _library.backend()
-        ctx.unit, ctx.renormalize, ctx.half, ctx.want_pull, _, members, _, _, _ = options
+        ctx.unit, ctx.renormalize, ctx.half, ctx.want_pull, _, members, _, _, _, residual = options
+        ctx.split = residual is not None
         ctx.save_for_backward(unit_embeddings, weight, labels, lse, pull, *rest[:4], members)
         ctx.mark_non_differentiable(cosine, index, pull)
         return lse, cosine, index, pull
@@ -153,6 +164,8 @@ class _NegativeLogsumexp(torch.autograd.Function):
         d_unit = slope.unsqueeze(1) * pull if ctx.needs_input_grad[0] else None
         d_weight = None
         if ctx.needs_input_grad[1]:
+            if ctx.split:
+                raise RuntimeError("negative_logsumexp: expected no gradient of a weight in planes (HeadSGD moves it), got one asked for")
             terms = torch.zeros(reference.TERM_ROWS, labels.numel(), dtype=unit_embeddings.dtype, device=labels.device)
             terms[0] = torch.where(torch.isinf(lse), torch.zeros_like(lse), lse)
             terms[1] = torch.where(torch.isinf(lse), torch.zeros_like(slope), slope)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from . import _checks, _cpu, _library
+from . import _checks, _chunked, _cpu, _library, _planes
 
 _OPERANDS = 11  # arguments of the reference; what follows chooses the kernels' arithmetic
 Sums = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -28,15 +28,22 @@ def _cpu_kernel(
     renormalize: bool,
     half: bool = False,
     low: Tensor | None = None,
+    residual: Tensor | None = None,
 ) -> Sums:
     module = _library.compiled(unit_embeddings, weight)
     if module is None:
         return _reference(
-            unit_embeddings, weight, nearest, lse, first_mean, scale, memory_rows, strength, slot, unit, renormalize
+            unit_embeddings, weight, nearest, lse, first_mean, scale, memory_rows, strength, slot, unit, renormalize, half, low, residual
         )
     n, dimension = unit_embeddings.shape
     _checks.expect(lse.numel() == n and first_mean.numel() == n, "unknown_rejection", f"lse and first_mean of shape ({n},)", (tuple(lse.shape), tuple(first_mean.shape)))
     _checks.expect(low is None or low.shape == unit_embeddings.shape, "unknown_rejection", f"low of shape {(n, dimension)}", low)
+    if residual is not None:
+        _planes.check_planes(weight, residual, "unknown_rejection")
+        _checks.expect(not unit, "unknown_rejection", "unit=False with residual", unit)
+        return _chunked.unknown(
+            _cpu_kernel, unit_embeddings, weight, residual, nearest, lse, first_mean, scale, (memory_rows, strength, slot), renormalize, half, low
+        )
     operands = _cpu.Operands(module, weight, memory_rows, strength, slot, unit=unit, renormalize=renormalize)
     rows = operands.rows(unit_embeddings, nearest * operands.subcenters, None, scale, half)
     exact, first = lse.detach().double().contiguous(), _cpu.float_rows(first_mean)
@@ -60,7 +67,9 @@ def _cpu_kernel(
 
 def _reference(*arguments: Any) -> Sums:
     """Materialised; without the kernels' `half` and `low` (what rounding x^ to float32 lost)."""
-    return reference.unknown_rejection(*arguments[:_OPERANDS])
+    unit_embeddings, weight, *operands = arguments[:_OPERANDS]
+    residual = arguments[_OPERANDS + 2] if len(arguments) > _OPERANDS + 2 else None
+    return reference.unknown_rejection(unit_embeddings, _planes.whole(weight, residual, unit_embeddings), *operands)
 
 
 def _fake(unit_embeddings: Tensor, *_: Any) -> Sums:

@@ -6,10 +6,11 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import reference
-from ..ops import _checks
+from ..head_weight import HeadWeight
+from ..ops import _checks, _planes
 from ..ops._classes import class_cosines, nearest_classes
 from ..ops._compile import outside_graphs
 from ..ops.attached_cosine import CosineOptions, attached_cosine
@@ -26,10 +27,9 @@ if TYPE_CHECKING:
     from ..ops.margin_softmax import Margin
 
 
-class ClassQueries(nn.Module):
+class ClassQueries(HeadWeight):
     """The part of `MarginHead` that its training does not need, and how it comes to terms with other ranks."""
 
-    weight: nn.Parameter
     steps: Tensor
     sample_seed: Tensor
     num_classes: int
@@ -88,10 +88,6 @@ class ClassQueries(nn.Module):
         admission = self.shards.agree(where, check, facts, embeddings.shape[0] if is_rows else 0, statistics=statistics, d_embeddings=wanted)
         return Shard(self.shards, admission, self.ddp_average)
 
-    def _check_dimension(self, embeddings: Tensor, where: str) -> None:
-        """A shard may have no class."""
-        _checks.check_weight(self.weight if self.weight.shape[0] else self.weight.new_zeros(1, *self.weight.shape[1:]), embeddings.shape[1], where)
-
     # -- use -------------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -103,21 +99,27 @@ class ClassQueries(nn.Module):
             return self.weight.detach()
         if self._cache is None or self._cache[0] != key:
             with torch.inference_mode(False), torch.no_grad():  # a cache made while evaluating serves training too
-                made = torch.ops.recog_fast.effective_prototypes(self.weight, *self._injection(now).arguments(), True)
+                made = torch.ops.recog_fast.effective_prototypes(self.weight, *self._injection(now).arguments(), True, self.weight_low)
             self._cache = (key, made)
         return self._cache[1]
 
     def logits(self, embeddings: Tensor) -> Tensor:
         """s * cosine (N, C), no margin (max over sub-centers): an N x C tensor, differentiable in embeddings only."""
-        shard = self._admit("MarginHead.logits", lambda: self._check_query(embeddings, "MarginHead.logits"), embeddings, {})
+        shard = self._admit("MarginHead.logits", lambda: self._check_embeddings(embeddings, "MarginHead.logits"), embeddings, {})
         if shard is not None:
             unit, _ = reference.unit_rows(embeddings.to(self.weight.dtype))
             return self.scale * sharded_logits(unit, self.prototypes(), self.subcenters, shard)
-        return self.scale * torch.cat([c for _, c in class_cosines(embeddings, self.prototypes())], dim=1)
+        return self.scale * torch.cat([c for _, c in class_cosines(embeddings, self._prototypes_of, self.num_classes, self._shaped.dtype)], dim=1)
 
-    def _check_query(self, embeddings: Tensor, where: str) -> None:
-        _checks.check_embeddings(embeddings, where)
-        self._check_dimension(embeddings, where)
+    @torch.no_grad()
+    def _prototypes_of(self, start: int, stop: int) -> Tensor:
+        """Prototypes of classes start .. stop - 1; those of a split head are never all there: they would be larger than W."""
+        if self.weight_low is None:
+            return self.prototypes()[start:stop]
+        rows = _planes.join(self.weight[start:stop], self.weight_low[start:stop])
+        memory = self._injection(self._count.of(self.steps))
+        slot = None if memory.slot is None else memory.slot[start:stop]
+        return torch.ops.recog_fast.effective_prototypes(rows, memory.rows, memory.strength, slot, True)  # type: ignore[no-any-return]
 
     @torch.no_grad()
     def topk(self, embeddings: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -128,13 +130,13 @@ class ClassQueries(nn.Module):
         where = "MarginHead.topk"
 
         def check() -> None:
-            self._check_query(embeddings, where)
+            self._check_embeddings(embeddings, where)
             _checks.expect(1 <= k <= self.num_classes, where, f"k in [1, C = {self.num_classes}]", k)
 
         shard = self._admit(where, check, embeddings, {"k": k})
         if shard is None:
-            return nearest_classes(embeddings, self.prototypes(), k)
-        best, ids = nearest_classes(shard.gather([embeddings])[0], self.prototypes(), k)
+            return nearest_classes(embeddings, self._prototypes_of, self.num_classes, self._shaped.dtype, k)
+        best, ids = nearest_classes(shard.gather([embeddings])[0], self._prototypes_of, self.weight.shape[0], self.weight.dtype, k)
         return sharded_topk(best, ids + self.first_class, k, shard)
 
     @outside_graphs
@@ -146,13 +148,13 @@ class ClassQueries(nn.Module):
         where = "MarginHead.cosine"
 
         def check() -> None:
-            self._check_query(embeddings, where)
+            self._check_embeddings(embeddings, where)
             _checks.check_labels(class_ids, embeddings.shape[0], self.num_classes, where, low=0, name="class_ids")
 
         shard = self._admit(where, check, embeddings, {})
         now = self._count.of(self.steps)
         on_rows = self._keep_rows if self.training and self._fused is not None else None
-        options = CosineOptions(self.scale, self._injection(now), self._key(now), on_rows)
+        options = CosineOptions(self.scale, self._injection(now), self._key(now), on_rows, self.weight_low)
         if shard is None:
             return attached_cosine(embeddings, self.weight, class_ids.long(), options)
         return sharded_cosine(embeddings, self.weight, class_ids.long(), options, shard)

@@ -103,6 +103,8 @@ class TrainConfig:
     max_steps: int = 0  # end (the schedule too) after this many steps whatever num_epoch says; 0: no limit
     optimizer: Literal["sgd", "adamw"] = "sgd"
     head_optimizer: Literal["headsgd", "sgd", "adamw"] = "headsgd"
+    weight_format: Literal["float32", "split"] = "float32"  # of the head; split and bfloat16 momentum (6 bytes per element) are HeadSGD's
+    momentum_dtype: Literal["float32", "bfloat16"] = "float32"
     lr: float = 0.1
     head_lr: float | None = None  # null: lr
     momentum: float = 0.9
@@ -269,6 +271,9 @@ def _check(config: TrainConfig) -> None:
     for name in ("drop_mass", "drop_elements"):
         if not 0 <= getattr(config, name) < 1:
             raise ValueError(f"train: expected {name} in [0, 1), got {getattr(config, name)}")
+    for name in ("weight_format", "momentum_dtype"):
+        if getattr(config, name) != "float32" and config.head_optimizer != "headsgd":
+            raise ValueError(f"train: expected head_optimizer 'headsgd' with {name} = {getattr(config, name)!r}, got {config.head_optimizer!r}")
     if not config.scale > 0:
         raise ValueError(f"train: expected scale > 0, got {config.scale}")
     if not config.warmup_epoch < config.num_epoch:

@@ -135,6 +135,7 @@ def build_head(config: TrainConfig, num_classes: int, steps_per_epoch: int = 1) 
         keep_exponentials=False if config.keep_exponentials is None else getattr(torch, config.keep_exponentials),
         drop_mass=config.drop_mass,
         drop_elements=config.drop_elements,
+        weight_format=config.weight_format,
     )
 
 
@@ -149,7 +150,8 @@ def build_optimizers(
     if branches is not None:
         first.add_param_group({"params": list(branches.parameters())})
     if config.head_optimizer == "headsgd":
-        return first, rf.HeadSGD(head, lr=head_lr, momentum=config.momentum, weight_decay=head_decay)
+        dtype = getattr(torch, config.momentum_dtype)
+        return first, rf.HeadSGD(head, lr=head_lr, momentum=config.momentum, weight_decay=head_decay, momentum_dtype=dtype)
     return first, _torch_optimizer(config.head_optimizer, head, head_lr, config.momentum, head_decay)
 
 
