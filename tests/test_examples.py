@@ -56,28 +56,26 @@ def test_the_swap_changes_nothing() -> None:
     assert main(steps=10) == pytest.approx(main(steps=10, loss_class=losses.ArcFaceLoss), rel=1e-3)
 
 
-def test_ranks_agree_and_fsdp_is_ddp() -> None:
-    """Two processes: the same W on both ranks, the same losses from DDP and FSDP2, and the loss falls."""
+def of_two_ranks(name: str) -> list[list[tuple[str, str]]]:
+    """(loss, |W|) that each of two processes prints."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    code = "import runpy; [runpy.run_path(f'examples/{name}.py', run_name='__main__') for name in ('ddp', 'fsdp2')]"
     ranks = []
     for rank in range(2):
         launcher = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         environment = {**os.environ, **launcher, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-c", code]
-        ranks.append(
-            subprocess.Popen(
-                command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-            )
-        )
+        command = [sys.executable, f"examples/{name}.py"]
+        ranks.append(subprocess.Popen(command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
     outs = [process.communicate(timeout=300)[0] for process in ranks]
     assert [process.returncode for process in ranks] == [0, 0], outs
-    rows = [re.findall(r"rank \d loss (\S+) \|W\| (\S+)", out) for out in outs]
-    assert rows[0] == rows[1] and len(rows[0]) == 4, "both ranks hold the same W"
-    (first, _), (last, norm), *sharded = rows[0]
+    return [re.findall(r"rank \d loss (\S+) \|W\| (\S+)", out) for out in outs]
+
+
+def test_ranks_agree_and_fsdp_is_ddp() -> None:
+    """Two processes: the same loss and the same whole W on both ranks, from DDP and FSDP2, and the loss falls."""
+    rows, sharded = of_two_ranks("ddp"), of_two_ranks("fsdp2")
+    assert rows[0] == rows[1] and sharded[0] == sharded[1] and len(rows[0]) == len(sharded[0]) == 2
+    (first, _), (last, norm) = rows[0]
     assert float(last) < 0.4 * float(first) and float(norm) > 0
-    assert [float(v) for row in sharded for v in row] == pytest.approx(
-        [float(v) for row in rows[0][:2] for v in row], rel=1e-5
-    )
+    assert [float(v) for row in sharded[0] for v in row] == pytest.approx([float(v) for row in rows[0] for v in row], rel=1e-5)
