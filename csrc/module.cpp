@@ -66,16 +66,11 @@ void check_columns(const char* function, int64_t D) {
 }
 
 // What csrc/cuda offers; the address of a tensor is that of device memory, `stream` a cudaStream_t.
-void add_cuda(py::module_& m) {
-  m.def("cuda_missing", &cuda::missing, py::arg("device"), py::call_guard<py::gil_scoped_release>());
+void add_cuda_rows(py::module_& m) {
   m.attr("CUDA_MOST_COLUMNS") = cuda::kMostColumns;
-  m.attr("CUDA_MOST_WRITTEN") = cuda::kMostWritten;
   py::class_<cuda::Injection>(m, "CudaInjection", py::module_local())
       .def(py::init(&injection), py::kw_only(), py::arg("rows") = 0, py::arg("strength") = 0, py::arg("slot") = 0, py::arg("bfloat16") = false,
            py::arg("renormalize") = true);
-  py::class_<cuda::Ring>(m, "CudaRing", py::module_local())
-      .def(py::init(&ring), py::kw_only(), py::arg("rows"), py::arg("strength"), py::arg("stamp"), py::arg("owner"), py::arg("slot"),
-           py::arg("cursor"), py::arg("S"), py::arg("C"), py::arg("D"), py::arg("bfloat16"));
   m.def(
       "cuda_class_step",
       [](uintptr_t d_prototypes, uintptr_t weight, const cuda::Injection& memory, int64_t R, int64_t D, uintptr_t velocity, uintptr_t gradient,
@@ -98,6 +93,13 @@ void add_cuda(py::module_& m) {
       },
       py::kw_only(), py::arg("weight"), py::arg("memory"), py::arg("prototypes"), py::arg("bfloat16"), py::arg("R"), py::arg("D"),
       py::arg("stream"), py::arg("device"), py::call_guard<py::gil_scoped_release>());
+}
+
+void add_cuda_memory(py::module_& m) {
+  m.attr("CUDA_MOST_WRITTEN") = cuda::kMostWritten;
+  py::class_<cuda::Ring>(m, "CudaRing", py::module_local())
+      .def(py::init(&ring), py::kw_only(), py::arg("rows"), py::arg("strength"), py::arg("stamp"), py::arg("owner"), py::arg("slot"),
+           py::arg("cursor"), py::arg("S"), py::arg("C"), py::arg("D"), py::arg("bfloat16"));
   m.def("cuda_memory_write_scratch", &cuda::memory_write_scratch, py::arg("N"), py::arg("S"));
   m.def(
       "cuda_memory_write",
@@ -120,6 +122,12 @@ void add_cuda(py::module_& m) {
       py::kw_only(), py::arg("norms"), py::arg("labelled"), py::arg("N"), py::arg("norms_double"), py::arg("old"), py::arg("mean"),
       py::arg("std"), py::arg("batches"), py::arg("new_mean"), py::arg("new_std"), py::arg("new_batches"), py::arg("stream"),
       py::arg("device"), py::call_guard<py::gil_scoped_release>());
+}
+
+void add_cuda(py::module_& m) {
+  m.def("cuda_missing", &cuda::missing, py::arg("device"), py::call_guard<py::gil_scoped_release>());
+  add_cuda_rows(m);
+  add_cuda_memory(m);
 }
 
 py::object cuda_built() { return py::make_tuple(RECOG_FAST_CUDA_VERSION, RECOG_FAST_CUDA_ARCHITECTURES); }

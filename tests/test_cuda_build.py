@@ -17,7 +17,7 @@ from recog_fast import native
 
 KERNELS = {  # by their stem; several kernels of one operation, and a twin for rows that are not aligned
     "class_step_rows": 2, "prototype_rows": 2, "last_rows": 1, "plan_write": 1, "count_digits": 1, "count_slots": 1, "gather_slots": 1,
-    "order_slots": 1, "store_rows": 1, "update_statistics": 1, "nothing": 1,
+    "order_slots": 1, "store_rows": 1, "update_statistics": 1,
 }  # fmt: skip
 
 

@@ -14,6 +14,8 @@ __global__ void __launch_bounds__(kMostThreads<kVector>) class_step_rows(ClassSt
 
 }  // namespace
 
+cudaError_t load_class_step() { return load_kernels(class_step_rows<true>, class_step_rows<false>); }
+
 void class_step(const ClassStep& s, const Stream& stream) {
   use_device("class_step", stream);
   const bool vector = s.D % 4 == 0 && aligned16(s.d_prototypes, s.weight, s.velocity, s.gradient, s.memory.rows, s.next.rows, s.next_memory.rows);

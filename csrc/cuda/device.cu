@@ -1,11 +1,6 @@
 #include "device.cuh"
 
 namespace recog_fast::cuda {
-namespace {
-
-__global__ void nothing() {}
-
-}  // namespace
 
 std::string missing(int device) {
   const char* name = "CUDA C++";
@@ -13,8 +8,9 @@ std::string missing(int device) {
     int before = 0;
     check(cudaGetDevice(&before), name);
     check(cudaSetDevice(device), name);
-    cudaFuncAttributes attributes;
-    const cudaError_t error = cudaFuncGetAttributes(&attributes, nothing);
+    cudaError_t error = cudaSuccess;
+    for (const auto load : {load_class_step, load_effective_prototypes, load_memory_write, load_norm_statistics})
+      if (error == cudaSuccess) error = load();
     check(cudaSetDevice(before), name);
     check(error, name);
   } catch (const std::runtime_error& error) {

@@ -48,6 +48,19 @@ void launch(const char* name, void (*kernel)(Parameters...), const Shape& shape,
   check(cudaLaunchKernelEx(&config, kernel, arguments...), name);
 }
 
+// Loads these kernels' machine code now: at a first launch inside a stream capture it would be too late.
+template <class... Kernels>
+cudaError_t load_kernels(Kernels*... kernels) {
+  cudaFuncAttributes attributes;
+  cudaError_t error = cudaSuccess;
+  ((error = error == cudaSuccess ? cudaFuncGetAttributes(&attributes, kernels) : error), ...);
+  return error;
+}
+cudaError_t load_class_step();
+cudaError_t load_effective_prototypes();
+cudaError_t load_memory_write();
+cudaError_t load_norm_statistics();
+
 // Whether these addresses (0 for none) are multiples of 16.
 template <class... Addresses>
 bool aligned16(Addresses... addresses) {

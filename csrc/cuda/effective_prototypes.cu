@@ -14,6 +14,8 @@ __global__ void __launch_bounds__(kMostThreads<kVector>) prototype_rows(const fl
 
 }  // namespace
 
+cudaError_t load_effective_prototypes() { return load_kernels(prototype_rows<true>, prototype_rows<false>); }
+
 void effective_prototypes(const float* weight, int64_t R, int64_t D, const Injection& memory, const Prototypes& out, const Stream& stream) {
   use_device("effective_prototypes", stream);
   const bool vector = D % 4 == 0 && aligned16(weight, memory.rows, out.rows);

@@ -16,7 +16,7 @@ struct Stream {
   int device;
 };
 
-// Why that device cannot run them: an old driver, no machine code for it, no such device. Empty where it can.
+// Loads the kernels on that device. Why it cannot run them: an old driver, no machine code for it, no such device. Empty where it can.
 std::string missing(int device);
 
 // The memory behind rows of W (docs/math.md 2); without rows: none.

@@ -185,6 +185,10 @@ int64_t parts(int64_t count, int64_t size) { return (count + size - 1) / size; }
 
 }  // namespace
 
+cudaError_t load_memory_write() {
+  return load_kernels(last_rows, plan_write, count_digits, count_slots, gather_slots, order_slots, store_rows);
+}
+
 int64_t memory_write_scratch(int64_t N, int64_t S) { return Scratch::words(N, S); }
 
 void memory_write(const Ring& ring, const Batch& batch, int32_t* words, int64_t* evicted, const Stream& stream) {

@@ -46,6 +46,8 @@ __global__ void __launch_bounds__(kThreads) update_statistics(NormStatistics s) 
 
 }  // namespace
 
+cudaError_t load_norm_statistics() { return load_kernels(update_statistics); }
+
 void norm_statistics(const NormStatistics& s, const Stream& stream) {
   use_device("norm_statistics", stream);
   launch("norm_statistics", update_statistics, {dim3(1), dim3(kThreads)}, stream, s);
