@@ -21,6 +21,7 @@ from recog_fast.ops import _cuda, _planes, _stochastic, chunks
 
 assert triton_interpreter.interpreter
 
+WAYS: list[tuple[int, dict[str, Any]]] = [(1, {}), (1, {"members": MEMBERS}), (1, {"members": MEMBERS, "sparse": True}), (2, {"members": MEMBERS})]
 ROUNDING = torch.tensor([2**40 + 7, 11, 2**33 + 5])
 
 
@@ -53,17 +54,15 @@ def step(velocity: Tensor, split: bool, rounding: Tensor | None, k: int = 1, **o
     return arguments[3] if low is None else _planes.join(arguments[3], low), arguments[4]
 
 
-@pytest.mark.parametrize("k", [1, 2])
-@pytest.mark.parametrize("options", [{}, {"members": MEMBERS}, {"members": MEMBERS, "sparse": True}], ids=["all", "sampled", "sparse"])
-def test_a_step_in_planes_is_the_step_in_float32(options: dict[str, Any], k: int) -> None:
+@pytest.mark.parametrize(("k", "options"), WAYS)
+def test_a_step_in_planes_is_the_step_in_float32(k: int, options: dict[str, Any]) -> None:
     velocity = torch.randn(210, 24) if k == 1 else torch.randn(210, k, 24)
     for a, b in zip(step(velocity, False, None, k, **options), step(velocity, True, None, k, **options), strict=True):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("k", [1, 2])
-@pytest.mark.parametrize("options", [{}, {"members": MEMBERS}, {"members": MEMBERS, "sparse": True}], ids=["all", "sampled", "sparse"])
-def test_a_velocity_in_bfloat16_is_rounded_by_the_same_chance(options: dict[str, Any], k: int) -> None:
+@pytest.mark.parametrize(("k", "options"), WAYS)
+def test_a_velocity_in_bfloat16_is_rounded_by_the_same_chance(k: int, options: dict[str, Any]) -> None:
     """The float32 step's velocity, rounded by `_stochastic`; W as in float32; the same bits for other chunks and as planes."""
     start = (torch.randn(210, 24) if k == 1 else torch.randn(210, k, 24)).bfloat16()
     weight, exact = step(start.float(), False, None, k, **options)
