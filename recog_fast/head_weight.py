@@ -28,11 +28,28 @@ class HeadWeight(nn.Module):
         self.weight = nn.Parameter(made)
         self.register_buffer("weight_low", torch.empty(shape, dtype=torch.int16) if split else None)
         self._gradients = GradientBuffers()
+        self._planes_known: tuple[tuple[int, int], tuple[int, int]] | None = None  # address and version of each when last in step
         with torch.no_grad():
             if not split and values is None:
                 self.weight.normal_(0.0, 0.01)
             for start, stop in _planes.chunks(self.weight) if split else ():
                 self._write(start, stop, torch.empty(stop - start, *shape[1:], dtype=torch.float32).normal_(0.0, 0.01))
+        self.note_planes()
+
+    def note_planes(self) -> None:
+        """Both planes belong together as they are now: after whoever writes both (`HeadSGD.step`)."""
+        if self.weight_low is not None:
+            self._planes_known = _place(self.weight), _place(self.weight_low)
+
+    def _settle_planes(self) -> None:
+        """A split W whose upper plane alone was written in place (`weight.zero_()`, an EMA's copy_) is what was written, in bfloat16."""
+        if self.weight_low is None:
+            return
+        now, known = (_place(self.weight), _place(self.weight_low)), self._planes_known
+        if known is not None and now[0] != known[0] and now[1] == known[1]:
+            with torch.no_grad():
+                self.weight_low.zero_()
+        self.note_planes()
 
     @property
     def weight_format(self) -> WeightFormat:
@@ -50,11 +67,12 @@ class HeadWeight(nn.Module):
     @torch.no_grad()
     def full_weight(self) -> Tensor:
         """W (C, D) or (C, K, D) float32, a new tensor: of a split head every bit of it."""
+        self._settle_planes()
         return self.weight.detach().clone() if self.weight_low is None else _planes.join(self.weight, self.weight_low)
 
     @torch.no_grad()
     def copy_weight(self, values: Tensor) -> None:
-        """W from values (C, D) or (C, K, D), rounded to float32; `weight.copy_` alone would leave a split head's lower plane as it was.
+        """W from values (C, D) or (C, K, D), rounded to float32; `weight.copy_` on a split head rounds to bfloat16 (and leaves no residual).
 
         Raises ValueError for another shape.
         """
@@ -65,6 +83,7 @@ class HeadWeight(nn.Module):
             self._write(start, stop, values[start:stop])
         if self.weight_low is not None:  # written through views of a detached tensor
             torch.autograd.graph.increment_version(self.weight)
+        self.note_planes()
 
     @property
     def _shaped(self) -> Tensor:
@@ -76,6 +95,7 @@ class HeadWeight(nn.Module):
 
     def _check_embeddings(self, embeddings: Tensor, where: str) -> None:
         """(N, D), beside a W that the sweeps take."""
+        self._settle_planes()
         _checks.check_embeddings(embeddings, where)
         _checks.check_weight(self._shaped, embeddings.shape[1], where)
 
@@ -116,3 +136,9 @@ class HeadWeight(nn.Module):
                 state_dict[prefix + "weight"] = self.weight if fits else high
                 state_dict[prefix + "weight_low"] = self.weight_low
         super()._load_from_state_dict(state_dict, prefix, *args)
+        self.note_planes()
+
+
+def _place(t: Tensor) -> tuple[int, int]:
+    """Moves with every write that autograd sees."""
+    return t.data_ptr(), -1 if t.is_inference() else t._version

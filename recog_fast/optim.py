@@ -185,6 +185,7 @@ class HeadSGD(torch.optim.Optimizer):
             members, group["unsampled"] == "sparse", rate, self.head.weight_low, self._rounding(velocity),
         )  # fmt: skip
         torch.autograd.graph.increment_version(weight)
+        self.head.note_planes()
 
     def _velocity_dtype(self) -> torch.dtype:
         float64 = self.head.weight.dtype == torch.float64 and self.momentum_dtype == torch.float32

@@ -309,7 +309,12 @@ def sgd_update(
 
 
 def center_sparsity(weight: Tensor) -> Tensor:
-    """mean_{j<k}(1 - <W^_j, W^_k>) = 1 - (|sum W^|^2 - C)/(C (C - 1)), in float64 (math.md 3); 0-dim."""
+    """mean_{j<k}(1 - <W^_j, W^_k>) = 1 - (|sum W^|^2 - C)/(C (C - 1)), in float64 (math.md 3); 0-dim.
+
+    weight (C, D) raw class centres, C >= 2, any float dtype (of a split head: `full_weight()`). ValueError for another shape.
+    """
+    if weight.dim() != 2 or weight.shape[0] < 2:
+        raise ValueError(f"center_sparsity: expected weight of shape (C, D) with C >= 2, got shape {tuple(weight.shape)}")
     unit, _ = unit_rows(weight.double())
     count = unit.shape[0]
     return 1 - (unit.sum(0).square().sum() - count) / (count * (count - 1))

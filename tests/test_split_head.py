@@ -414,3 +414,28 @@ def test_bytes_of_an_element_and_what_a_step_takes_beside_them() -> None:
     assert [held for held, _ in found] == [8, 6]
     for _, extra in found:
         assert extra <= 16  # a chunk joined, split, its velocity: 4 MiB each at most; a few of the kernels
+
+
+def test_a_foreign_write_into_the_upper_plane_is_the_weight() -> None:
+    """In-place edits that autograd sees (zero_, an EMA's copy_, a broadcast): W is what was written, no residual of the old one."""
+    fresh = rf.MarginHead(20, 16, weight_format="split")
+    torch.nn.init.zeros_(fresh.weight)
+    assert not fresh.full_weight().any()
+    head = rf.MarginHead(20, 16, weight_format="split")
+    optimizer = rf.HeadSGD(head, lr=0.1)
+    x, y = torch.randn(4, 16), torch.arange(4)
+    head(x, y).backward()
+    optimizer.step()
+    before = head.full_weight()
+    assert torch.equal(head.full_weight(), before)  # the step wrote both planes
+    with torch.no_grad():
+        head.weight.copy_(torch.ones(20, 16))
+    assert torch.equal(head.full_weight(), torch.ones(20, 16))
+    with torch.no_grad():
+        head.weight.zero_()
+    assert bool(head(x, y).isfinite()) and not head.full_weight().any()
+    head.copy_weight(before)
+    assert torch.equal(head.full_weight(), before)
+    other = rf.MarginHead(20, 16, weight_format="split")
+    other.load_state_dict(head.state_dict())
+    assert torch.equal(other.full_weight(), before)

@@ -62,7 +62,7 @@ def pair_decision(
     e2: Any,  # (P,)
     gamma: float = 0.6,
 ) -> Tensor:
-    """Scores (P,) of pairs, -1 (no match at any threshold above it) where min(e1, e2) < gamma.
+    """Scores (P,) of pairs, -1 (no match at any threshold above it) where min(e1, e2) < gamma or is NaN.
 
     gamma: 0.60 for faces, 0.70 for persons (re-ID), the paper's choices; `threshold_table` shows others.
     Raises ValueError for shapes that differ and a gamma that is not finite.
@@ -79,7 +79,7 @@ def pair_decision(
     for name, value in (("e1", first), ("e2", second)):
         _checks.check_vector(value, s.numel(), where, name)
     _checks.expect(math.isfinite(gamma), where, "a finite gamma", gamma)
-    return torch.where(torch.minimum(first, second) < gamma, torch.full_like(s, REJECTED), s)
+    return torch.where(torch.minimum(first, second) >= gamma, s, torch.full_like(s, REJECTED))
 
 
 class ThresholdRow(NamedTuple):

@@ -93,6 +93,7 @@ class ClassQueries(HeadWeight):
     @torch.no_grad()
     def prototypes(self) -> Tensor:
         """Effective unit prototypes (C, D) or (C, K, D) at the head's clock; cached until W, memory or clock change: read only."""
+        self._settle_planes()
         now = self._count.of(self.steps)
         key = self._key(now)
         if self.weight.shape[0] == 0:
