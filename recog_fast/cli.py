@@ -77,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="`recog-fast train --help-settings` lists all settings with their types and defaults.",
         allow_abbrev=False,
     )
-    train.add_argument("config", nargs="?", help="settings file (YAML)")
+    train.add_argument("config", nargs="?", help="settings file (YAML), or an arcface_torch recipe (.py; read, not run)")
     train.add_argument("--help-settings", action="store_true", help="list all settings and stop")
     train.set_defaults(run=_train)
 
@@ -148,6 +148,11 @@ def _train(options: argparse.Namespace, rest: list[str]) -> int:
             raise
         print(f"recog-fast train: error: {error}", file=sys.stderr)
         return 2
+    if options.config.endswith(".py"):
+        from recog_fast.compat.recipe import read_recipe, recipe_settings
+
+        for note in recipe_settings(read_recipe(options.config)).notes:
+            print(f"{options.config}: {note}", file=sys.stderr)
     from recog_fast.training.loop import train
 
     result = train(config)

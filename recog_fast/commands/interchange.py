@@ -112,26 +112,16 @@ def _import(options: argparse.Namespace, _: list[str]) -> int:
 
 
 def _import_recipe(source: Path, target: Path) -> int:
-    import dataclasses
-
     import yaml
 
     from recog_fast.compat.recipe import read_recipe, recipe_settings
-    from recog_fast.training.config import TrainConfig, read_config
+    from recog_fast.training.config import read_config
 
     recipe = recipe_settings(read_recipe(source))
-    known = {f.name for f in dataclasses.fields(TrainConfig)}
-    kept = {name: value for name, value in recipe.settings.items() if name in known}
-    neutral = {"sample_rate": 1.0}
-    left = [
-        f"{k} = {v!r} is no setting of this version"
-        for k, v in recipe.settings.items()
-        if k not in known and v != neutral.get(k)
-    ]
-    text = f"# From {source.name} of arcface_torch.\n" + "".join(f"# {note}.\n" for note in (*recipe.notes, *left))
-    target.write_text(text + yaml.safe_dump(kept, sort_keys=False, default_flow_style=None, width=120))
+    text = f"# From {source.name} of arcface_torch.\n" + "".join(f"# {note}.\n" for note in recipe.notes)
+    target.write_text(text + yaml.safe_dump(recipe.settings, sort_keys=False, default_flow_style=None, width=120))
     read_config(target)
-    print("\n".join([f"{target}: settings for recog-fast train", *recipe.notes, *left]))
+    print("\n".join([f"{target}: settings for recog-fast train", *recipe.notes]))
     return 0
 
 
