@@ -17,7 +17,7 @@ from typing import Any
 
 from recog_fast import __version__
 from recog_fast.commands import data as data_commands
-from recog_fast.commands import interchange
+from recog_fast.commands import identify, interchange
 from recog_fast.training.commands import add_commands
 
 _LIBRARIES = "numpy triton jsonargparse yaml rich tensorboard PIL simplejpeg scipy sklearn matplotlib safetensors onnx onnxruntime faiss"
@@ -86,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument(
         "model",
-        help="output folder of a run, one of its checkpoints, a model folder (card.json), or a file of weights (.pt; then give --network)",
+        help="output folder of a run, one of its checkpoints, a model folder (card.json), an .onnx file with its card, or a file of weights (.pt; then give --network)",
     )
     evaluate.add_argument(
         "--target", action="append", required=True, help=".bin file of pairs; may be given several times"
@@ -103,6 +103,7 @@ def _parser() -> argparse.ArgumentParser:
 
     data_commands.add(commands, [debug])
     interchange.add(commands, [debug])
+    identify.add(commands, [debug])
 
     add_commands(commands, debug)
 
