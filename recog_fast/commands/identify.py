@@ -52,17 +52,18 @@ def _identify(options: argparse.Namespace, _: list[str]) -> int:
     looked, shown = embed_dataset(network, probes, card.input_size)
     asked, strangers = looked.numpy(), 0
     if options.strangers:
-        more, _ = embed_dataset(network, open_dataset(options.strangers), card.input_size)
+        more = embed_dataset(network, open_dataset(options.strangers), card.input_size)[0]
         asked, strangers = np.concatenate([asked, more.numpy()]), len(more)
     search = GallerySearch(asked, options.top, engine="faiss" if options.faiss else "exact")
     known = _fill(search, network, gallery, card.input_size, options)
-    cosine, found = (rows[: len(shown)] for rows in search.result())
-    own: list[str] = [_class_name(probes, i) for i in shown]
+    all_cosines, found = search.result()
+    cosine = all_cosines[: len(shown)]
+    own = [_class_name(probes, i) for i in shown]
     mated = np.array([name in known.classes for name in own])
-    right = np.array([known.of(int(row))[1] == name for row, name in zip(found[:, 0], own, strict=True)])
+    right = np.array([known.of(int(row))[1] == name for row, name in zip(found[: len(shown), 0], own, strict=True)])
     threshold, said = -math.inf if options.threshold is None else options.threshold, None
     if options.fpir is not None:
-        others = search.result()[0][len(shown) :, 0] if strangers else cosine[~mated, 0]
+        others = all_cosines[len(shown) :, 0] if strangers else cosine[~mated, 0]
         said = _open_set(others, cosine[:, 0], mated, right, options.fpir)
         threshold = said["threshold"]
     for row, place in enumerate(shown):
