@@ -21,7 +21,14 @@ from recog_fast.evaluation.erc import (
     error_versus_reject,
     pair_minimum,
 )
-from recog_fast.evaluation.gallery import Gallery, GalleryItem, pair_galleries, png_data_uri, strip
+from recog_fast.evaluation.gallery import (
+    Gallery,
+    GalleryItem,
+    image_data_uri,
+    pair_galleries,
+    png_data_uri,
+    strip,
+)
 from recog_fast.evaluation.histograms import ScoreHistograms, all_pairs
 from recog_fast.evaluation.identification import cumulative_match, identification, mean_average_precision
 from recog_fast.evaluation.nearest import search
@@ -59,6 +66,7 @@ __all__ = [
     "evaluate_bin",
     "four_forms",
     "identification",
+    "image_data_uri",
     "mean_average_precision",
     "overlay",
     "pair_galleries",

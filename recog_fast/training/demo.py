@@ -265,13 +265,11 @@ def galleries(config: TrainConfig, test: TestSet, result: evaluation.Verificatio
             "Drawn people",
             "Pose, light, expression, occlusion, blur and resolution change; the person does not.",
             sheet,
-            wide=True,
         ),
         Gallery(
             "Three resolutions",
             "Six sharp test pictures as the network sees them under each condition.",
             levels,
-            wide=True,
         ),
         *pair_galleries(pairs, result),
     ]
