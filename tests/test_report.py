@@ -237,7 +237,7 @@ def test_everything_is_escaped(tmp_path: Path) -> None:
     assert "script" not in page.tags
     assert "<script" not in text
     assert page.text.count(evil) >= 12
-    assert evil in page.alts
+    assert any(evil in alt for alt in page.alts)
 
 
 def test_same_input_gives_the_same_bytes_and_leaves_no_setting_changed(tmp_path: Path) -> None:

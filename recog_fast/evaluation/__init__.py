@@ -5,6 +5,7 @@ Stands alone: NumPy and torch only; matplotlib is imported when a plot is drawn.
 """
 
 from recog_fast.evaluation.activation import class_activation, overlay
+from recog_fast.evaluation.drawing import require_plots
 from recog_fast.evaluation.embed import (
     VerificationResult,
     embed_images,
@@ -73,6 +74,7 @@ __all__ = [
     "pair_minimum",
     "png_data_uri",
     "post_processing",
+    "require_plots",
     "resize",
     "robustness",
     "roc_curve",

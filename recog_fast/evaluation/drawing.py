@@ -7,6 +7,7 @@ appearance. Saved to a file it has the light colours. matplotlib's object interf
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import io
 import re
 from collections.abc import Callable
@@ -23,6 +24,12 @@ if TYPE_CHECKING:
 WIDTH, HEIGHT, FONT = 4.0, 2.75, 9.0
 FONT_STACK = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 DASHES: tuple[Any, ...] = ("-", (0, (5, 1.6)), (0, (2.2, 1.4)), (0, (6, 1.5, 1.2, 1.5)), (0, (1, 1.2)))
+
+
+def require_plots() -> None:
+    """Raises ImportError, saying what to install, where matplotlib is missing."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ImportError("report: plots need matplotlib (pip install recog_fast[train])")
 
 
 @dataclass(frozen=True)

@@ -244,7 +244,7 @@ def erc_plot(comparison: QualityComparison) -> Picture:
         axes.xaxis.set_major_formatter(percent_ticks())
         axes.yaxis.set_major_formatter(percent_ticks())
         protocol, _, quality = comparison.protocol.partition(", pair quality")
-        axes.set_xlabel(f"pairs rejected\n{protocol.replace(', ', ',' + chr(10), 1)},\npair quality{quality}; area by the name")
+        axes.set_xlabel(f"pairs rejected\n{protocol.replace(', ', ',' + chr(10), 1)},\npair quality{quality}; area by name")
         legend(figure, axes, theme)
 
     areas = ", ".join(f"{name} area {area:.3f}" for name, area in comparison.areas.items())
