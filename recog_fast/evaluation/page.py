@@ -170,7 +170,7 @@ def gallery(shown: Gallery) -> str:
         for item in shown.items[:MOST_ITEMS]
     )
     height, width = shown.items[0].image.shape[:2]
-    kind = " strip" if width > 3 * height else " wide" if width > 1.3 * height else ""
+    kind = " strip" if width > 2.5 * height else " wide" if width > 1.3 * height else ""
     more = len(shown.items) - MOST_ITEMS
     rest = f" {more} more are not shown." if more > 0 else ""
     return f'{heading(shown.title)}{note(shown.note + rest)}<div class="gallery{kind}">\n{items}</div>\n'

@@ -158,8 +158,8 @@ def _training(metrics: plots.Metrics) -> list[Figure]:
         ("Loss", "Of the labelled rows; it may rise while the margin still grows.", drawn(metrics, "loss")),
         ("Target and nearest negative", "The margin pushes the two apart: the gap is what it opened.", drawn(metrics, "cosines")),
         ("Probability", "Of the true class, margin included, so it understates; of unknown people it should stay low.", drawn(metrics, "probability")),
-        ("Accuracy on held-out people", "Ten folds; the numbers above are these at the end, or of a further set.", plots.accuracy_plot(metrics)),
-        ("Recognizability index", "Target of the quality head (math.md 4) and what it predicts: they should meet.", drawn(metrics, "index")),
+        ("Accuracy on held-out people", "Verification while training, ten folds; the table above is the network at the end.", plots.accuracy_plot(metrics)),
+        ("Recognizability index", "Target of the quality head (docs/math.md 4) and what it predicts: they should meet.", drawn(metrics, "index")),
         ("Feature norm", "Of the embeddings before normalisation; a sudden jump is a sign of trouble.", drawn(metrics, "norm")),
         ("Learning rate", "Of the backbone, warm-up first.", drawn(metrics, "lr")),
     ]  # fmt: skip

@@ -99,6 +99,11 @@ class TestSet:
     sharpest: NDArray[np.int64]  # a picture each of six people, of the best true quality
 
     @property
+    def owners(self) -> NDArray[np.int64]:
+        """(N,) whose picture each is."""
+        return np.repeat(np.arange(self.people), len(self.images) // self.people)
+
+    @property
     def pairs(self) -> PairSet:
         """As the training script's verification has them."""
         return PairSet("drawn people", list(self.images), self.first, self.second, self.same)
@@ -126,7 +131,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("demo: stopped by a signal; no report written")
         return 1
     model, _ = load_quality_model(config.output)
-    found = measure_pairs(Network(model.backbone, model.branches, 100), test.pairs, [down for down in CONDITIONS.values() if down], seed)
+    network = Network(model.backbone, model.branches, 100)
+    found = measure_pairs(network, test.pairs, [down for down in CONDITIONS.values() if down], seed, test.owners)
     trained, found.baseline = found.results, untrained
     quality = measure_quality(config, model, test, seed)
     found.galleries += galleries(config, test)
@@ -247,8 +253,7 @@ def measure_quality(
 ) -> dict[str, Any]:
     """`quality_report` and what is known of strangers' p_max."""
     levels = {name: degraded(test.images, down) for name, down in CONDITIONS.items()}
-    people = np.repeat(np.arange(test.people), len(test.images) // test.people)
-    report = quality_report(model, levels, people, test.quality, seed)
+    report = quality_report(model, levels, test.owners, test.quality, seed)
     _, backbone, head = load_run(config.output)
     report["strangers"] = unknown_statistics(max_probabilities(backbone, head, test.images, 100), head)
     return report

@@ -12,23 +12,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from recog_fast.evaluation import Gallery, GalleryItem, VerificationResult
+from recog_fast.evaluation import Gallery, GalleryItem, QualityComparison, VerificationResult
 
 Floats = NDArray[np.float64]
 _ARRAYS = ("per_fold", "scores", "same")
-_PLAIN = ("missing", "facts", "title", "summary")
+_PLAIN = ("missing", "facts", "title", "summary", "rejected")
 FORMAT = 1
-
-
-@dataclass
-class Rejection:
-    """Pairs with the quality of each by several measures, for error-versus-reject curves."""
-
-    what: str  # which pairs these are, in words
-    fmr: float
-    scores: Floats  # (P,)
-    same: NDArray[np.bool_]  # (P,)
-    qualities: dict[str, Floats]  # measure -> (P,)
 
 
 @dataclass
@@ -37,6 +26,7 @@ class Findings:
 
     results     condition -> verification, the headline first; baseline: of another network, or none
     quality     measure (feature norm, ...) -> condition -> (M,) values
+    rejection   error-versus-reject curves, and which pairs they are of
     galleries   pictures, already chosen
     missing     what could not be measured and why, one sentence each
     facts       heading -> name -> text: costs, versions, ...
@@ -46,7 +36,8 @@ class Findings:
     results: dict[str, VerificationResult] = field(default_factory=dict)
     baseline: dict[str, VerificationResult] = field(default_factory=dict)
     quality: dict[str, dict[str, Floats]] = field(default_factory=dict)
-    rejection: Rejection | None = None
+    rejection: QualityComparison | None = None
+    rejected: str = ""
     galleries: list[Gallery] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     facts: dict[str, dict[str, str]] = field(default_factory=dict)
@@ -67,10 +58,8 @@ class Findings:
         for i, groups in enumerate(self.quality.values()):
             arrays |= {f"quality/{i}/{j}": values for j, values in enumerate(groups.values())}
         if self.rejection is not None:
-            own = self.rejection
-            described["rejection"] = {"what": own.what, "fmr": own.fmr, "measures": list(own.qualities)}
-            arrays |= {"rejection/scores": own.scores, "rejection/same": own.same}
-            arrays |= {f"rejection/{i}": values for i, values in enumerate(own.qualities.values())}
+            curves = {measure: curve.tolist() for measure, curve in self.rejection.curves.items()}
+            described["rejection"] = {**dataclasses.asdict(self.rejection), "reject": self.rejection.reject.tolist(), "curves": curves}
         described["galleries"] = []
         for i, shown in enumerate(self.galleries):
             items = [[item.caption, item.detail, item.tone] for item in shown.items]
@@ -106,8 +95,8 @@ def _read(stored: Any) -> Findings:
         found.quality[measure] = {group: stored[f"quality/{i}/{j}"] for j, group in enumerate(groups)}
     if "rejection" in described:
         own = described["rejection"]
-        qualities = {measure: stored[f"rejection/{i}"] for i, measure in enumerate(own["measures"])}
-        found.rejection = Rejection(own["what"], own["fmr"], stored["rejection/scores"], stored["rejection/same"], qualities)
+        curves = {measure: np.asarray(curve, np.float64) for measure, curve in own["curves"].items()}
+        found.rejection = QualityComparison(own["protocol"], np.asarray(own["reject"]), curves, own["areas"], tuple(own["warnings"]))
     for i, (title, note, items) in enumerate(described["galleries"]):
         made = [GalleryItem(stored[f"gallery/{i}/{j}"], *texts) for j, texts in enumerate(items)]
         found.galleries.append(Gallery(title, note, made))

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from recog_fast import data as sources
 from recog_fast import evaluation
-from recog_fast.evaluation import Gallery, GalleryItem, VerificationResult, pair_galleries, strip
+from recog_fast.evaluation import Gallery, GalleryItem, QualityComparison, VerificationResult, pair_galleries, strip
 from recog_fast.recognizability import embedding_recognizability, unrecognizable_center
 from recog_fast.training.batches import Image
-from recog_fast.training.findings import Findings, Floats, Rejection
+from recog_fast.training.findings import Findings, Floats
 from recog_fast.training.unrecognizable import corrupt
 from recog_fast.training.verification import PairSet
 
@@ -24,9 +24,10 @@ UNRECOGNIZABLE = "beyond recognition"
 NORM, ERS, LEARNED = "feature norm", "ERS", "learned quality"
 _CORRUPTED = 200  # pictures the UI centre comes from
 _SHOWN = 6  # pictures of a gallery
-_CONFUSIONS = 8
+_CONFUSIONS = 6
 # Multiplications of the search for confusions: a few seconds on a core, however many classes there are.
 _SEARCH = 2e11
+REJECT = np.arange(13) * 0.05  # up to 60 % of the pairs
 _FALSE_ACCEPTS = 10  # behind the FMR of the rejection curve
 
 
@@ -77,8 +78,13 @@ def condition(size: int) -> str:
     return f"{size}x{size}" if size else "full size"
 
 
-def measure_pairs(network: Network, pairs: PairSet, sizes: Sequence[int], seed: int) -> Findings:
-    """Verification at full size and at `sizes`, quality histograms, rejection curves, pictures: all of one pair set."""
+def measure_pairs(
+    network: Network, pairs: PairSet, sizes: Sequence[int], seed: int, people: NDArray[np.int64] | None = None
+) -> Findings:
+    """Verification at full size and at `sizes`, quality histograms, rejection curves, pictures: all of one pair set.
+
+    people (M,): whose pictures they are; the rejection curves are then those of all pairs of pictures.
+    """
     found = Findings()
     embedded: dict[str, Embedded] = {}
     for size in (0, *sizes):
@@ -88,20 +94,18 @@ def measure_pairs(network: Network, pairs: PairSet, sizes: Sequence[int], seed: 
         found.results[name] = verification(embedded[name].flipped, pairs)
     measured = measure_images(network, pairs.images, embedded, seed)
     found.quality, found.galleries = measured.quality, measured.galleries
+    all_pairs = None if people is None else np.triu_indices(len(people), 1)
+    if people is None or all_pairs is None:
+        first, second, same = pairs.first, pairs.second, pairs.same
+    else:
+        (first, second), same = all_pairs, people[all_pairs[0]] == people[all_pairs[1]]
     try:
-        found.rejection = _rejection(embedded, found.quality, pairs, seed)
-        evaluation.compare_qualities(
-            found.rejection.scores, found.rejection.same, found.rejection.qualities, found.rejection.fmr, fixed_threshold=False, reject=REJECT
-        )  # fmt: skip
+        found.rejection, found.rejected = rejection(embedded, found.quality, first, second, same, seed)
     except ValueError as error:
-        found.rejection = None
         found.missing.append(f"Error-versus-reject curves: {error}.")
     shown = [image for a, b in zip(pairs.first, pairs.second, strict=True) for image in (pairs.images[a], pairs.images[b])]
     found.galleries += pair_galleries(shown, next(iter(found.results.values())))
     return found
-
-
-REJECT = np.arange(13) * 0.05  # up to 60 % of the pairs
 
 
 def verification(embeddings: Tensor, pairs: PairSet) -> VerificationResult:
@@ -140,19 +144,33 @@ def measure_images(network: Network, images: Sequence[Image], embedded: dict[str
     return found
 
 
-def _rejection(embedded: dict[str, Embedded], quality: dict[str, dict[str, Floats]], pairs: PairSet, seed: int) -> Rejection:
-    """Every picture under one condition, drawn by the seed, so that qualities differ."""
+def rejection(
+    embedded: dict[str, Embedded],
+    quality: dict[str, dict[str, Floats]],
+    first: NDArray[np.int64],  # (P,)
+    second: NDArray[np.int64],  # (P,)
+    same: NDArray[np.bool_],  # (P,)
+    seed: int,
+) -> tuple[QualityComparison, str]:
+    """(curves, which pairs they are of): every picture under one condition, drawn by the seed, so that qualities differ.
+
+    Raises ValueError where rejecting leaves no pair of a kind.
+    """
     rng = np.random.default_rng((seed, 0xE2C))
     names = list(embedded)
-    which = rng.integers(len(names), size=len(pairs.images))
-    rows = np.arange(len(which))
-    unit = nn.functional.normalize(torch.stack([e.flipped for e in embedded.values()])[which, rows].double(), dim=1).numpy()
-    scores: Floats = (unit[pairs.first] * unit[pairs.second]).sum(axis=1)
+    count = len(next(iter(embedded.values())).plain)
+    which, rows = rng.integers(len(names), size=count), np.arange(count)
+    flipped = torch.stack([e.flipped for e in embedded.values()])[which, rows]
+    unit = nn.functional.normalize(flipped.double(), dim=1).numpy()
+    scores: Floats = np.einsum("pd,pd->p", unit[first], unit[second]) if len(first) < 1e5 else (unit @ unit.T)[first, second]
     mixed = {measure: np.stack([groups[name] for name in names])[which, rows] for measure, groups in quality.items()}
-    what = f"Every picture once, at {' or '.join(names)}, drawn by chance" if len(names) > 1 else "The pictures as they are"
-    fmr = max(1e-2, _FALSE_ACCEPTS / int((~pairs.same).sum()))
-    qualities = {measure: evaluation.pair_minimum(values, pairs.first, pairs.second) for measure, values in mixed.items()}
-    return Rejection(what, round(min(fmr, 0.5), 4), scores, pairs.same, qualities)
+    pictures = f"every picture once, at {' or '.join(names)}, drawn by chance" if len(names) > 1 else "the pictures as they are"
+    genuine, impostor = int(same.sum()), int((~same).sum())
+    # A threshold that rests on fewer false accepts would move with each of them.
+    fmr = float(f"{min(0.5, max(1e-2, _FALSE_ACCEPTS / impostor)):.2g}")
+    qualities = {measure: evaluation.pair_minimum(values, first, second) for measure, values in mixed.items()}
+    compared = evaluation.compare_qualities(scores, same, qualities, fmr, fixed_threshold=False, reject=REJECT)
+    return compared, f"{genuine:,} genuine and {impostor:,} impostor pairs of {pictures}"
 
 
 def confusions(network: Network, head: Any, images: Any, labels: NDArray[np.int64], seed: int) -> list[Gallery]:

@@ -26,7 +26,6 @@ from recog_fast.training.data import TrainingImages
 from recog_fast.training.findings import Findings
 from recog_fast.training.measure import (
     NORM,
-    REJECT,
     Network,
     condition,
     confusions,
@@ -121,7 +120,8 @@ def _targets(found: Findings, network: Network, config: TrainConfig, images: Tra
             many = len(config.val_targets) > 1
             if first:
                 made = measure_pairs(network, pairs, config.val_sizes, config.seed)
-                found.quality, found.rejection, found.galleries = made.quality, made.rejection, made.galleries
+                found.quality, found.galleries = made.quality, made.galleries
+                found.rejection, found.rejected = made.rejection, made.rejected
                 found.missing += made.missing
                 found.results |= {f"{pairs.name}, {name}" if many else name: r for name, r in made.results.items()}
             else:
@@ -207,10 +207,8 @@ def quality_figures(found: Findings) -> list[Figure]:
             reading = "The further right, the easier to recognize; pictures beyond recognition should stay left of all others."
         made.append((measure[0].upper() + measure[1:], reading, figures.quality_histograms({"end": groups}, measure)))
     if found.rejection is not None:
-        own = found.rejection
-        compared = evaluation.compare_qualities(own.scores, own.same, own.qualities, own.fmr, fixed_threshold=False, reject=REJECT)
-        reading = f"The faster a curve falls, the better its quality measure; random is what rejecting without looking gives. {own.what}."
-        made.append(("Error versus reject", reading, figures.erc_plot(compared)))
+        reading = f"The faster a curve falls, the better its quality measure; random is what rejecting without looking gives. Of {found.rejected}."
+        made.append(("Error versus reject", reading, figures.erc_plot(found.rejection)))
     return made
 
 
@@ -236,7 +234,7 @@ def _tiles(steps: list[dict[str, Any]]) -> list[Tile]:
         values = [row[key] for row in steps if isinstance(row.get(key), (int, float))]
         if values:
             last = values[-max(1, len(values) // 20) :]
-            made.append(Tile(label, form.format(float(np.median(last))).replace("-", "\N{MINUS SIGN}"), "median of the last 5 % of the log"))
+            made.append(Tile(label, form.format(float(np.median(last))).replace("-", "\N{MINUS SIGN}"), "median at the end of the log"))
     return made
 
 
