@@ -97,6 +97,20 @@ class Picture:
         target.write_bytes(self.render(kind, dpi))
         return target
 
+    def save_adaptive(self, path: str | Path) -> Path:
+        """Writes an SVG of its own that is light or dark as its viewer is, on a ground of its own: for README files."""
+        target = Path(path)
+        light, dark = ("".join(f"--{n}:{c};" for n, c in theme.tokens().items()) for theme in (LIGHT, DARK))
+        style = (
+            f"svg{{{light}font-family:{FONT_STACK}}}@media(prefers-color-scheme:dark){{svg{{{dark}}}}}"
+            "*{stroke-linejoin:round;stroke-linecap:butt}"
+        )
+        head, body = self.svg.split(">", 1)
+        ground = '<rect width="100%" height="100%" fill="var(--background)"/>'
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(f'{head} xmlns="http://www.w3.org/2000/svg">\n<style>{style}</style>\n{ground}\n{body}\n', encoding="utf-8")
+        return target
+
 
 def picture(draw: Callable[[Figure, Theme], None], height: float, alt: str, width: float = WIDTH) -> Picture:
     """A drawing of so many inches as a Picture."""
