@@ -177,7 +177,7 @@ def _shares(results: dict[str, Any]) -> tuple[list[_Bar], str]:
     kernel = any("share_of_peak" in r["steps"][_FULL] for r in rows)
     bars: list[_Bar] = []
     for row in rows:
-        for step, what in ((STEPS[0], "forward with gradient"), (_FULL, "full step")):
+        for step, what in ((STEPS[0], "forward"), (_FULL, "full step")):
             found = row["steps"][step]
             if "share_of_peak" in found:
                 least = 100 * found["least_share_of_peak"]["median"] if step == _FULL else None
@@ -207,8 +207,8 @@ def _roofline(bars: Sequence[_Bar], yardstick: str, note: str) -> Picture:
         axes.set_yticks(range(len(bars)), [f"{bar.name}: {bar.what}" for bar in reversed(bars)], fontsize=8.5)
         axes.axvline(100, color=theme.text, lw=1, ls="--")
         axes.set(xlabel=f"% of {yardstick}", xlim=(0, max(112.0, *(bar.p90 + 12 for bar in bars))))
-        axes.set_title("Share of the roofline, N=64, C=100,000, D=512, one thread", loc="left", fontsize=10.5, color=theme.text)
-        figure.subplots_adjust(left=0.51, right=0.97, top=1 - 0.4 / height, bottom=0.95 / height)
+        axes.set_title("Share of the roofline, N=64, C=100,000, D=512", loc="left", fontsize=10.5, color=theme.text)
+        figure.subplots_adjust(left=0.45, right=0.97, top=1 - 0.4 / height, bottom=0.95 / height)
         _note(figure, theme, note)
 
     shown = ", ".join(f"{bar.name}, {bar.what}: {bar.median:.0f} %" for bar in bars)
@@ -301,7 +301,7 @@ def pictures(results: dict[str, Any]) -> dict[str, Picture]:
         made["memory_against_c"] = _lines(extra, title, "extra resident memory, MB", "MB", f"Peak of a process of its own. {note}")
     bars, yardstick = _shares(results)
     if bars:
-        counted = "Matrix operations alone: 4NCD forward, 8NCD full step recomputing, 6NCD with kept exponentials. Line: p10 to p90. Dot: as 6NCD."
+        counted = "Matrix operations alone: 4NCD forward with gradient, 8NCD full step recomputing, 6NCD with kept exponentials. Line: p10 to p90. Dot: as 6NCD."
         made["roofline"] = _roofline(bars, yardstick, f"{counted}\n{note}")
     case = _case(results)
     if case:

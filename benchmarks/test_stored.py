@@ -106,8 +106,8 @@ def test_an_emulated_peer_decides_nothing(stored: Results, instructions: str) ->
 
 def test_page_charts_and_readme_table_are_made_of_them(stored: Results, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    page = report.markdown(stored.data)
-    assert all(gate.name in page for gate in gates.GATES)
+    text = report.markdown(stored.data)
+    assert all(gate.name in text for gate in gates.GATES)
     written = charts.draw(stored.data, tmp_path)
     # Labels keep their distance and stay below the title.
     assert charts._spread([0.9, 0.95, 0.97, 1.0], 0.05) == pytest.approx([0.83, 0.88, 0.93, 0.98])
