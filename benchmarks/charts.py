@@ -215,7 +215,7 @@ def _roofline(bars: Sequence[_Bar], yardstick: str, note: str) -> Picture:
     return picture(draw, height, f"Share of the rate of {yardstick}. {shown}.", _WIDTH)
 
 
-def _case(results: dict[str, Any]) -> list[dict[str, Any]]:
+def rows_of(results: dict[str, Any]) -> list[dict[str, Any]]:
     """Rows of the case of the required numbers that have times."""
     case = next((c for c in results["cases"] if (c["regime"], c["N"], c["C"]) == _CASE), None)
     return [row for row in (case["rows"] if case else ()) if "steps" in row]
@@ -303,7 +303,7 @@ def pictures(results: dict[str, Any]) -> dict[str, Picture]:
     if bars:
         counted = "Matrix operations alone: 4NCD forward with gradient, 8NCD full step recomputing, 6NCD with kept exponentials. Line: p10 to p90. Dot: as 6NCD."
         made["roofline"] = _roofline(bars, yardstick, f"{counted}\n{note}")
-    case = _case(results)
+    case = rows_of(results)
     if case:
         made["contenders"] = _contenders(case, note)
         skipping = _skipping(case, note)

@@ -12,6 +12,14 @@ from recog_fast.evaluation import page
 from . import charts
 from .protocol import STEPS
 
+_TITLES = {
+    "time_against_c_n64": "Time against C, 64 rows",
+    "time_against_c_n256": "Time against C, 256 rows",
+    "memory_against_c": "Memory against C",
+    "roofline": "Share of the roofline",
+    "contenders": "Every contender",
+    "skipping": "What leaving small gradients out costs and gains",
+}
 _READING = {
     "time_against_c_n64": "A straight line of slope one is time proportional to C; the lower, the faster.",
     "time_against_c_n256": "The same at 256 rows, where matrix products weigh more.",
@@ -31,15 +39,35 @@ def write(paths: Sequence[Path], target: Path) -> Path:
         eyebrow="recog_fast benchmarks",
         lead="Full training step of the classification head: forward, backward and SGD of the class weight. CPU time of one thread, medians "
         "with the 10th and 90th percentile; contenders interleaved in random order; every row passed its gate against float64.",
+        top=page.tiles(_headlines(json.loads(paths[0].read_text()))) if paths else "",
         sections=sections,
         footer="Made from benchmarks/results/*/full.json by `make bench-charts`; how to measure: benchmarks/NOTES.md.",
     )
 
 
+def _headlines(results: dict[str, Any]) -> list[page.Tile]:
+    """Best of ours in the case of the required numbers, and memory at the most classes, of the first device."""
+    device = results["environment"]["device"].split(",")[0]
+    rows = [row for row in charts.rows_of(results) if row["name"].startswith("ours") and row["steps"][STEPS[-1]]["ratio"]]
+    made = []
+    for label, limit in (("Exact to float32", 1e-5), ("16-bit products", 5e-4), ("Small gradients left out", 1e-2)):
+        fit = [row for row in rows if max(row["gate"][k] for k in ("d_embeddings", "d_weight")) <= limit]
+        if fit:
+            best = max(fit, key=lambda row: row["steps"][STEPS[-1]]["ratio"]["median"])
+            beside = f"eager PyTorch's speed, {best['name'].removeprefix('ours, ')}, {device}"
+            made.append(page.Tile(label, f"{best['steps'][STEPS[-1]]['ratio']['median']:.1f}\N{MULTIPLICATION SIGN}", beside))
+    peaks = [p for p in results["memory"] if p["phase"] == STEPS[-1] and p["name"].startswith("ours, HeadSGD")]
+    if peaks:
+        largest = max(p["C"] for p in peaks)
+        least = min((p for p in peaks if p["C"] == largest), key=lambda p: float(p["extra"]))
+        made.append(page.Tile("Extra memory", f"{least['extra']:.1f} MB", f"at {largest:,} classes, {least['name'].removeprefix('ours, ')}"))
+    return made
+
+
 def _device(results: dict[str, Any]) -> page.Section:
     environment = results["environment"]
     drawn = "".join(
-        page.heading(stem.replace("_", " ").capitalize())
+        page.heading(_TITLES[stem])
         + page.note(_READING[stem])
         + f'<div class="scroll" role="region" tabindex="0" aria-label="{stem}"><div class="chart">{chart.svg}</div></div>\n'
         for stem, chart in charts.pictures(results).items()

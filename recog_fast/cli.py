@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from recog_fast import __version__
+from recog_fast.commands import bench as bench_command
 from recog_fast.commands import data as data_commands
 from recog_fast.commands import interchange
 from recog_fast.commands import report as report_command
@@ -106,6 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     data_commands.add(commands, [debug])
     interchange.add(commands, [debug])
     report_command.add(commands, [debug])
+    bench_command.add(commands, [debug])
 
     add_commands(commands, debug)
 
