@@ -92,6 +92,7 @@ def quality_histograms(stages: Mapping[str, Mapping[str, Values]], xlabel: str =
                 axes.set_title(stage, loc="left", fontsize="medium", color=theme.text, pad=2)
         panels[-1].set_xlim(edges[0], edges[-1])
         panels[-1].set_xlabel(xlabel)
+        figure.supylabel("share of the images (linear)", color=theme.muted, fontsize="medium")
         legend(figure, panels[0], theme)
 
     alt = f"Histograms of {xlabel} by resolution at {', '.join(rows)}."

@@ -52,6 +52,7 @@ def cosine_plot(results: Mapping[str, VerificationResult]) -> Picture:
             axes.set_ylim(0, None)
         rows[-1].set_xlim(edges[0], 1.0)
         rows[-1].set_xlabel("cosine of the two embeddings")
+        figure.supylabel("share of the pairs (linear)", color=theme.muted, fontsize="medium")
         legend(figure, rows[0], theme)
 
     return picture(draw, HEIGHT + 0.4, f"Histograms of cosines of same and different people: {', '.join(results)}.")
