@@ -133,6 +133,7 @@ class TrainConfig:
     save_interval: int = 0  # steps between checkpoints; 0: once per epoch
     keep_last: int = 2
     resume: bool = False
+    report: bool = True  # `recog-fast train` measures the finished network and writes output/report.html
 
     def __post_init__(self) -> None:
         _check(self)

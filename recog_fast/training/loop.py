@@ -5,7 +5,7 @@
     recog-fast train configs/lfw112.yaml --output runs/lfw --resume true          # goes on where it stopped, bit for bit
 
 A run writes to `output`: config.yaml (resolved), metrics.jsonl, tensorboard/, checkpoints/step_*, model.pt (the backbone),
-recognizability.pt (method ri: the quality head beside it).
+recognizability.pt (method ri: the quality head beside it); the command line adds findings.npz and report.html.
 SIGTERM and SIGUSR1 save a checkpoint after the step in progress and end the run normally (exit code 0).
 """
 

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import sys
+from types import ModuleType
+
+import torch
+
 from recog_fast import QAFace
 from recog_fast.training.config import to_yaml
 from recog_fast.training.logs import Log
 from recog_fast.training.run import Run
 from recog_fast.training.unrecognizable import norms_by_resolution
+
+resource: ModuleType | None
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 _OPPOSITE = -0.15  # two standard errors of a correlation over 64 images at three sizes
 
@@ -23,7 +34,7 @@ def announce(run: Run, log: Log) -> None:
 def log_training(run: Run, log: Log, lr: float, speed: float) -> None:
     means = run.meter.flush()
     epoch = (run.step - 1) // run.steps_per_epoch
-    values = {**means, "lr": lr, "epoch": float(epoch), "images_per_second": speed}
+    values = {**means, "lr": lr, "epoch": float(epoch), "images_per_second": speed, "peak_memory_mb": peak_memory(run.device) / 1e6}
     if corrupt := run.images.corrupt():
         values["corrupt_images"] = float(corrupt)
         if corrupt > run.corrupt:
@@ -35,6 +46,16 @@ def log_training(run: Run, log: Log, lr: float, speed: float) -> None:
         values["skipped_steps"] = float(run.skipped)
     log.scalars(run.step, values)
     log.training_line(run.step, epoch, speed, means.get("loss", float("nan")), lr)
+
+
+def peak_memory(device: torch.device) -> float:
+    """Most bytes so far: allocated on a CUDA device, else resident in this process (0 where the system does not say)."""
+    if device.type == "cuda":
+        return float(torch.cuda.max_memory_allocated(device))
+    if resource is None:
+        return 0.0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return float(peak) if sys.platform == "darwin" else 1024.0 * peak
 
 
 def log_norms(run: Run, log: Log) -> None:
