@@ -1,6 +1,6 @@
 """Classes spread over ranks: `MarginHead(group=...)` keeps torch.chunk's range of them and works on the global batch."""
 
-from .backbone import gradients_travel, is_spread, load_module, load_optimizer, spread_backbone, whole
+from .backbone import gradient_scaler, gradients_travel, is_spread, load_module, load_optimizer, spread_backbone, whole
 from .batch_norm import synchronise_batch_norm
 from .group import ShardGroup, class_range, join_group
 from .queries import ClassQueries
@@ -18,6 +18,7 @@ __all__ = [
     "class_range",
     "environment",
     "gather_batch",
+    "gradient_scaler",
     "gradients_travel",
     "initial_rows",
     "is_spread",

@@ -46,6 +46,15 @@ def gradients_travel(network: nn.Module, now: bool) -> Iterator[None]:
     yield
 
 
+def gradient_scaler(world: World, device: torch.device) -> torch.amp.GradScaler:
+    """A scaler for float16; what overflows on one rank is left out by all, which agree on the scale (torch's ShardedGradScaler)."""
+    if world.group is None:
+        return torch.amp.GradScaler(device.type)
+    from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
+
+    return ShardedGradScaler(device.type, process_group=world.group)
+
+
 def is_spread(module: nn.Module) -> bool:
     """Whether the weights are spread over ranks (fsdp2): then every rank takes part in each forward and in `whole`."""
     return hasattr(module, "set_requires_gradient_sync")

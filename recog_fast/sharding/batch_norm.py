@@ -30,11 +30,11 @@ class RanksBatchNorm(nn.modules.batchnorm._BatchNorm):
 
     ranks: ShardGroup
 
-    def _check_input_dim(self, input: Tensor) -> None:  # noqa: A002 - torch's name
+    def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() < 2:
             raise ValueError(f"RanksBatchNorm: expected input of shape (N, C, ...), got {tuple(input.shape)}")
 
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's name
+    def forward(self, input: Tensor) -> Tensor:
         """(N, C, ...) -> the same shape; every rank calls it in training mode, with 0 rows too."""
         self._check_input_dim(input)
         if not self.training:
