@@ -26,6 +26,8 @@ def spread_backbone(backbone: nn.Module, world: World, parallel: Parallel, devic
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import fully_shard
 
+    for parameter in backbone.parameters():  # FSDP takes no other memory format
+        parameter.data = parameter.data.contiguous()
     mesh = DeviceMesh.from_group(world.group, device.type)
     for child in backbone.children():
         if sum(p.numel() for p in child.parameters()) >= _SHARDED:
