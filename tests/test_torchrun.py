@@ -13,14 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ranks as processes
 from paths import ROOT
+from ranks import Ranks
 from training_data import make_folder, settings
+from training_ranks import train_run
 
 from recog_fast.evaluation.report import read_metrics
 from recog_fast.training.loop import train
 
+ranks = pytest.fixture(scope="module")(processes.ranks)
+
 KILLS = max(1, int(os.environ.get("RECOG_FAST_ELASTIC", "1")))
-STEPS = 60 * (KILLS + 1)
+STEPS = 40 * (KILLS + 1)
 RUN: dict[str, Any] = {
     "network_options": {"widths": [4, 8, 8, 8]}, "method": "qaface", "memory": {"start": 5, "inject_scale": 0.176}, "memory_momentum": 0.9,
     "sync_batchnorm": True, "num_workers": 1, "num_epoch": 1000, "max_steps": STEPS, "save_interval": 10, "lr": 0.01,
@@ -65,29 +70,29 @@ def until(run: subprocess.Popen[bytes], output: Path, step: int) -> bool:
     return True
 
 
-def test_a_killed_rank_costs_nothing_and_a_signal_ends_all(tmp_path: Path, folder: Path) -> None:
+def test_a_killed_rank_costs_nothing_and_a_signal_ends_all(ranks: Ranks, tmp_path: Path, folder: Path) -> None:
     """kill -9 (the run goes on by itself), SIGUSR1 to one rank (all save and end), resumed by one process: one trajectory."""
     settings(tmp_path, folder, **RUN)
     undisturbed, output = tmp_path / "undisturbed", tmp_path / "run"
-    assert start(tmp_path, undisturbed, 2).wait(300) == 0, (tmp_path / "undisturbed.log").read_text()[-2000:]
+    ranks.run(2, train_run, str(tmp_path / "settings.yaml"), {"output": str(undisturbed), "num_workers": 0})
     expected = losses(undisturbed)
     assert set(expected) == set(range(1, STEPS + 1))
     draw, run = random.Random(3), start(tmp_path, output, 2, restarts=KILLS + 1)
     try:
         for kill in range(KILLS):
-            step = 60 * kill + draw.randrange(12, 50)
+            step = 40 * kill + draw.randrange(12, 38)
             assert until(run, output, step), (tmp_path / "run.log").read_text()[-2000:]
             os.kill(workers(run.pid)[draw.randrange(2)], signal.SIGKILL)
             while max(losses(output), default=0) >= step and run.poll() is None:
                 time.sleep(0.02)  # until the restarted run drops what it does again
-        assert until(run, output, STEPS - 30)
+        assert until(run, output, STEPS - 25)
         os.kill(workers(run.pid)[1], signal.SIGUSR1)
         assert run.wait(120) == 0, (tmp_path / "run.log").read_text()[-2000:]
     finally:
         run.kill()
     found = losses(output)
     done = max(found)
-    assert STEPS - 30 <= done < STEPS
+    assert STEPS - 25 <= done < STEPS
     assert (output / "checkpoints" / f"step_{done:08d}").exists()
     assert found == pytest.approx({step: expected[step] for step in found}, rel=BUDGET)
     steps = min(STEPS, done + 5)
@@ -103,21 +108,21 @@ def test_a_rank_that_hangs_is_named_by_the_others(tmp_path: Path, folder: Path) 
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     output = tmp_path / "run"
-    ranks = []
+    started = []
     for rank in range(3):
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "RANK": str(rank), "WORLD_SIZE": "3"}
         environment |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
         command = [sys.executable, "-m", "recog_fast", "train", str(tmp_path / "settings.yaml"), "--output", str(output)]
-        ranks.append(subprocess.Popen(command, env=environment, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True))
+        started.append(subprocess.Popen(command, env=environment, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True))
     try:
-        assert until(ranks[0], output, 3), ranks[0].communicate()  # type: ignore[arg-type]
-        os.kill(ranks[1].pid, signal.SIGSTOP)
+        assert until(started[0], output, 3), started[0].communicate()  # type: ignore[arg-type]
+        os.kill(started[1].pid, signal.SIGSTOP)
         for rank in (0, 2):
-            _, said = ranks[rank].communicate(timeout=60)
-            assert ranks[rank].returncode == 1
+            _, said = started[rank].communicate(timeout=60)
+            assert started[rank].returncode == 1
             assert "rank 1 of 3 did not answer" in said
             assert "train: step" in said
     finally:
-        for process in ranks:
+        for process in started:
             process.kill()
             process.communicate()

@@ -70,7 +70,7 @@ def train_run(
     said = io.StringIO()
     with contextlib.redirect_stdout(said), contextlib.ExitStack() as stack:
         if plain:
-            stack.enter_context(mock.patch.object(loop, "build_backbone", lambda _: Plain(poisoned if last else -1)))
+            stack.enter_context(mock.patch.object(loop, "build_backbone", side_effect=lambda _: Plain(poisoned if last else -1)))
         if last:
             stack.enter_context(full_disk(disk))
         try:

@@ -43,8 +43,9 @@ def gradients_travel(network: nn.Module, now: bool) -> Iterator[None]:
         with network.no_sync():
             yield
         return
-    if hasattr(network, "set_requires_gradient_sync"):
-        network.set_requires_gradient_sync(now)
+    switch: Any = getattr(network, "set_requires_gradient_sync", None)  # fsdp2's
+    if switch is not None:
+        switch(now)
     yield
 
 

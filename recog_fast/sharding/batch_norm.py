@@ -68,15 +68,16 @@ class RanksBatchNorm(nn.modules.batchnorm._BatchNorm):
 def synchronise_batch_norm(module: nn.Module, ranks: ShardGroup, cuda: bool) -> nn.Module:
     """Batch normalisation layers of `module` take the statistics of all ranks: torch's SyncBatchNorm on GPUs, ours on the CPU."""
     if cuda:
-        return nn.SyncBatchNorm.convert_sync_batchnorm(module, ranks.group)
+        made: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(module, ranks.group)
+        return made
     for name, child in module.named_children():
         if isinstance(child, nn.modules.batchnorm._BatchNorm):
-            made = RanksBatchNorm(child.num_features, child.eps, child.momentum, child.affine, child.track_running_stats)
-            made.weight, made.bias = child.weight, child.bias
-            made.running_mean, made.running_var = child.running_mean, child.running_var
-            made.num_batches_tracked, made.ranks = child.num_batches_tracked, ranks
-            made.train(child.training)
-            setattr(module, name, made)
+            shared = RanksBatchNorm(child.num_features, child.eps, child.momentum, child.affine, child.track_running_stats)
+            shared.weight, shared.bias = child.weight, child.bias
+            shared.running_mean, shared.running_var = child.running_mean, child.running_var
+            shared.num_batches_tracked, shared.ranks = child.num_batches_tracked, ranks
+            shared.train(child.training)
+            setattr(module, name, shared)
         else:
             synchronise_batch_norm(child, ranks, cuda)
     return module
