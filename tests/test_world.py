@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import threading
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch.distributed as dist
 
-from recog_fast.sharding import World, environment
+from recog_fast.sharding import World, environment, one_process
 from recog_fast.sharding.world import _check_sizes
+from recog_fast.training.sweep import sweep
 
 
 @pytest.mark.parametrize(
@@ -28,8 +30,16 @@ def test_an_environment_that_does_not_fit_is_named(variables: dict[str, str], me
     assert environment() == (0, 1, 0)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(ValueError, match=message):
-        environment()
+    for refused in (environment, lambda: one_process("sweep")):
+        with pytest.raises(ValueError, match=message):
+            refused()
+
+
+def test_what_runs_in_one_process_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name, value in {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match="sweep: expected one process, got WORLD_SIZE=2"):
+        sweep(tmp_path / "sweep.yaml", tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from .group import ShardGroup, class_range, join_group
 from .queries import ClassQueries
 from .rows import GlobalBatch, gather_batch, initial_rows
 from .softmax import Shard, sharded_margin_softmax
-from .world import RanksError, World, environment, joined
+from .world import RanksError, World, environment, joined, one_process
 
 __all__ = [
     "ClassQueries",
@@ -26,6 +26,7 @@ __all__ = [
     "joined",
     "load_module",
     "load_optimizer",
+    "one_process",
     "sharded_margin_softmax",
     "spread_backbone",
     "synchronise_batch_norm",

@@ -189,6 +189,13 @@ def environment() -> tuple[int, int, int]:
     return values["RANK"], size, values["LOCAL_RANK"]
 
 
+def one_process(where: str) -> None:
+    """ValueError where torchrun (or the like) started several ranks of what runs in one process."""
+    size = environment()[1]
+    if size > 1:
+        raise ValueError(f"{where}: expected one process, got WORLD_SIZE={size}: only `train` runs over ranks")
+
+
 @contextmanager
 def joined(timeout: float, cuda: bool) -> Iterator[World]:
     """The ranks of the environment (torchrun, or RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT set otherwise); gloo, with `cuda` NCCL beside it.
@@ -213,13 +220,11 @@ def joined(timeout: float, cuda: bool) -> Iterator[World]:
     assert isinstance(patient, dist.ProcessGroup)
     try:
         yield World(dist.group.WORLD, store=store, patient=patient, timeout=timeout)
-    except RanksError:
-        raise  # leaving the group would wait for the ranks that are lost
-    except BaseException:
-        dist.destroy_process_group()
+    except Exception as error:
+        if isinstance(error, (ValueError, ArithmeticError)):  # which all ranks raise; else leaving the group may wait for the others
+            dist.destroy_process_group()
         raise
-    else:
-        dist.destroy_process_group()
+    dist.destroy_process_group()
 
 
 def _store(rank: int) -> Any:

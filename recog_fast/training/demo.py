@@ -34,6 +34,7 @@ from recog_fast import data as sources
 from recog_fast import evaluation
 from recog_fast.evaluation import Gallery, GalleryItem, pair_galleries, strip, write_report
 from recog_fast.recognizability import RecognizabilityModel
+from recog_fast.sharding import one_process
 from recog_fast.training.config import DataConfig, RecognizabilityConfig, TrainConfig
 from recog_fast.training.demo_quality import quality_gallery, quality_report
 from recog_fast.training.loop import train
@@ -102,6 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises ImportError at once, not after the training, where matplotlib is missing.
     """
     options = _options(argv)
+    one_process("demo")
     if importlib.util.find_spec("matplotlib") is None:
         raise ImportError("demo: the report needs matplotlib (pip install recog_fast[train])")
     size, seed = _size(options), options.seed

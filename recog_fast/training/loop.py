@@ -103,7 +103,7 @@ def _train(config: TrainConfig, world: World) -> TrainResult:
                 if run.config.val_targets and (run.step % (run.config.verbose or run.steps_per_epoch) == 0 or last):
                     at[0] = f"train: verification after step {run.step}"
                     metrics = _verify(run, pairs, log)
-                    clock = time.monotonic()
+                    clock, run.rows = time.monotonic(), 0
                 at[0] = f"train: saving after step {run.step}"
                 if _save_if_due(run, log):
                     break

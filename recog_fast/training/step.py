@@ -36,7 +36,7 @@ def train_step(run: Run, batch: Batch, lr: float, head_lr: float) -> None:
     config = run.config
     branches = _active_branches(run)
     if run.world.rank:  # rank 0 goes on with its generator; the others' draws are a function of the step, in a resumed run too
-        torch.manual_seed((config.seed * 1_000_003 + run.step) * 65_537 + run.world.rank)
+        torch.manual_seed(((config.seed * 1_000_003 + run.step) * 65_537 + run.world.rank) % 2**63)
     if branches is not None:
         if run.step % run.steps_per_epoch == 0 or not branches.ready:
             refresh_center(run)
