@@ -91,7 +91,7 @@ class StepBatches(Sampler[list[tuple[int, int]]]):
 
     def __init__(self, order: ResumableBatches, rows: int, parts: int, world: World, workers: int, size: int, pin_memory: bool) -> None:
         self.order, self.rows, self.world, self.size, self.pin_memory = order, rows, world, size, pin_memory
-        most = world.share(rows)  # rank 0 has the most; the others' pools are a row larger than they need at most
+        most = world.share(rows)  # of a whole micro-batch, the largest
         self.pool = Pool(workers, parts * max(1, most.stop - most.start), size) if workers else None
         self._parts: deque[tuple[int, ...]] = deque()
 
