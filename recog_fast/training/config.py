@@ -149,7 +149,7 @@ class TrainConfig:
 def read_config(
     path: str | Path, overrides: Sequence[str] = (), changes: Mapping[str, Any] | None = None
 ) -> TrainConfig:
-    """The settings in a YAML file with `changes` ({"data.size": 56}), then `--key value` overrides (nested: `--data.size 56`) on top.
+    """The settings in a YAML file, or in an arcface_torch recipe (.py), with `changes` ({"data.size": 56}), then `--key value` overrides (nested: `--data.size 56`) on top.
 
     Raises FileNotFoundError, and ValueError naming an unknown key (and its nearest match) or a value of the wrong type.
     """
@@ -158,12 +158,20 @@ def read_config(
     file = Path(path)
     if not file.is_file():
         raise FileNotFoundError(f"train: no settings file {file}")
+    if file.suffix == ".py":  # read, never run
+        from recog_fast.compat.recipe import read_recipe, recipe_settings
+
+        return _resolve(recipe_settings(read_recipe(file)).settings, file, overrides, changes)
     try:
         values = yaml.safe_load(file.read_text()) or {}
     except yaml.YAMLError as error:
         raise ValueError(f"train: {file} is no valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise ValueError(f"train: expected {file} to hold keys and values, got {type(values).__name__}")
+    return _resolve(values, file, overrides, changes)
+
+
+def _resolve(values: dict[str, Any], file: Path, overrides: Sequence[str], changes: Mapping[str, Any] | None) -> TrainConfig:
     for key, value in (changes or {}).items():
         place = values
         *above, last = key.split(".")
