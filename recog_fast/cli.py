@@ -162,6 +162,8 @@ def _train(options: argparse.Namespace, rest: list[str]) -> int:
     from recog_fast.training.loop import train
 
     result = train(config)
+    if result.rank:
+        return 0
     metrics = "   ".join(f"{name.removeprefix('val/')} {value:.4f}" for name, value in result.metrics.items())
     print(f"{'Finished' if result.finished else 'Stopped'} at step {result.step}: {result.output}   {metrics}".rstrip())
     if result.finished and int(os.environ.get("RANK", "0")) == 0 and config.report:

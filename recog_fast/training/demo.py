@@ -32,6 +32,7 @@ from recog_fast import data as sources
 from recog_fast import evaluation
 from recog_fast.evaluation import Gallery, GalleryItem, strip
 from recog_fast.recognizability import RecognizabilityModel
+from recog_fast.sharding import one_process
 from recog_fast.training.config import DataConfig, RecognizabilityConfig, TrainConfig
 from recog_fast.training.data import TrainingImages
 from recog_fast.training.demo_quality import quality_report
@@ -115,6 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises ImportError at once, not after the training, where matplotlib is missing.
     """
     options = _options(argv)
+    one_process("demo")
     evaluation.require_plots()
     size, seed = _size(options), options.seed
     config = demo_config(size, options.output, seed, options.threads)
