@@ -18,7 +18,6 @@ release = version = __version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx_copybutton", "mathml", "docstrings", "api_pages", "repository"]
 source_suffix = {".md": "markdown", ".rst": "restructuredtext"}
 exclude_patterns = ["_extensions", "_static"]
-suppress_warnings = ["toc.empty_glob"]  # index.md names pages that a version may not have
 
 # Formulas are written $...$ and $$...$$ and become MathML here: no script, no font, no network.
 myst_enable_extensions = ["dollarmath", "colon_fence"]

@@ -17,7 +17,7 @@ from markdown_it import MarkdownIt
 from paths import ROOT
 
 # Shown, not run: what a command prints, settings, trees, directives of the site.
-SHOWN = {"text", "yaml", "json", "html", "cpp", "{toctree}", "{literalinclude}"}
+SHOWN = {"text", "yaml", "json", "html", "cpp", "{toctree}", "{literalinclude}", "{include}"}
 NOT_RUN = re.compile(r"<!--\s*not run:\s*(.+?)\s*-->", re.DOTALL)
 
 

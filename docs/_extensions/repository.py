@@ -1,4 +1,7 @@
-"""Links of the pages into the repository: files become downloads; folders, which a site cannot show, become their names."""
+"""Links of the pages into the repository: files become downloads; folders, which a site cannot show, become their names.
+
+The entry `others` in the contents of index.md stands for the pages that it does not name.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,10 @@ _LINK = re.compile(r"\[([^\]]+)\]\((\.\./[^)#\s]+)\)")
 def _source(app: Sphinx, name: str, text: list[str]) -> None:
     if name.startswith("api/"):
         return
+    if name == "index":
+        listed = set(re.findall(r"^[\w-]+$", text[0], re.MULTILINE))
+        more = sorted(path.stem for path in Path(app.srcdir).glob("*.md") if path.stem not in listed | {"index"})
+        text[0] = re.sub(r"^others\n", "".join(f"{stem}\n" for stem in more), text[0], flags=re.MULTILINE)
     here = Path(app.srcdir) / Path(name).parent
 
     def mended(found: re.Match[str]) -> str:

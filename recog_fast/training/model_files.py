@@ -30,18 +30,19 @@ def open_model(path: str | Path) -> tuple[Backbone, ModelCard]:
             f"expected a run, a checkpoint or a model folder (see `recog-fast import`), got {place}"
         )
     backbone, _ = load_backbone(place, None, 0, 0)
+    assert isinstance(backbone, Backbone)
     run = place if (place / "config.yaml").is_file() else place.parent.parent
     config = read_config(run / "config.yaml")
     card = ModelCard(
         config.network,
         config.embedding_size,
         network_options=config.network_options,
+        input_size=backbone.input_size,
         training_data=f"{config.data.kind} {Path(config.data.path).name}".strip(),
         alignment=f"as in the training data, resized to {config.data.size} pixels",
         metrics=_last_metrics(run / "metrics.jsonl"),
         protocol="10-fold accuracy on pairs, cosine of flip-summed embeddings, as trained",
     )
-    assert isinstance(backbone, Backbone)
     return backbone, card
 
 
