@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -111,3 +112,12 @@ def test_site_checker_finds_what_is_broken(tmp_path: Path) -> None:
     (tmp_path / "s.css").write_text("@import url('https://fonts.example.org/a.css');")
     assert "loads from elsewhere" in check_site.complaints(tmp_path)[0]
     assert check_site.complaints(tmp_path / "empty") == [f"{tmp_path / 'empty'}: no page"]
+
+
+def test_expected_numbers_of_the_methods_are_stored() -> None:
+    """Every "mean ± spread" that methods.md promises is one that docs/reproduction.md has from stored results."""
+    spread = re.compile(r"-?\d+\.\d+ ± \d+\.\d+")
+    stored = set(spread.findall((ROOT / "docs" / "reproduction.md").read_text()))
+    promised = set(spread.findall((ROOT / "docs" / "methods.md").read_text()))
+    assert len(promised) > 20
+    assert not {one for one in promised if one not in stored and f"-{one}" not in stored}

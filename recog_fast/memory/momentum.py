@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 class MomentumEncoder(nn.Module):
-    """A slowly moving copy of the backbone, which makes the keys a `PrototypeMemory` stores.
+    """A slowly moving copy of the backbone, which makes the keys a `PrototypeMemory` stores (QAFace; math.md 2).
 
     theta_k <- gamma theta_k + (1 - gamma) theta_q for parameters, buffers copied, at every `update`; call it before the
     key forward. `key` is the copy: its parameters need no gradient and are part of state_dict under "key.". It keeps
