@@ -36,6 +36,7 @@ def measured(case: suite.Case) -> dict[str, Any]:
 
 
 def main(arguments: list[str]) -> int:
+    machine.commit()  # of the code that runs, whatever is edited meanwhile
     quick = "--quick" in arguments
     result = measured(QUICK if quick else CASE)
     if quick:
