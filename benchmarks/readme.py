@@ -42,8 +42,7 @@ _PEERS: tuple[tuple[type[Contender] | None, str, str], ...] = (
     (ours.Native, "recog_fast, any optimizer", "every margin above and MagFace, AdaFace, CurricularFace, ...; memory, unknown people, recognizability; exact; the same bits; classes over ranks; dense dW"),
     (ours.FusedStep, "recog_fast, `HeadSGD`, float32", "the same, gradient and step of W in one sweep"),
     (ours.FusedStepKeptExact, "recog_fast, `HeadSGD`, float32, exponentials kept in float32", "the same, 4NC bytes"),
-    (ours.FusedStepBF16, "recog_fast, `HeadSGD`, bf16", "16-bit products, float32 everywhere else"),
-    (ours.FusedStepBF16Kept, "recog_fast, `HeadSGD`, bf16, exponentials kept", "the same, 2NC bytes"),
+    (ours.FusedStepBF16Kept, "recog_fast, `HeadSGD`, bf16, exponentials kept", "the same, 16-bit products, 2NC bytes"),
 )  # fmt: skip
 
 

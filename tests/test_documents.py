@@ -23,8 +23,6 @@ WHOLE_PAGES = {
     "docs/data.md": "commands on the reader's own images and others' files: tests/test_cli.py, test_convert.py, test_interchange.py run them",
     "docs/scale.md": "torchrun over ranks: tests/test_elastic.py runs it",
     "docs/interchange.md": "commands on others' files: tests/test_interchange.py and test_onnx.py run them",
-    "CONTRIBUTING.md": "what developers type at the repository's root: .ci/run runs it",
-    "README.md": "its example: tests/test_readme.py; its commands: .ci/run",
 }
 
 

@@ -23,6 +23,7 @@ from recog_fast.training.config import DataConfig, TrainConfig
 from recog_fast.training.kept import read_kept
 from recog_fast.training.mixing import MixedBatches
 
+
 class Split(Dataset[tuple[Image, int]]):
     """The images of some identities of a source, labelled 0 .. num_classes - 1, with or without its unlabelled (-1) images."""
 
@@ -54,7 +55,7 @@ def open_source(config: DataConfig, label: str = "data") -> Any:
     """
     if config.kind == "mixed":
         return _mixed(config)
-    reader = sources.SyntheticIdentities if config.kind == "synthetic" else KINDS[config.kind]
+    reader: Any = sources.SyntheticIdentities if config.kind == "synthetic" else KINDS[config.kind]
     if config.path and not Path(config.path).exists():
         raise FileNotFoundError(f"train: {label}.path {config.path} does not exist")
     arguments: dict[str, Any] = dict(config.options)
