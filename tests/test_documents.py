@@ -20,9 +20,9 @@ pytest.importorskip("markdown_it")
 PAGES = documents.pages()
 # Pages whose code is commands on data or machines a test has not got; their blocks may be indented and carry no mark.
 WHOLE_PAGES = {
-    "docs/data.md": "commands on the reader's own images and others' files: tests/test_cli.py, test_convert.py, test_interchange.py run them",
+    "docs/data.md": "commands on the reader's own images and others' files: tests/test_cli.py and test_convert.py run them",
     "docs/scale.md": "torchrun over ranks: tests/test_elastic.py runs it",
-    "docs/interchange.md": "commands on others' files: tests/test_interchange.py and test_onnx.py run them",
+    "docs/interchange.md": "tests/test_interchange_page.py types it",
 }
 
 

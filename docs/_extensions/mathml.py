@@ -18,7 +18,7 @@ def _render(source: str, display: str) -> str:
     # What the converter does not know it leaves as text.
     if "\\" in made or "<mi>&</mi>" in made:
         raise ExtensionError(f"formula {source!r}: latex2mathml does not know a command, or an & stands outside a table")
-    return made
+    return made.replace("<mi>&#x02032;</mi>", '<mi class="prime">&#x02032;</mi>')  # tiny in fonts without mathematics
 
 
 def inline(writer: HTML5Translator, node: nodes.math) -> None:
