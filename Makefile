@@ -7,11 +7,12 @@ SOURCES := pyproject.toml constraints.txt setup.py CMakeLists.txt recog_fast/_ve
 export PYTHON
 unexport PYTHONPATH PYTHONHOME
 
-.PHONY: help demo test sanitize bench bench-full bench-charts check-kernels lint build wheel sdist clean
+.PHONY: help demo test docs sanitize bench bench-full bench-charts check-kernels lint build wheel sdist clean
 
 help:
 	@echo "make demo    train and evaluate on synthetic identities (2 minutes), write runs/demo/report.html"
 	@echo "make test    run the tests            make bench   run the benchmarks"
+	@echo "make docs    the documents as a site in build/docs, its links checked"
 	@echo "make bench-full    the real sizes, in pieces        make bench-charts    charts and a page of all stored results"
 	@echo "make sanitize   the operations' tests on kernels built with the address and undefined-behaviour sanitizers"
 	@echo "make check-kernels   compile the Triton kernels for every architecture; registers, spills, shared memory"
@@ -24,6 +25,10 @@ demo: build
 
 test: build
 	$(PY) -m pytest $(ARGS)
+
+# Installs the packages of the extra `docs` first, which nothing else needs.
+docs: build
+	@PY=$(PY) sh tools/docs.sh $(ARGS)
 
 sanitize: build
 	@PY=$(PY) sh tools/sanitize.sh $(ARGS)

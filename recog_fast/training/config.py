@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from recog_fast.data import Augmentation
+from recog_fast.data.opening import KINDS
 
 
 @dataclass(frozen=True)
 class DataConfig:
     """Where images come from. The number of classes is counted, never typed."""
 
-    kind: Literal["rec", "folder", "list", "zip", "tar", "synthetic", "mixed"] = "synthetic"
+    kind: str = "synthetic"  # rec, folder, list, zip, tar, synthetic, mixed, or a kind of `recog_fast.data.register_source`
     path: str = ""
     size: int = 112  # images are resized to size x size
     min_images: int = 1  # identities with fewer images are left out
@@ -280,6 +281,8 @@ def _check(config: TrainConfig) -> None:
         _check_recognizability(config.recognizability)
         sources.append(("recognizability.ui", config.recognizability.ui))
     for label, data in sources:
+        if data is not None:
+            _check_kind(label, data.kind)
         if data is not None and data.kind not in ("synthetic", "mixed") and not data.path:
             raise ValueError(f"train: expected {label}.path with {label}.kind = {data.kind!r}, got none")
         if data is not None and (data.size < 8 or min(data.min_images - 1, data.holdout_classes, data.max_corrupt) < 0):
@@ -306,6 +309,13 @@ def _check(config: TrainConfig) -> None:
         raise ValueError(f"train: expected warmup_epoch < num_epoch, got {config.warmup_epoch} and {config.num_epoch}")
     if "holdout" in config.val_targets and not config.data.holdout_classes:
         raise ValueError("train: expected data.holdout_classes > 0 with the val target 'holdout', got 0")
+
+
+def _check_kind(label: str, kind: str) -> None:
+    known = (*KINDS, "synthetic", "mixed")
+    if kind not in known:
+        near = difflib.get_close_matches(kind, known, n=1)
+        raise ValueError(f"train: expected {label}.kind in {', '.join(known)}, got {kind!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
 
 
 def _check_recognizability(config: RecognizabilityConfig) -> None:

@@ -17,20 +17,12 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
 from recog_fast import data as sources
+from recog_fast.data.opening import KINDS
 from recog_fast.sharding import World
 from recog_fast.training.batches import PREFETCH, Image, Item, StepBatches, collate
 from recog_fast.training.config import DataConfig, TrainConfig
 from recog_fast.training.kept import read_kept
 from recog_fast.training.mixing import MixedBatches
-
-_READERS = {
-    "rec": "RecordDataset",
-    "folder": "FolderDataset",
-    "list": "ListDataset",
-    "zip": "ZipDataset",
-    "tar": "TarDataset",
-    "synthetic": "SyntheticIdentities",
-}
 
 
 class Split(Dataset[tuple[Image, int]]):
@@ -64,7 +56,7 @@ def open_source(config: DataConfig, label: str = "data") -> Any:
     """
     if config.kind == "mixed":
         return _mixed(config)
-    reader = getattr(sources, _READERS[config.kind])
+    reader: Any = sources.SyntheticIdentities if config.kind == "synthetic" else KINDS[config.kind]
     if config.path and not Path(config.path).exists():
         raise FileNotFoundError(f"train: {label}.path {config.path} does not exist")
     arguments: dict[str, Any] = dict(config.options)
@@ -95,8 +87,8 @@ def _mixed(config: DataConfig) -> Any:
         raise ValueError(f"train: unknown key 'data.options.{unknown[0]}'; mixed takes: sources, share_classes, unlabelled")
     parts = [DataConfig(size=config.size, cache=config.cache, **one) for one in listed]
     for part in parts:
-        if part.kind not in _READERS:
-            raise ValueError(f"train: expected kind of a source in {', '.join(_READERS)}, got {part.kind!r}")
+        if part.kind not in (*KINDS, "synthetic"):
+            raise ValueError(f"train: expected kind of a source in {', '.join((*KINDS, 'synthetic'))}, got {part.kind!r}")
     return sources.MixedDataset([open_source(part) for part in parts], **options)
 
 
