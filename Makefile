@@ -13,7 +13,7 @@ help:
 	@echo "make demo    train and evaluate on synthetic identities (2 minutes), write runs/demo/report.html"
 	@echo "make test    run the tests            make bench   run the benchmarks"
 	@echo "make docs    the documents as a site in build/docs, its links checked"
-	@echo "make bench-full    the real sizes, in pieces        make bench-charts    charts of their stored results"
+	@echo "make bench-full    the real sizes, in pieces        make bench-charts    charts and a page of all stored results"
 	@echo "make sanitize   the operations' tests on kernels built with the address and undefined-behaviour sanitizers"
 	@echo "make check-kernels   compile the Triton kernels for every architecture; registers, spills, shared memory"
 	@echo "make lint    ruff and mypy --strict   make build   .venv with the built package"
@@ -35,6 +35,7 @@ sanitize: build
 
 bench: build
 	$(PY) -m pytest benchmarks $(ARGS)
+	@$(PY) -m benchmarks.charts --page
 
 # Every piece in a process of its own, about an hour on 2 cores; ARGS="64x100000" runs the pieces whose id holds that word.
 bench-full: build

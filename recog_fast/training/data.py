@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from recog_fast import data as sources
 from recog_fast.data.opening import KINDS
+from recog_fast.sharding import World
 from recog_fast.training.batches import PREFETCH, Image, Item, StepBatches, collate
 from recog_fast.training.config import DataConfig, TrainConfig
 from recog_fast.training.kept import read_kept
@@ -214,7 +215,9 @@ def step_batches(images: TrainingImages, config: TrainConfig) -> sources.Resumab
             raise ValueError(
                 f"train: expected batch_size * gradient_acc <= the {len(images)} training images, got {per_step}"
             )
-        return sources.ResumableBatches(len(images), per_step, seed=config.seed)
+        return sources.ResumableBatches(len(images), per_step, seed=config.seed, drop_last=config.drop_last)
+    if not config.drop_last:
+        raise ValueError(f"train: expected drop_last with unlabelled_share = {config.unlabelled_share} (whole shares of both kinds), got false")
     labelled = np.flatnonzero(images.labels >= 0)
     others = round(config.unlabelled_share * config.batch_size)
     rows = config.batch_size - others
@@ -226,13 +229,14 @@ def step_batches(images: TrainingImages, config: TrainConfig) -> sources.Resumab
     return MixedBatches(labelled, unlabelled, rows, others, config.gradient_acc, config.seed)
 
 
-def step_loader(images: TrainingImages, config: TrainConfig, pin_memory: bool) -> tuple[StepBatches, DataLoader[Any]]:
-    """(position, loader): each batch holds the rows of one optimizer step; iterate with `position.track(loader)`.
+def step_loader(images: TrainingImages, config: TrainConfig, pin_memory: bool, world: World | None = None) -> tuple[StepBatches, DataLoader[Any]]:
+    """(position, loader): each batch holds this rank's rows of one optimizer step; iterate with `position.track(loader)`.
 
     The global random state is left alone.
     """
-    rows = config.batch_size * config.gradient_acc
-    position = StepBatches(step_batches(images, config), rows, config.num_workers, images.size, pin_memory)
+    position = StepBatches(
+        step_batches(images, config), config.batch_size, config.gradient_acc, world or World(), config.num_workers, images.size, pin_memory
+    )
     loader: DataLoader[Any] = DataLoader(
         images,
         batch_sampler=position,
