@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -50,4 +51,12 @@ class CMakeBuild(build_ext):
         subprocess.run(["cmake", "--build", str(build)], check=True, env=environment)
 
 
-setup(ext_modules=[CMakeExtension("recog_fast._native")], cmdclass={"build_ext": CMakeBuild})
+# A wheel built otherwise than the usual one says so in its version: 0.1.0+cu130 holds the CUDA kernels.
+label = os.environ.get("RECOG_FAST_LOCAL_VERSION", "")
+if label and not re.fullmatch(r"[a-z0-9]+(\.[a-z0-9]+)*", label):
+    sys.exit(f"RECOG_FAST_LOCAL_VERSION: expected lower-case letters, digits and dots (cu130), got {label!r}")
+setup(
+    ext_modules=[CMakeExtension("recog_fast._native")],
+    cmdclass={"build_ext": CMakeBuild},
+    options={"egg_info": {"tag_build": f"+{label}"}} if label else {},
+)
