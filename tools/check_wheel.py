@@ -28,19 +28,22 @@ from typing import Any
 import wheel_checks as checks
 from wheel_checks import ROOT
 
-# Prints the site-packages folder, and the top-level names there of torch, NumPy and all they require.
+# Prints the site-packages folder, and the top-level names there of torch, NumPy and all they require (extras they name included).
 CLOSURE = r"""
 import importlib.metadata as m, re, sysconfig
-site, seen, todo, tops = sysconfig.get_paths()["purelib"], set(), ["torch", "numpy"], set()
+seen, todo, tops = set(), ["torch", "numpy"], set()
 while todo:
-    name = re.sub(r"[-_.]+", "-", todo.pop()).lower()
-    if name in seen: continue
-    seen.add(name)
+    name, _, extras = re.match(r"([A-Za-z0-9._-]+)\s*(\[([^\]]*)\])?", todo.pop()).groups()
+    key = (re.sub(r"[-_.]+", "-", name).lower(), extras)
+    if key in seen: continue
+    seen.add(key)
     try: d = m.distribution(name)
     except m.PackageNotFoundError: continue
     tops |= {f.parts[0] for f in d.files or () if f.parts[0] not in ("..", "__pycache__") and not f.name.endswith(".pth")}
-    todo += [re.match(r"[A-Za-z0-9._-]+", r)[0] for r in d.requires or () if "extra ==" not in r]
-print(site, *sorted(tops), sep="\n")
+    for one in d.requires or ():
+        extra = re.search(r"extra == ['\"]([^'\"]+)", one)
+        if extra is None or extra[1] in [e.strip() for e in (extras or "").split(",")]: todo.append(one)
+print(sysconfig.get_paths()["purelib"], *sorted(tops), sep="\n")
 """
 
 

