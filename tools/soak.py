@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import gc
 import io
 import itertools
@@ -89,15 +90,18 @@ def margins() -> dict[str, Any]:
     }  # fmt: skip
 
 
+def with_margin(margin: Any) -> Callable[[], dict[str, Any]]:
+    return lambda: {"margin": margin}
+
+
 def memory(policy: Any, **options: Any) -> dict[str, Any]:
     return {"memory": rf.PrototypeMemory(C, D, policy, **options), "momentum_encoder": True}
 
 
 def variants() -> dict[str, Callable[[], dict[str, Any]]]:
     """Name -> arguments of a head, and of what is around it."""
-    made: dict[str, Callable[[], dict[str, Any]]] = {name: (lambda m=m: {"margin": m}) for name, m in margins().items()}
     return {
-        **made,
+        **{name: with_margin(margin) for name, margin in margins().items()},
         "sgd": lambda: {"sgd": True},
         "subcenters": lambda: {"subcenters": 3},
         "sampled": lambda: {"sample_rate": 0.1},
@@ -211,7 +215,7 @@ def training() -> Iterator[Step]:
                 train(config)
 
     for method in itertools.cycle(METHODS):
-        yield lambda method=method: run(method)  # type: ignore[misc]
+        yield functools.partial(run, method)
 
 
 def soak(minutes: float, parts: list[str], limit: float, output: Path | None = None) -> dict[str, Any]:
