@@ -8,12 +8,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from . import degradations
 from .images import Image, LabelledImages, images_to_tensor, resize_image
 from .wrappers import Wrapper
 
+COINS = 8  # what decides which steps happen to an image
 Key = int | tuple[int, int]  # index, or (epoch, index) as ResumableBatches yields it
 
 
@@ -47,7 +49,7 @@ class Augmentation:
     degrees: float = 20.0
 
     def __post_init__(self) -> None:
-        for name in (*(field.name for field in dataclasses.fields(self)[:8]), "rotation"):
+        for name in (*(field.name for field in dataclasses.fields(self)[:COINS]), "rotation"):
             value = getattr(self, name)
             if not 0.0 <= value <= 1.0:
                 raise ValueError(f"Augmentation: expected {name} in [0, 1], got {value}")
@@ -55,15 +57,25 @@ class Augmentation:
     @property
     def steps(self) -> bool:
         """Whether any step can happen."""
-        return self.rotation > 0 or any(getattr(self, field.name) > 0 for field in dataclasses.fields(self)[:8])
+        return self.rotation > 0 or any(getattr(self, field.name) > 0 for field in dataclasses.fields(self)[:COINS])
 
     def __call__(self, image: Image, rng: np.random.Generator) -> Image:
         """(H, W, 3) uint8 -> (H, W, 3) uint8; the input is left alone."""
-        coin = rng.random(8)
+        coin = rng.random(COINS)
         if coin[0] < self.flip:
             # Pixels of three bytes are NumPy's slowest copy: torch mirrors them four times as fast.
             image = torch.flip(torch.from_numpy(np.ascontiguousarray(image)), (1,)).numpy()
-        # Its coin comes after the others and only where it is asked for: runs without it keep their pixels.
+        return self.after_flip(image, rng, coin)
+
+    def goes_on(self, coins: NDArray[np.float64]) -> NDArray[np.bool_]:
+        """(N,) bool: whether `after_flip` may change an image with coins (N, 8)."""
+        chances = [getattr(self, field.name) for field in dataclasses.fields(self)[1:COINS]]
+        found: NDArray[np.bool_] = (coins[:, 1:] < chances).any(axis=1) | (self.rotation > 0)
+        return found
+
+    def after_flip(self, image: Image, rng: np.random.Generator, coin: NDArray[np.float64]) -> Image:
+        """The steps after the first: `coin` (8,) in [0, 1) says which of them, `rng` with what parameters."""
+        # Rotation's coin comes after the others and only where it is asked for: runs without it keep their pixels.
         if self.rotation and rng.random() < self.rotation:
             image = degradations.rotate(image, rng.uniform(-self.degrees, self.degrees))
         if coin[1] < self.affine:
@@ -81,6 +93,31 @@ class Augmentation:
         if coin[7] < self.low_resolution:
             image = degradations.low_resolution(image, rng, self.smallest)
         return image
+
+
+_GOLDEN = 0x9E3779B97F4A7C15
+
+
+def _mixed(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """The output function of SplitMix64, a bijection of 64 bits."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def coins(seed: int, epochs: NDArray[np.int64], samples: NDArray[np.int64], count: int = COINS) -> NDArray[np.float64]:
+    """(N, count) uniform numbers in [0, 1) of samples (N,) in epochs (N,): a function of (seed, epoch, sample) alone.
+
+    Counter-based, so that a whole batch is drawn at once where a generator for each image would cost a tenth of its decoding:
+    SplitMix64 (Steele, Lea, Flood 2014) started at mix(mix(mix(seed + g) + epoch + g) + sample + g), g = 2^64 / golden ratio;
+    the upper 53 bits of its outputs.
+    """
+    step = np.uint64(_GOLDEN)
+    state = _mixed(np.full(1, seed & (2**64 - 1), np.uint64) + step)
+    state = _mixed(state + epochs.astype(np.uint64) + step)
+    state = _mixed(state + samples.astype(np.uint64) + step)
+    drawn = _mixed(state[:, None] + np.arange(1, count + 1, dtype=np.uint64) * step)
+    return (drawn >> np.uint64(11)) * 2.0**-53
 
 
 class Augmented(Wrapper):

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import Dataset, Sampler
 
-from .images import LabelledImages, checked_index
+from .images import Image, LabelledImages, checked_index, read_into
 from .sampler import ResumableBatches
 
 
@@ -48,11 +48,23 @@ class MixedDataset(Dataset[tuple[Any, int]]):
         return int(self.starts[-1])
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
+        part, place = self._place(index)
+        image, label = self.datasets[part][place]
+        return image, self._label(part, label)
+
+    def read_into(self, index: int, out: Image, mirror: bool = False) -> int:
+        """As the dataset's: see `images.read_into`."""
+        part, place = self._place(index)
+        return self._label(part, read_into(self.datasets[part], place, out, mirror))
+
+    def _place(self, index: int) -> tuple[int, int]:
         place = checked_index(index, len(self))
         part = int(np.searchsorted(self.starts, place, side="right")) - 1
-        image, label = self.datasets[part][place - int(self.starts[part])]
+        return part, place - int(self.starts[part])
+
+    def _label(self, part: int, label: int) -> int:
         shift = self._shift[part]
-        return image, -1 if shift is None or label < 0 else label + shift
+        return -1 if shift is None or label < 0 else label + shift
 
 
 def _shifted(labels: NDArray[np.int64], shift: int | None) -> NDArray[np.int64]:

@@ -132,3 +132,7 @@ class RecordDataset(EncodedDataset):
     def encoded(self, index: int) -> tuple[bytes, int]:
         record = self._record(index)
         return record.image, self._class(record, index)
+
+    def stored(self, index: int) -> tuple[bytes | memoryview, int]:
+        image = self.file.image(self.offsets.item(index))
+        return self.encoded(index) if image is None else (image, self.labels.item(index))

@@ -24,6 +24,7 @@ EXACT = 1 << 24  # float32 counts exactly up to here
 _MAGIC_BYTES = struct.pack("<I", MAGIC)
 _PART = struct.Struct("<II")
 _HEADER = struct.Struct("<IfQQ")
+_WHOLE = struct.Struct("<III")  # magic, length of an unsplit record, flag
 _LENGTH_MASK = (1 << 29) - 1
 _HEAD = np.dtype([("magic", "<u4"), ("word", "<u4"), ("flag", "<u4"), ("label", "<f4")])
 HEADER_BYTES = _HEADER.size
@@ -82,6 +83,7 @@ class RecordFile:
     def __init__(self, path: PathLike) -> None:
         self.path = os.fspath(path)
         self._map: mmap.mmap | None = None
+        self._view: memoryview | None = None  # of the map
         if not os.path.isfile(self.path):
             raise ValueError(f"read_records: expected a .rec file, got {self.path}, which is no file")
         self.size = os.path.getsize(self.path)
@@ -89,13 +91,13 @@ class RecordFile:
             raise ValueError(f"read_records: expected records in {self.path}, got an empty file")
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path, "size": self.size, "_map": None}
+        return {"path": self.path, "size": self.size, "_map": None, "_view": None}
 
     def _bytes(self) -> mmap.mmap:
         if self._map is None:
             with open(self.path, "rb") as file:
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            self.size = len(self._map)
+            self.size, self._view = len(self._map), memoryview(self._map)
         return self._map
 
     def _fail(self, offset: int, expected: str, got: str) -> ValueError:
@@ -132,6 +134,17 @@ class RecordFile:
         spans, _ = self._spans(offset)
         data = self._bytes()
         return _MAGIC_BYTES.join([data[start:end] for start, end in spans])
+
+    def image(self, offset: int) -> memoryview | None:
+        """The image bytes of the unsplit image record at `offset`, in the map itself; None for any other (`read` says why)."""
+        data = self._bytes()
+        if not 0 <= offset <= self.size - _PART.size - _HEADER.size:
+            return None
+        magic, word, flag = _WHOLE.unpack_from(data, offset)
+        start, end = offset + _PART.size + _HEADER.size + 4 * flag, offset + _PART.size + word
+        if magic != MAGIC or word > _LENGTH_MASK or not start <= end <= self.size - (-word % 4):
+            return None
+        return memoryview(data)[start:end] if self._view is None else self._view[start:end]
 
     def scan(self) -> Iterator[int]:
         """Offsets of all records in file order, without an .idx."""

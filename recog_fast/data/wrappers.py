@@ -6,15 +6,17 @@ import json
 import os
 import tempfile
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
-from .images import CorruptImage, LabelledImages, checked_index, resize_image
+from .images import CorruptImage, Image, LabelledImages, checked_index, read_into, resize_image
+
+T = TypeVar("T")
 
 
 class Wrapper(Dataset[tuple[Any, int]]):
@@ -102,10 +104,18 @@ class SkipCorrupt(Wrapper):
         self._noted.add(error.source)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
+        return self._readable(index, self.dataset.__getitem__)
+
+    def read_into(self, index: int, out: Image, mirror: bool = False) -> int:
+        """As the dataset's: see `images.read_into`."""
+        return self._readable(index, lambda place: read_into(self.dataset, place, out, mirror))
+
+    def _readable(self, index: int, read: Callable[[int], T]) -> T:
+        """What `read` gives for the first place from `index` on where it can."""
         place = checked_index(index, len(self))
         for _ in range(len(self)):
             try:
-                return self.dataset[place]
+                return read(place)
             except CorruptImage as error:
                 self._note(error)
                 place = (place + 1) % len(self)

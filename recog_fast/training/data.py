@@ -8,6 +8,8 @@ import multiprocessing
 import os
 import signal
 import threading
+from bisect import bisect_right
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +19,14 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
 from recog_fast import data as sources
-from recog_fast.training.batches import PREFETCH, Image, Item, StepBatches, collate
+from recog_fast.data.augment import coins
+from recog_fast.data.images import put_image, read_into
+from recog_fast.training.batches import PREFETCH, Image, Item, StepBatches, StepImages, as_it_is
 from recog_fast.training.config import DataConfig, TrainConfig
 from recog_fast.training.kept import read_kept
 from recog_fast.training.mixing import MixedBatches
 
+Indices = NDArray[np.int64]
 _READERS = {
     "rec": "RecordDataset",
     "folder": "FolderDataset",
@@ -54,6 +59,11 @@ class Split(Dataset[tuple[Image, int]]):
 
     def __getitem__(self, index: int) -> tuple[Image, int]:
         return self.source[int(self.indices[index])][0], int(self.labels[index])
+
+    def read_into(self, index: int, out: Image, mirror: bool = False) -> int:
+        """As the source's, with the label here."""
+        read_into(self.source, self.indices.item(index), out, mirror)
+        return self.labels.item(index)
 
 
 def open_source(config: DataConfig, label: str = "data") -> Any:
@@ -144,6 +154,7 @@ class TrainingImages(Dataset[Item]):
             for part, data, name in parts
         ]
         self.starts = np.cumsum([0] + [len(part) for part in self.parts])
+        self._starts: list[int] = self.starts.tolist()
         self.labels: NDArray[np.int64] = np.concatenate([part.labels for part in self.splits])
         self.cached: list[tuple[Image, int]] | None = None
         if config.data.cache:
@@ -153,11 +164,31 @@ class TrainingImages(Dataset[Item]):
         return int(self.starts[-1])
 
     def __getitem__(self, key: tuple[int, int]) -> Item:
-        epoch, i = key
-        image, label = self._decode(i) if self.cached is None else self.cached[i]
+        out = np.empty((1, self.size, self.size, 3), np.uint8)
+        labels, samples = self.fill([key], out)
+        return out[0], labels.item(0), samples.item(0)
+
+    def fill(self, keys: Sequence[tuple[int, int]], out: Image) -> tuple[Indices, Indices]:
+        """Images of keys (epoch, i), decoded and augmented in `out` (N, S, S, 3); their labels and samples, both (N,)."""
+        epochs, samples = np.array(keys, np.int64).reshape(-1, 2).T
+        numbers = samples.tolist()
         if not self.augmented:
-            return image, label, i
-        return self.augment(image, np.random.default_rng((self.seed, epoch, i))), label, i
+            labels = [self._read(i, row) for i, row in zip(numbers, out, strict=True)]
+            return np.array(labels, np.int64), samples
+        coin = coins(self.seed, epochs, samples)
+        mirrored = (coin[:, 0] < self.augment.flip).tolist()
+        labels = [self._read(*one) for one in zip(numbers, out, mirrored, strict=True)]
+        for row in np.flatnonzero(self.augment.goes_on(coin)).tolist():
+            rng = np.random.default_rng((self.seed, int(epochs[row]), numbers[row]))
+            out[row] = self.augment.after_flip(out[row], rng, coin[row])
+        return np.array(labels, np.int64), samples
+
+    def _read(self, i: int, out: Image, mirror: bool = False) -> int:
+        if self.cached is not None:
+            put_image(self.cached[i][0], out, mirror)
+            return self.cached[i][1]
+        part = bisect_right(self._starts, i) - 1
+        return self.parts[part].read_into(i - self._starts[part], out, mirror)
 
     def clean(self, i: int) -> Image:
         """Sample i resized, without augmentation."""
@@ -194,6 +225,11 @@ class _Unlabelled(Dataset[tuple[Image, int]]):
 
     def __getitem__(self, index: int) -> tuple[Image, int]:
         return self.source[index][0], -1
+
+    def read_into(self, index: int, out: Image, mirror: bool = False) -> int:
+        """As the source's, with label -1."""
+        read_into(self.source, index, out, mirror)
+        return -1
 
 
 def read_image(source: Any, index: int, size: int) -> Image | None:
@@ -242,11 +278,11 @@ def step_loader(images: TrainingImages, config: TrainConfig, pin_memory: bool) -
     rows = config.batch_size * config.gradient_acc
     position = StepBatches(step_batches(images, config), rows, config.num_workers, images.size, pin_memory)
     loader: DataLoader[Any] = DataLoader(
-        images,
+        StepImages(images, position.pool),
         batch_sampler=position,
         num_workers=config.num_workers,
         prefetch_factor=PREFETCH if config.num_workers else None,
-        collate_fn=collate if position.pool is None else position.pool.fill,
+        collate_fn=as_it_is,
         pin_memory=pin_memory and not config.num_workers,
         persistent_workers=config.num_workers > 0,
         worker_init_fn=_leave_signals_to_the_parent,
