@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -110,27 +111,36 @@ def _decode_pillow(data: bytes, source: str, index: int) -> Image:
         raise CorruptImage(source, index, f"{type(error).__name__}: {error}") from error
 
 
+@functools.cache
+def _jpeg_decoder() -> Any:
+    """simplejpeg.decode_jpeg, None where it is not installed."""
+    try:
+        import simplejpeg
+    except ImportError:
+        return None
+    return simplejpeg.decode_jpeg
+
+
 def decode_jpeg_into(data: bytes | memoryview, out: Image, mirror: bool = False) -> bool:
     """Decode a JPEG of exactly out's (H, W, 3) into it, left and right swapped with `mirror`; the pixels of `decode_image`.
 
     False, and anything in `out`, for whatever else: another size or format, CMYK, a broken file, no simplejpeg. Nothing is
     allocated by what the file's header says.
     """
-    if len(data) < 4 or data[0] != 0xFF or data[1] != 0xD8:
+    decode = _jpeg_decoder()
+    if decode is None or data[:2] != b"\xff\xd8":
         return False
     try:
-        import simplejpeg
-
         if not mirror:
-            return bool(simplejpeg.decode_jpeg(data, "RGB", buffer=out).shape == out.shape)
+            return bool(decode(data, "RGB", buffer=out).shape == out.shape)
         # Reversing the bytes of a row of B, G, R gives the mirrored row in R, G, B: three times as fast as whole pixels.
-        turned: Image = simplejpeg.decode_jpeg(data, "BGR", buffer=np.empty_like(out))
+        turned: Image = decode(data, "BGR", buffer=np.empty_like(out))
         if turned.shape != out.shape:
             return False
         rows = torch.from_numpy(turned.reshape(len(out), -1))
         torch.from_numpy(out.reshape(len(out), -1)).copy_(torch.flip(rows, (1,)))
         return True
-    except (ImportError, ValueError):
+    except ValueError:
         return False
 
 
@@ -140,17 +150,23 @@ def put_image(image: Image, out: Image, mirror: bool = False) -> None:
     out[...] = resized[:, ::-1] if mirror else resized
 
 
-def read_into(dataset: Any, index: int, out: Image, mirror: bool = False) -> int:
-    """Image `index` of any dataset of (image, label), resized to out's sides and mirrored, into `out`; returns its label.
+def read_many(dataset: Any, indices: Sequence[int], rows: Sequence[Image], mirrored: Sequence[bool]) -> list[int]:
+    """Images `indices` (N,) of any dataset of (image, label), resized to the sides of `rows`, N arrays (H, W, 3), and
+    mirrored where wanted, into these; returns the labels.
 
-    The pixels are those of `put_image(dataset[index][0], out, mirror)`; sources with a `read_into` of their own decode in place.
+    The pixels are those of `put_image(dataset[index][0], row, mirror)`; sources with a `read_many` of their own decode in
+    place. Raises CorruptImage for the first image that cannot be read; rows may then hold anything.
     """
-    own = getattr(dataset, "read_into", None)
+    own = getattr(dataset, "read_many", None)
     if own is not None:
-        return int(own(index, out, mirror))
-    image, label = dataset[index]
-    put_image(image, out, mirror)
-    return int(label)
+        found: list[int] = own(indices, rows, mirrored)
+        return found
+    labels = []
+    for index, row, mirror in zip(indices, rows, mirrored, strict=True):
+        image, label = dataset[index]
+        put_image(image, row, mirror)
+        labels.append(int(label))
+    return labels
 
 
 def resize_image(image: Image, size: int | tuple[int, int]) -> Image:
@@ -225,12 +241,15 @@ class EncodedDataset(Dataset[tuple[Any, int]]):
         """`encoded` for a reader that is done with the bytes before the next one: they may lie in the file's memory map."""
         return self.encoded(index)
 
-    def read_into(self, index: int, out: Image, mirror: bool = False) -> int:
-        """Decode image `index`, resized to out's sides and mirrored, into `out` (H, W, 3); returns the label."""
-        data, label = self.stored(index)
-        if not decode_jpeg_into(data, out, mirror):
-            put_image(decode_image(bytes(data), self.source(index), index), out, mirror)
-        return label
+    def read_many(self, indices: Sequence[int], rows: Sequence[Image], mirrored: Sequence[bool]) -> list[int]:
+        """See `images.read_many`."""
+        labels = []
+        for index, row, mirror in zip(indices, rows, mirrored, strict=True):
+            data, label = self.stored(index)
+            if not decode_jpeg_into(data, row, mirror):
+                put_image(decode_image(bytes(data), self.source(index), index), row, mirror)
+            labels.append(label)
+        return labels
 
     def __iter__(self) -> Iterator[tuple[Any, int]]:
         return (self[i] for i in range(len(self)))

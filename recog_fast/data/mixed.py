@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import Dataset, Sampler
 
-from .images import Image, LabelledImages, checked_index, read_into
+from .images import Image, LabelledImages, checked_index, read_many
 from .sampler import ResumableBatches
 
 
@@ -52,10 +52,10 @@ class MixedDataset(Dataset[tuple[Any, int]]):
         image, label = self.datasets[part][place]
         return image, self._label(part, label)
 
-    def read_into(self, index: int, out: Image, mirror: bool = False) -> int:
-        """As the dataset's: see `images.read_into`."""
-        part, place = self._place(index)
-        return self._label(part, read_into(self.datasets[part], place, out, mirror))
+    def read_many(self, indices: Sequence[int], rows: Sequence[Image], mirrored: Sequence[bool]) -> list[int]:
+        """See `images.read_many`."""
+        places = [checked_index(index, len(self)) for index in indices]
+        return read_parts(self.datasets, self.starts, self._label, places, rows, mirrored)
 
     def _place(self, index: int) -> tuple[int, int]:
         place = checked_index(index, len(self))
@@ -65,6 +65,31 @@ class MixedDataset(Dataset[tuple[Any, int]]):
     def _label(self, part: int, label: int) -> int:
         shift = self._shift[part]
         return -1 if shift is None or label < 0 else label + shift
+
+
+def read_parts(
+    datasets: Sequence[Any],
+    starts: NDArray[np.int64],
+    relabel: Callable[[int, int], int],
+    indices: Sequence[int],
+    rows: Sequence[Image],
+    mirrored: Sequence[bool],
+) -> list[int]:
+    """`images.read_many` over datasets that follow one another, dataset by dataset; relabel(dataset, label) is returned.
+
+    starts (S + 1,): where each begins, and the end; every index lies in [0, starts[-1]).
+    """
+    parts = np.searchsorted(starts, indices, side="right") - 1
+    labels = [0] * len(rows)
+    for part in np.unique(parts).tolist():
+        chosen = np.flatnonzero(parts == part).tolist()
+        first = int(starts[part])
+        found = read_many(
+            datasets[part], [indices[k] - first for k in chosen], [rows[k] for k in chosen], [mirrored[k] for k in chosen]
+        )
+        for k, label in zip(chosen, found, strict=True):
+            labels[k] = relabel(part, label)
+    return labels
 
 
 def _shifted(labels: NDArray[np.int64], shift: int | None) -> NDArray[np.int64]:

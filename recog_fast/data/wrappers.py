@@ -6,7 +6,7 @@ import json
 import os
 import tempfile
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
-from .images import CorruptImage, Image, LabelledImages, checked_index, read_into, resize_image
+from .images import CorruptImage, Image, LabelledImages, checked_index, read_many, resize_image
 
 T = TypeVar("T")
 
@@ -106,9 +106,15 @@ class SkipCorrupt(Wrapper):
     def __getitem__(self, index: int) -> tuple[Any, int]:
         return self._readable(index, self.dataset.__getitem__)
 
-    def read_into(self, index: int, out: Image, mirror: bool = False) -> int:
-        """As the dataset's: see `images.read_into`."""
-        return self._readable(index, lambda place: read_into(self.dataset, place, out, mirror))
+    def read_many(self, indices: Sequence[int], rows: Sequence[Image], mirrored: Sequence[bool]) -> list[int]:
+        """See `images.read_many`; a batch with a corrupt image is read again image by image."""
+        try:
+            return read_many(self.dataset, indices, rows, mirrored)
+        except CorruptImage:
+            return [self._read_one(*one) for one in zip(indices, rows, mirrored, strict=True)]
+
+    def _read_one(self, index: int, row: Image, mirror: bool) -> int:
+        return self._readable(index, lambda place: read_many(self.dataset, [place], [row], [mirror])[0])
 
     def _readable(self, index: int, read: Callable[[int], T]) -> T:
         """What `read` gives for the first place from `index` on where it can."""

@@ -8,7 +8,6 @@ import multiprocessing
 import os
 import signal
 import threading
-from bisect import bisect_right
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,9 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
 from recog_fast import data as sources
-from recog_fast.data.augment import coins
-from recog_fast.data.images import put_image, read_into
+from recog_fast.data.augment import COINS, coins
+from recog_fast.data.images import read_many
+from recog_fast.data.mixed import read_parts
 from recog_fast.training.batches import PREFETCH, Image, Item, StepBatches, StepImages, as_it_is
 from recog_fast.training.config import DataConfig, TrainConfig
 from recog_fast.training.kept import read_kept
@@ -60,10 +60,12 @@ class Split(Dataset[tuple[Image, int]]):
     def __getitem__(self, index: int) -> tuple[Image, int]:
         return self.source[int(self.indices[index])][0], int(self.labels[index])
 
-    def read_into(self, index: int, out: Image, mirror: bool = False) -> int:
-        """As the source's, with the label here."""
-        read_into(self.source, self.indices.item(index), out, mirror)
-        return self.labels.item(index)
+    def read_many(self, indices: Sequence[int], rows: Sequence[Image], mirrored: Sequence[bool]) -> list[int]:
+        """As the source's, with the labels here."""
+        places = np.asarray(indices, np.int64)
+        read_many(self.source, self.indices[places].tolist(), rows, mirrored)
+        labels: list[int] = self.labels[places].tolist()
+        return labels
 
 
 def open_source(config: DataConfig, label: str = "data") -> Any:
@@ -154,7 +156,6 @@ class TrainingImages(Dataset[Item]):
             for part, data, name in parts
         ]
         self.starts = np.cumsum([0] + [len(part) for part in self.parts])
-        self._starts: list[int] = self.starts.tolist()
         self.labels: NDArray[np.int64] = np.concatenate([part.labels for part in self.splits])
         self.cached: list[tuple[Image, int]] | None = None
         if config.data.cache:
@@ -171,24 +172,20 @@ class TrainingImages(Dataset[Item]):
     def fill(self, keys: Sequence[tuple[int, int]], out: Image) -> tuple[Indices, Indices]:
         """Images of keys (epoch, i), decoded and augmented in `out` (N, S, S, 3); their labels and samples, both (N,)."""
         epochs, samples = np.array(keys, np.int64).reshape(-1, 2).T
-        numbers = samples.tolist()
-        if not self.augmented:
-            labels = [self._read(i, row) for i, row in zip(numbers, out, strict=True)]
-            return np.array(labels, np.int64), samples
-        coin = coins(self.seed, epochs, samples)
-        mirrored = (coin[:, 0] < self.augment.flip).tolist()
-        labels = [self._read(*one) for one in zip(numbers, out, mirrored, strict=True)]
-        for row in np.flatnonzero(self.augment.goes_on(coin)).tolist():
-            rng = np.random.default_rng((self.seed, int(epochs[row]), numbers[row]))
-            out[row] = self.augment.after_flip(out[row], rng, coin[row])
+        coin = coins(self.seed, epochs, samples) if self.augmented else np.ones((len(keys), COINS))
+        labels = self._read(samples.tolist(), list(out), (coin[:, 0] < self.augment.flip).tolist())
+        if self.augmented:
+            for row in np.flatnonzero(self.augment.goes_on(coin)).tolist():
+                rng = np.random.default_rng((self.seed, int(epochs[row]), int(samples[row])))
+                out[row] = self.augment.after_flip(out[row], rng, coin[row])
         return np.array(labels, np.int64), samples
 
-    def _read(self, i: int, out: Image, mirror: bool = False) -> int:
+    def _read(self, samples: list[int], rows: list[Image], mirrored: list[bool]) -> list[int]:
         if self.cached is not None:
-            put_image(self.cached[i][0], out, mirror)
-            return self.cached[i][1]
-        part = bisect_right(self._starts, i) - 1
-        return self.parts[part].read_into(i - self._starts[part], out, mirror)
+            return read_many(self.cached, samples, rows, mirrored)
+        if len(self.parts) == 1:
+            return self.parts[0].read_many(samples, rows, mirrored)
+        return read_parts(self.parts, self.starts, lambda _, label: label, samples, rows, mirrored)
 
     def clean(self, i: int) -> Image:
         """Sample i resized, without augmentation."""
@@ -226,10 +223,10 @@ class _Unlabelled(Dataset[tuple[Image, int]]):
     def __getitem__(self, index: int) -> tuple[Image, int]:
         return self.source[index][0], -1
 
-    def read_into(self, index: int, out: Image, mirror: bool = False) -> int:
+    def read_many(self, indices: Sequence[int], rows: Sequence[Image], mirrored: Sequence[bool]) -> list[int]:
         """As the source's, with label -1."""
-        read_into(self.source, index, out, mirror)
-        return -1
+        read_many(self.source, indices, rows, mirrored)
+        return [-1] * len(rows)
 
 
 def read_image(source: Any, index: int, size: int) -> Image | None:
