@@ -4,7 +4,9 @@ resumed run."""
 from __future__ import annotations
 
 import dataclasses
+import functools
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -15,6 +17,7 @@ from . import degradations
 from .images import Image, LabelledImages, images_to_tensor, resize_image
 from .wrappers import Wrapper
 
+T = TypeVar("T", bound=Any)
 COINS = 8  # what decides which steps happen to an image
 Key = int | tuple[int, int]  # index, or (epoch, index) as ResumableBatches yields it
 
@@ -54,10 +57,14 @@ class Augmentation:
             if not 0.0 <= value <= 1.0:
                 raise ValueError(f"Augmentation: expected {name} in [0, 1], got {value}")
 
+    @functools.cached_property
+    def _chances(self) -> tuple[float, ...]:
+        return tuple(getattr(self, field.name) for field in dataclasses.fields(self)[:COINS])
+
     @property
     def steps(self) -> bool:
         """Whether any step can happen."""
-        return self.rotation > 0 or any(getattr(self, field.name) > 0 for field in dataclasses.fields(self)[:COINS])
+        return self.rotation > 0 or any(self._chances)
 
     def __call__(self, image: Image, rng: np.random.Generator) -> Image:
         """(H, W, 3) uint8 -> (H, W, 3) uint8; the input is left alone."""
@@ -67,10 +74,21 @@ class Augmentation:
             image = torch.flip(torch.from_numpy(np.ascontiguousarray(image)), (1,)).numpy()
         return self.after_flip(image, rng, coin)
 
+    def draw(self, seed: int, epochs: NDArray[np.int64], samples: NDArray[np.int64]) -> NDArray[np.float64]:
+        """(N, 8) `coins` of samples (N,) in epochs (N,); 1, which is never below a probability, from the last step in use on."""
+        used = max((k + 1 for k, chance in enumerate(self._chances) if chance > 0), default=0)
+        if used == COINS:
+            return coins(seed, epochs, samples)
+        found = np.ones((len(samples), COINS))
+        if used:
+            found[:, :used] = coins(seed, epochs, samples, used)
+        return found
+
     def goes_on(self, coins: NDArray[np.float64]) -> NDArray[np.bool_]:
         """(N,) bool: whether `after_flip` may change an image with coins (N, 8)."""
-        chances = [getattr(self, field.name) for field in dataclasses.fields(self)[1:COINS]]
-        found: NDArray[np.bool_] = (coins[:, 1:] < chances).any(axis=1) | (self.rotation > 0)
+        if not any(self._chances[1:]) and not self.rotation:
+            return np.zeros(len(coins), bool)
+        found: NDArray[np.bool_] = (coins[:, 1:] < self._chances[1:]).any(axis=1) | (self.rotation > 0)
         return found
 
     def after_flip(self, image: Image, rng: np.random.Generator, coin: NDArray[np.float64]) -> Image:
@@ -95,29 +113,38 @@ class Augmentation:
         return image
 
 
-_GOLDEN = 0x9E3779B97F4A7C15
+_GOLDEN, _WORD = 0x9E3779B97F4A7C15, (1 << 64) - 1
 
 
-def _mixed(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """The output function of SplitMix64, a bijection of 64 bits."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+def _mixed(x: T) -> T:
+    """The output function of SplitMix64, a bijection of 64 bits, of an array of uint64 or of a Python number (whose bits above 64
+    are the caller's to cut)."""
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
+    x = x & _WORD if isinstance(x, int) else x
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB
+    x = x & _WORD if isinstance(x, int) else x
+    return x ^ (x >> 31)
+
+
+@functools.lru_cache(maxsize=64)
+def _start(seed: int, epoch: int) -> int:
+    return int(_mixed((_mixed((seed + _GOLDEN) & _WORD) + epoch + _GOLDEN) & _WORD))
 
 
 def coins(seed: int, epochs: NDArray[np.int64], samples: NDArray[np.int64], count: int = COINS) -> NDArray[np.float64]:
-    """(N, count) uniform numbers in [0, 1) of samples (N,) in epochs (N,): a function of (seed, epoch, sample) alone.
+    """(N, count) uniform numbers in [0, 1) of samples (N,) in epochs (N,), count <= 8: a function of (seed, epoch, sample) alone.
 
     Counter-based, so that a whole batch is drawn at once where a generator for each image would cost a tenth of its decoding:
-    SplitMix64 (Steele, Lea, Flood 2014) started at mix(mix(mix(seed + g) + epoch + g) + sample + g), g = 2^64 / golden ratio;
-    the upper 53 bits of its outputs.
+    numbers 8 sample ... 8 sample + 7 of SplitMix64 (Steele, Lea, Flood 2014) started at mix(mix(seed + g) + epoch + g),
+    g = 2^64 / golden ratio; the upper 53 bits of each.
     """
-    step = np.uint64(_GOLDEN)
-    state = _mixed(np.full(1, seed & (2**64 - 1), np.uint64) + step)
-    state = _mixed(state + epochs.astype(np.uint64) + step)
-    state = _mixed(state + samples.astype(np.uint64) + step)
-    drawn = _mixed(state[:, None] + np.arange(1, count + 1, dtype=np.uint64) * step)
-    return (drawn >> np.uint64(11)) * 2.0**-53
+    present = set(epochs.tolist())
+    starts: Any = _start(seed, present.pop()) if len(present) == 1 else None
+    if starts is None:
+        starts = np.array([_start(seed, epoch) for epoch in epochs.tolist()], np.uint64)[:, None]
+    places = samples.astype(np.uint64)[:, None] * COINS + np.arange(1, count + 1, dtype=np.uint64)
+    drawn: NDArray[np.float64] = (_mixed(starts + places * _GOLDEN) >> 11) * 2.0**-53
+    return drawn
 
 
 class Augmented(Wrapper):

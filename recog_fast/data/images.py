@@ -128,17 +128,18 @@ def decode_jpeg_into(data: bytes | memoryview, out: Image, mirror: bool = False)
     allocated by what the file's header says.
     """
     decode = _jpeg_decoder()
-    if decode is None or data[:2] != b"\xff\xd8":
+    if decode is None or len(data) < 2 or data[0] != 0xFF or data[1] != 0xD8:
         return False
     try:
         if not mirror:
             return bool(decode(data, "RGB", buffer=out).shape == out.shape)
-        # Reversing the bytes of a row of B, G, R gives the mirrored row in R, G, B: three times as fast as whole pixels.
+        # Reversing the bytes of a row of B, G, R gives the mirrored row in R, G, B; eight bytes at a time, a sixth of the cost of
+        # whole pixels.
         turned: Image = decode(data, "BGR", buffer=np.empty_like(out))
         if turned.shape != out.shape:
             return False
-        rows = torch.from_numpy(turned.reshape(len(out), -1))
-        torch.from_numpy(out.reshape(len(out), -1)).copy_(torch.flip(rows, (1,)))
+        words = (">u8", "<u8") if out.shape[1] % 8 == 0 else ("u1", "u1")
+        out.reshape(len(out), -1).view(words[1])[...] = turned.reshape(len(out), -1).view(words[0])[:, ::-1]
         return True
     except ValueError:
         return False
@@ -237,15 +238,14 @@ class EncodedDataset(Dataset[tuple[Any, int]]):
         data, label = self.encoded(index)
         return (decode_image(data, self.source(index), index) if self.decode else data), label
 
-    def stored(self, index: int) -> tuple[bytes | memoryview, int]:
-        """`encoded` for a reader that is done with the bytes before the next one: they may lie in the file's memory map."""
-        return self.encoded(index)
+    def stored(self, indices: Sequence[int]) -> Iterator[tuple[bytes | memoryview, int]]:
+        """`encoded` of several images, for a reader that is done with one before the next: they may lie in the file's memory map."""
+        return (self.encoded(index) for index in indices)
 
     def read_many(self, indices: Sequence[int], rows: Sequence[Image], mirrored: Sequence[bool]) -> list[int]:
         """See `images.read_many`."""
         labels = []
-        for index, row, mirror in zip(indices, rows, mirrored, strict=True):
-            data, label = self.stored(index)
+        for index, row, mirror, (data, label) in zip(indices, rows, mirrored, self.stored(indices), strict=True):
             if not decode_jpeg_into(data, row, mirror):
                 put_image(decode_image(bytes(data), self.source(index), index), row, mirror)
             labels.append(label)

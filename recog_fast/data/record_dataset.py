@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -133,6 +134,8 @@ class RecordDataset(EncodedDataset):
         record = self._record(index)
         return record.image, self._class(record, index)
 
-    def stored(self, index: int) -> tuple[bytes | memoryview, int]:
-        image = self.file.image(self.offsets.item(index))
-        return self.encoded(index) if image is None else (image, self.labels.item(index))
+    def stored(self, indices: Sequence[int]) -> Iterator[tuple[bytes | memoryview, int]]:
+        places = np.asarray(indices, np.int64)
+        labels: list[int] = self.labels[places].tolist()
+        for index, image, label in zip(indices, self.file.images(self.offsets[places]), labels, strict=True):
+            yield self.encoded(index) if image is None else (image, label)

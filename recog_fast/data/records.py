@@ -97,7 +97,7 @@ class RecordFile:
         if self._map is None:
             with open(self.path, "rb") as file:
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            self.size, self._view = len(self._map), memoryview(self._map)
+            self.size = len(self._map)
         return self._map
 
     def _fail(self, offset: int, expected: str, got: str) -> ValueError:
@@ -135,16 +135,18 @@ class RecordFile:
         data = self._bytes()
         return _MAGIC_BYTES.join([data[start:end] for start, end in spans])
 
-    def image(self, offset: int) -> memoryview | None:
-        """The image bytes of the unsplit image record at `offset`, in the map itself; None for any other (`read` says why)."""
+    def images(self, offsets: Int64) -> list[memoryview | None]:
+        """The image bytes of each record, in the map itself; None where it is split, broken or no image record: `read` says why."""
         data = self._bytes()
-        if not 0 <= offset <= self.size - _PART.size - _HEADER.size:
-            return None
-        magic, word, flag = _WHOLE.unpack_from(data, offset)
-        start, end = offset + _PART.size + _HEADER.size + 4 * flag, offset + _PART.size + word
-        if magic != MAGIC or word > _LENGTH_MASK or not start <= end <= self.size - (-word % 4):
-            return None
-        return memoryview(data)[start:end] if self._view is None else self._view[start:end]
+        view = self._view = memoryview(data) if self._view is None else self._view
+        last, head = self.size - _PART.size - _HEADER.size, _PART.size + _HEADER.size
+        found: list[memoryview | None] = []
+        for offset in offsets.tolist():
+            magic, word, flag = _WHOLE.unpack_from(data, offset) if 0 <= offset <= last else (0, 0, 0)
+            start, end = offset + head + 4 * flag, offset + _PART.size + word
+            whole = magic == MAGIC and word <= _LENGTH_MASK and start <= end <= self.size - (-word & 3)
+            found.append(view[start:end] if whole else None)
+        return found
 
     def scan(self) -> Iterator[int]:
         """Offsets of all records in file order, without an .idx."""

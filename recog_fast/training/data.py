@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
 from recog_fast import data as sources
-from recog_fast.data.augment import COINS, coins
 from recog_fast.data.images import read_many
 from recog_fast.data.mixed import read_parts
 from recog_fast.training.batches import PREFETCH, Image, Item, StepBatches, StepImages, as_it_is
@@ -142,7 +141,6 @@ class TrainingImages(Dataset[Item]):
     def __init__(self, config: TrainConfig) -> None:
         self.size, self.seed = config.data.size, config.seed
         self.augment = config.augment
-        self.augmented = config.augment.steps
         labelled, self.held = split_classes(open_source(config.data), config.data, config.seed)
         self.num_classes = labelled.num_classes
         parts = [(labelled, config.data, "quarantine")]
@@ -172,12 +170,11 @@ class TrainingImages(Dataset[Item]):
     def fill(self, keys: Sequence[tuple[int, int]], out: Image) -> tuple[Indices, Indices]:
         """Images of keys (epoch, i), decoded and augmented in `out` (N, S, S, 3); their labels and samples, both (N,)."""
         epochs, samples = np.array(keys, np.int64).reshape(-1, 2).T
-        coin = coins(self.seed, epochs, samples) if self.augmented else np.ones((len(keys), COINS))
-        labels = self._read(samples.tolist(), list(out), (coin[:, 0] < self.augment.flip).tolist())
-        if self.augmented:
-            for row in np.flatnonzero(self.augment.goes_on(coin)).tolist():
-                rng = np.random.default_rng((self.seed, int(epochs[row]), int(samples[row])))
-                out[row] = self.augment.after_flip(out[row], rng, coin[row])
+        coins = self.augment.draw(self.seed, epochs, samples)
+        labels = self._read(samples.tolist(), list(out), (coins[:, 0] < self.augment.flip).tolist())
+        for row in np.flatnonzero(self.augment.goes_on(coins)).tolist():
+            rng = np.random.default_rng((self.seed, int(epochs[row]), int(samples[row])))
+            out[row] = self.augment.after_flip(out[row], rng, coins[row])
         return np.array(labels, np.int64), samples
 
     def _read(self, samples: list[int], rows: list[Image], mirrored: list[bool]) -> list[int]:
