@@ -25,7 +25,14 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from recog_fast.data import Augmentation, RecordDataset, SyntheticIdentities, convert_dataset, decode_image, write_identities
+from recog_fast.data import (
+    Augmentation,
+    RecordDataset,
+    SyntheticIdentities,
+    convert_dataset,
+    decode_image,
+    write_identities,
+)
 from recog_fast.training.batches import StepImages, as_it_is
 from recog_fast.training.config import DataConfig, TrainConfig
 from recog_fast.training.data import TrainingImages, step_loader

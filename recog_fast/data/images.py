@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import io
+import struct
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
@@ -130,6 +131,8 @@ def decode_jpeg_into(data: bytes | memoryview, out: Image, mirror: bool = False)
     decode = _jpeg_decoder()
     if decode is None or len(data) < 2 or data[0] != 0xFF or data[1] != 0xD8:
         return False
+    if struct.pack(">BHHB", 8, out.shape[0], out.shape[1], 4) in bytes(data):
+        return False  # looks like a frame header of four components: CMYK is Pillow's
     try:
         if not mirror:
             return bool(decode(data, "RGB", buffer=out).shape == out.shape)
