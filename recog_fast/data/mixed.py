@@ -100,7 +100,7 @@ class StreamBatches(Sampler[list[tuple[int, int]]]):
     """Batches of a fixed number of images from each of several streams, e.g. 96 labelled and 32 unlabelled ones.
 
     lengths (S,): images of each stream, in the order of a `MixedDataset`; counts (S,): how many of a batch come from each,
-    per rank. Every stream is shuffled by itself, epoch by epoch, as `ResumableBatches` does with seed + its number, and
+    per rank. Every stream is shuffled by itself, epoch by epoch, as `ResumableBatches` does with seed + its number (and buffer), and
     starts again when it is through: short streams repeat. Yields `steps` batches of keys (epoch of the stream, index into
     the mixture), without end for steps=None. state_dict counts the batches that `track` handed out. Raises ValueError as
     `ResumableBatches`, and for lengths and counts that do not match.
@@ -114,13 +114,14 @@ class StreamBatches(Sampler[list[tuple[int, int]]]):
         rank: int = 0,
         world_size: int = 1,
         steps: int | None = None,
+        buffer: int = 0,
     ) -> None:
         if not len(lengths) or len(lengths) != len(counts):
             raise ValueError(f"StreamBatches: expected one count per length, got {list(lengths)}, {list(counts)}")
         self.steps = steps
         self.starts = np.cumsum([0, *lengths[:-1]]).tolist()
         self.streams = [
-            ResumableBatches(length, count, seed + k, rank, world_size)
+            ResumableBatches(length, count, seed + k, rank, world_size, buffer=buffer)
             for k, (length, count) in enumerate(zip(lengths, counts, strict=True))
         ]
         self.done = 0
@@ -150,7 +151,8 @@ class StreamBatches(Sampler[list[tuple[int, int]]]):
 
     def state_dict(self) -> dict[str, Any]:
         """Batches handed out, and what the order depends on."""
-        return {"done": self.done, "streams": [[s.length, s.batch_size, s.seed, s.world_size] for s in self.streams]}
+        streams = [[s.length, s.batch_size, s.seed, s.world_size] + [s.buffer] * (s.buffer > 0) for s in self.streams]
+        return {"done": self.done, "streams": streams}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go to a saved position; lengths, counts, seed and ranks must be the same: ValueError."""

@@ -11,8 +11,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler, get_worker_info
 
-from recog_fast.data import ResumableBatches
-
 Image = NDArray[np.uint8]  # (H, W, 3) RGB
 Key = tuple[int, int]  # epoch, sample
 Item = tuple[Image, int, int]  # image, label, sample
@@ -95,10 +93,27 @@ def as_it_is(batch: Any) -> Any:
     return batch
 
 
+class Order(Protocol):
+    """The keys of one step after another, resumable."""
+
+    @property
+    def batches_per_epoch(self) -> int: ...
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[list[Key]]: ...
+
+    def track(self, loader: Iterable[Any]) -> Iterator[Any]: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
 class StepBatches(Sampler[list[tuple[int, int]]]):
     """The keys of `order`; `track` hands out a `Batch` for each one that a worker left in the pool."""
 
-    def __init__(self, order: ResumableBatches, rows: int, workers: int, size: int, pin_memory: bool) -> None:
+    def __init__(self, order: Order, rows: int, workers: int, size: int, pin_memory: bool) -> None:
         self.order, self.pin_memory = order, pin_memory
         self.pool = Pool(workers, rows, size) if workers else None
 
@@ -118,7 +133,7 @@ class StepBatches(Sampler[list[tuple[int, int]]]):
         for batch in self.order.track(loader):
             yield self.pool.take(batch, self.pin_memory) if self.pool is not None and isinstance(batch, _Sent) else batch
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, Any]:
         """The order's position."""
         return self.order.state_dict()
 

@@ -23,7 +23,7 @@ from recog_fast.data.mixed import read_parts
 from recog_fast.training.batches import PREFETCH, Image, Item, StepBatches, StepImages, as_it_is
 from recog_fast.training.config import DataConfig, TrainConfig
 from recog_fast.training.kept import read_kept
-from recog_fast.training.mixing import MixedBatches
+from recog_fast.training.mixing import MixedBatches, StreamEpochs
 
 Indices = NDArray[np.int64]
 _READERS = {
@@ -100,9 +100,10 @@ def _mixed(config: DataConfig) -> Any:
     listed = options.pop("sources", None)
     if not isinstance(listed, list) or not listed or not all(isinstance(one, dict) and set(one) <= fields for one in listed):
         raise ValueError(f"train: expected data.options.sources as a list of kind, path and options with kind mixed, got {listed!r}")
+    options.pop("rows", None)  # `_streams` takes them
     unknown = sorted(set(options) - {"share_classes", "unlabelled"})
     if unknown:
-        raise ValueError(f"train: unknown key 'data.options.{unknown[0]}'; mixed takes: sources, share_classes, unlabelled")
+        raise ValueError(f"train: unknown key 'data.options.{unknown[0]}'; mixed takes: sources, share_classes, unlabelled, rows")
     parts = [DataConfig(size=config.size, cache=config.cache, **one) for one in listed]
     for part in parts:
         if part.kind not in _READERS:
@@ -235,8 +236,25 @@ def read_image(source: Any, index: int, size: int) -> Image | None:
         return None
 
 
-def step_batches(images: TrainingImages, config: TrainConfig) -> sources.ResumableBatches:
-    """The order of images: one pool, or with `unlabelled_share` so many labelled and unlabelled rows in every micro-batch.
+def _streams(images: TrainingImages, config: TrainConfig) -> StreamEpochs:
+    """The order of a mixture with `rows`: so many rows of each of its sources in every micro-batch."""
+    rows = config.data.options["rows"]
+    mixed = images.splits[0].source
+    count = len(mixed.datasets)
+    if not isinstance(rows, list) or len(rows) != count or min(rows) < 1 or sum(rows) != config.batch_size:
+        raise ValueError(
+            f"train: expected data.options.rows as {count} numbers >= 1 that add up to batch_size {config.batch_size}, got {rows!r}"
+        )
+    if config.unlabelled is not None:
+        raise ValueError("train: expected unlabelled images among data.options.sources with data.options.rows, got unlabelled")
+    # Identities that are left out leave gaps; what stays of a source is one stretch all the same.
+    lengths = np.diff(np.searchsorted(images.splits[0].indices, mixed.starts)).tolist()
+    streams = sources.StreamBatches(lengths, rows, config.seed, buffer=config.data.shuffle_buffer)
+    return StreamEpochs(streams, config.gradient_acc)
+
+
+def step_batches(images: TrainingImages, config: TrainConfig) -> sources.ResumableBatches | StreamEpochs:
+    """The order of images: one pool, the streams of a mixture with `rows`, or with `unlabelled_share` so many labelled and unlabelled rows in every micro-batch.
 
     Raises ValueError for fewer images than a step takes, and where unlabelled rows are wanted and there are none.
     """
@@ -247,12 +265,15 @@ def step_batches(images: TrainingImages, config: TrainConfig) -> sources.Resumab
             f"labels of -1 in data), got none with method {config.method!r}, unknown_weight {config.unknown_weight}"
         )
     per_step = config.batch_size * config.gradient_acc
+    buffer = config.data.shuffle_buffer
+    if config.data.kind == "mixed" and config.data.options.get("rows") is not None:
+        return _streams(images, config)
     if not config.unlabelled_share:
         if len(images) < per_step:
             raise ValueError(
                 f"train: expected batch_size * gradient_acc <= the {len(images)} training images, got {per_step}"
             )
-        return sources.ResumableBatches(len(images), per_step, seed=config.seed)
+        return sources.ResumableBatches(len(images), per_step, seed=config.seed, buffer=buffer)
     labelled = np.flatnonzero(images.labels >= 0)
     others = round(config.unlabelled_share * config.batch_size)
     rows = config.batch_size - others
@@ -261,7 +282,7 @@ def step_batches(images: TrainingImages, config: TrainConfig) -> sources.Resumab
             f"train: expected unlabelled_share * batch_size to leave rows of both kinds and at most {len(labelled)} labelled ones a "
             f"step, got {rows} labelled and {others} unlabelled, {config.gradient_acc} times a step"
         )
-    return MixedBatches(labelled, unlabelled, rows, others, config.gradient_acc, config.seed)
+    return MixedBatches(labelled, unlabelled, rows, others, config.gradient_acc, config.seed, buffer)
 
 
 def step_loader(images: TrainingImages, config: TrainConfig, pin_memory: bool) -> tuple[StepBatches, DataLoader[Any]]:
