@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +17,6 @@ from . import degradations
 from .images import Image, LabelledImages, images_to_tensor, resize_image
 from .wrappers import Wrapper
 
-T = TypeVar("T", bound=Any)
 COINS = 8  # what decides which steps happen to an image
 Key = int | tuple[int, int]  # index, or (epoch, index) as ResumableBatches yields it
 
@@ -88,7 +87,9 @@ class Augmentation:
         """(N,) bool: whether `after_flip` may change an image with coins (N, 8)."""
         if not any(self._chances[1:]) and not self.rotation:
             return np.zeros(len(coins), bool)
-        found: NDArray[np.bool_] = (coins[:, 1:] < self._chances[1:]).any(axis=1) | (self.rotation > 0)
+        if self.rotation:
+            return np.ones(len(coins), bool)
+        found: NDArray[np.bool_] = (coins[:, 1:] < self._chances[1:]).any(axis=1)
         return found
 
     def after_flip(self, image: Image, rng: np.random.Generator, coin: NDArray[np.float64]) -> Image:
@@ -116,7 +117,7 @@ class Augmentation:
 _GOLDEN, _WORD = 0x9E3779B97F4A7C15, (1 << 64) - 1
 
 
-def _mixed(x: T) -> T:
+def _mixed(x: Any) -> Any:
     """The output function of SplitMix64, a bijection of 64 bits, of an array of uint64 or of a Python number (whose bits above 64
     are the caller's to cut)."""
     x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
