@@ -89,8 +89,7 @@ class Augmentation:
             return np.zeros(len(coins), bool)
         if self.rotation:
             return np.ones(len(coins), bool)
-        found: NDArray[np.bool_] = (coins[:, 1:] < self._chances[1:]).any(axis=1)
-        return found
+        return np.asarray((coins[:, 1:] < self._chances[1:]).any(axis=1))
 
     def after_flip(self, image: Image, rng: np.random.Generator, coin: NDArray[np.float64]) -> Image:
         """The steps after the first: `coin` (8,) in [0, 1) says which of them, `rng` with what parameters."""
