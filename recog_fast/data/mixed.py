@@ -133,6 +133,8 @@ class StreamBatches(Sampler[list[tuple[int, int]]]):
             raise ValueError(f"StreamBatches: expected world_size >= 1 and rank in [0, world_size), got {world_size!r} and {rank!r}")
         if steps is not None and not is_whole(steps, 0):
             raise ValueError(f"StreamBatches: expected steps as an integer >= 0 or None, got {steps!r}")
+        if not is_whole(buffer, 0):
+            raise ValueError(f"StreamBatches: expected buffer as an integer >= 0, got {buffer!r}")
         self.steps = steps
         self.starts = np.cumsum([0, *lengths[:-1]]).tolist()
         self.streams = [
