@@ -107,5 +107,8 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert "does not fit" in capsys.readouterr().out
     assert cli.main(["estimate", "--classes", "10", "--batch", "1", "--device", "abacus"]) == 1
     assert "expected device in A100" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        cli.main(["estimate", "--classes", "2.5", "--batch", "1"])
+    for bad in ("2.5", "abc", "nan", "inf", "1e999"):
+        with pytest.raises(SystemExit) as stop:
+            cli.main(["estimate", "--classes", bad, "--batch", "1"])
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and error.count("\n") == 1 and f"--classes: expected a whole number, such as 1000 or 29e6, got '{bad}'" in error
