@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 from recog_fast import __version__
 from recog_fast.commands import data as data_commands
-from recog_fast.commands import doctor, interchange, scale
+from recog_fast.commands import classes, doctor, interchange, scale
 from recog_fast.training.commands import add_commands
 
 
@@ -110,7 +110,7 @@ def _parser() -> argparse.ArgumentParser:
 
     add_commands(commands, debug)
 
-    for module in (doctor, scale):
+    for module in (classes, doctor, scale):
         module.add(commands, [debug])
     return parser
 

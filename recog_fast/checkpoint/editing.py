@@ -23,7 +23,7 @@ from .rows import SavedRows, new_rows
 from .saving import RANKS
 from .state import ENTRIES, RING, _entries, _join
 
-_BLOCK = 1 << 26  # bytes of a block of rows
+_BLOCK = 1 << 24  # bytes of a block of rows
 _STD = 0.01  # of the init rule of MarginHead
 _WEIGHT, _LOW = "head/weight", "head/weight_low"
 _PART = f"head/{ENTRIES}/0/"
