@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from recog_fast import __version__
-from recog_fast.commands import data as data_commands
 from recog_fast.commands import classes, doctor, interchange, scale
+from recog_fast.commands import data as data_commands
 from recog_fast.training.commands import add_commands
 
 

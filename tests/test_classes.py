@@ -16,7 +16,14 @@ from torch import Tensor
 from training_data import make_folder, settings
 
 import recog_fast as rf
-from recog_fast.checkpoint import CheckpointError, add_classes, load_checkpoint, merge_classes, read_checkpoint, save_checkpoint
+from recog_fast.checkpoint import (
+    CheckpointError,
+    add_classes,
+    load_checkpoint,
+    merge_classes,
+    read_checkpoint,
+    save_checkpoint,
+)
 from recog_fast.cli import main
 
 processes = pytest.fixture(scope="module")(ranks)
