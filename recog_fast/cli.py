@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from recog_fast import __version__
-from recog_fast.commands import classes, doctor, interchange, scale
+from recog_fast.commands import classes, doctor, interchange, scale, warmup
 from recog_fast.commands import data as data_commands
 from recog_fast.training.commands import add_commands
 
@@ -63,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="recog-fast", description="Recognition over very many classes: train, evaluate, look inside."
     )
     parser.add_argument("--version", action="version", version=f"recog_fast {__version__}")
-    debug = argparse.ArgumentParser(add_help=False)
+    debug = Parser(add_help=False)
     debug.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
 
@@ -110,7 +110,7 @@ def _parser() -> argparse.ArgumentParser:
 
     add_commands(commands, debug)
 
-    for module in (classes, doctor, scale):
+    for module in (classes, doctor, scale, warmup):
         module.add(commands, [debug])
     return parser
 

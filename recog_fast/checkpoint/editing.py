@@ -248,7 +248,8 @@ def _merged_weight(rows: Tensor, share: Tensor, members: Tensor) -> Tensor:
     length = float(direction.norm())
     if length < 1e-4:
         raise ValueError(f"merge_classes: expected classes that point somewhere together, got {members.tolist()[:10]}, whose mean direction is 0")
-    return direction / length * (share @ norms)
+    merged: Tensor = direction / length * (share @ norms)
+    return merged
 
 
 def _fill_new(planes: list[Tensor], plan: _Plan, weight: bool, norm: float) -> None:

@@ -47,7 +47,7 @@ class SavedRows:
 def _mapped(file: Path, offset: int, length: int, rows: SavedRows) -> Tensor:
     """The storage that torch.save put into bytes offset .. offset + length - 1 of a file, as rows of bytes."""
     with file.open("rb") as opened:
-        part = _Part(opened, offset, length)
+        part: Any = _Part(opened, offset, length)
         tensor = torch.load(part, map_location="meta", weights_only=True)
         part.seek(0)
         with zipfile.ZipFile(part) as archive:

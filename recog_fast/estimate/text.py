@@ -73,10 +73,10 @@ def format_table(device: str = "H100", batch: int = 128) -> str:
         ("HeadSGD, momentum 0", {"momentum": False}),
         ("HeadSGD, 0.1 of the classes sampled", {"sample_rate": 0.1}),
     ):
-        r = estimate(10**7, 1, batch, device=device, **options)  # type: ignore[arg-type]
+        r = estimate(10**7, 1, batch, device=device, **options)
         low, high = 1, 10**9
         while high - low > 1:
             middle = (low + high) // 2
-            low, high = (middle, high) if estimate(middle, 1, batch, device=device, **options).fits else (low, middle)  # type: ignore[arg-type]
+            low, high = (middle, high) if estimate(middle, 1, batch, device=device, **options).fits else (low, middle)
         lines.append(f"| {what} | {size(r.bytes)} | {low / 1e6:.1f}M | {seconds(r.times.sweeps)} |")
     return "\n".join(lines)
