@@ -34,7 +34,8 @@ def _warmup(options: argparse.Namespace, _: list[str]) -> int:
     of Triton). Copy the cache folder to the nodes, or set TRITON_CACHE_DIR to one of each node and run this there. Backbones are not in it."""
     import torch
 
-    from recog_fast.ops.ahead import compiling_for, listening
+    from recog_fast.ops.ahead import compiling_for
+    from recog_fast.triton_kernels.ahead import cache_folder, listening
 
     if options.cache is not None:
         os.environ["TRITON_CACHE_DIR"] = str(options.cache)
@@ -49,7 +50,7 @@ def _warmup(options: argparse.Namespace, _: list[str]) -> int:
         made = sum(not kernel.cached for kernel in found.values())
         name = torch.cuda.get_device_name() if arch is None else f"sm_{arch}"
         results.append({"target": name, "compiled": made, "found": len(found) - made, "seconds": time.perf_counter() - began, "kernels": sorted({k.name for k in found.values()})})
-    folder = _cache()
+    folder = cache_folder()
     if options.json:
         print(json.dumps({"cache": str(folder), "targets": results}))
         return 0
@@ -64,12 +65,6 @@ def _architecture(text: str) -> int:
     if number not in ("80", "89", "90", "100"):
         raise ValueError(f"warmup: expected --arch sm_80, sm_89, sm_90 or sm_100, got {text}")
     return int(number)
-
-
-def _cache() -> Path:
-    import triton
-
-    return Path(triton.knobs.cache.dir)
 
 
 def _steps(options: argparse.Namespace, device: str) -> None:
