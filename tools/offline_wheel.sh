@@ -10,12 +10,13 @@ house=$1
 venv=$2
 root=$(cd "$(dirname "$0")/.." && pwd)
 export PIP_NO_INDEX=1 PIP_DISABLE_PIP_VERSION_CHECK=1
-"${PYTHON:-python3}" -m venv "$venv"
 py=$venv/bin/python
 if [ "$house" = - ]; then
+  "${PYTHON:-python3}" -m venv --without-pip "$venv" # pip and setuptools are that folder's too
   site=${BASE_SITE:-$("${PYTHON:-python3}" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')}
   echo "$site" > "$("$py" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth"
 else
+  "${PYTHON:-python3}" -m venv "$venv"
   "$py" -m pip install --quiet --find-links "$house" -c "$root/constraints.txt" torch numpy triton cmake ninja pybind11 setuptools wheel
 fi
 cd "$root"
