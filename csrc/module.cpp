@@ -37,8 +37,8 @@ std::string select_isa(const std::string& force) {
   const char* name = cpu::select_isa(force.empty() ? nullptr : force.c_str());
   if (name == nullptr)
     throw py::value_error(
-        "select_isa: expected one of avx512_bf16, avx512_vnni, avx512, avx2, baseline that this CPU supports, or emulated_bf16, got '" +
-        force + "'");
+        "select_isa: expected one of amx_bf16, avx512_bf16, avx512_vnni, avx512, avx2, baseline that this CPU supports, "
+        "emulated_bf16 or emulated_amx, got '" + force + "'");
   return name;
 }
 

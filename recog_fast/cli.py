@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from recog_fast import __version__
-from recog_fast.commands import classes, doctor, interchange, scale, warmup
+from recog_fast.commands import classes, doctor, identify, interchange, scale, warmup
 from recog_fast.commands import data as data_commands
 from recog_fast.training.commands import add_commands
 
@@ -81,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="`recog-fast train --help-settings` lists all settings with their types and defaults.",
         allow_abbrev=False,
     )
-    train.add_argument("config", nargs="?", help="settings file (YAML)")
+    train.add_argument("config", nargs="?", help="settings file (YAML), or an arcface_torch recipe (.py; read, not run)")
     train.add_argument("--help-settings", action="store_true", help="list all settings and stop")
     train.set_defaults(run=_train)
 
@@ -90,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument(
         "model",
-        help="output folder of a run, one of its checkpoints, a model folder (card.json), or a file of weights (.pt; then give --network)",
+        help="output folder of a run, one of its checkpoints, a model folder (card.json), an .onnx file with its card, or a file of weights (.pt; then give --network)",
     )
     evaluate.add_argument(
         "--target", action="append", required=True, help=".bin file of pairs; may be given several times"
@@ -107,6 +107,7 @@ def _parser() -> argparse.ArgumentParser:
 
     data_commands.add(commands, [debug])
     interchange.add(commands, [debug])
+    identify.add(commands, [debug])
 
     add_commands(commands, debug)
 
@@ -137,6 +138,11 @@ def _train(options: argparse.Namespace, rest: list[str]) -> int:
             raise
         print(f"recog-fast train: error: {error}", file=sys.stderr)
         return 2
+    if options.config.endswith(".py"):
+        from recog_fast.compat.recipe import read_recipe, recipe_settings
+
+        for note in recipe_settings(read_recipe(options.config)).notes:
+            print(f"{options.config}: {note}", file=sys.stderr)
     from recog_fast.training.loop import train
 
     result = train(config)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import operator
-from typing import Any, Literal, SupportsFloat, SupportsIndex, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
+from ._arguments import is_choice, is_number, is_whole
 from .head_weight import WeightFormat
 from .losses import Reduction, check_options, check_rows
 from .margins import ArcFace
@@ -364,17 +365,19 @@ def _check_arguments(
     """ValueError for what `MarginHead` refuses of its arguments."""
     where = "MarginHead"
     for name, value in (("num_classes", num_classes), ("embedding_dim", embedding_dim), ("subcenters", subcenters)):
-        _checks.expect(isinstance(value, SupportsIndex) and operator.index(value) >= 1, where, f"{name} >= 1", value)
+        _checks.expect(is_whole(value, 1), where, f"{name} >= 1", repr(value))
     _checks.check_margin(margin, where)
     check_options(where, torch.empty(0, 1), scale, "mean", unknown_weight, None, None, compute_dtype)
-    _checks.expect(isinstance(sample_rate, SupportsFloat) and 0 < float(sample_rate) <= 1, where, "sample_rate in (0, 1]", repr(sample_rate))
-    _checks.expect(sample_seed is None or isinstance(sample_seed, SupportsIndex), where, "sample_seed an integer or None", repr(sample_seed))
+    _checks.expect(is_number(sample_rate, 0, 1, above=True), where, "sample_rate in (0, 1]", repr(sample_rate))
+    _checks.expect(sample_seed is None or is_whole(sample_seed), where, "sample_seed an integer or None", repr(sample_seed))
 
 
 def _check_memory(memory: PrototypeMemory | None, num_classes: int, embedding_dim: int, subcenters: int) -> None:
     """A memory holds all classes of the head, and the head has no sub-centers."""
     if memory is None:
         return
+    if not isinstance(memory, PrototypeMemory):
+        raise TypeError(f"MarginHead: expected memory as a PrototypeMemory or None, got {type(memory).__name__}")
     held = (memory.num_classes, memory.embedding_dim)
     _checks.expect(
         held == (num_classes, embedding_dim) and subcenters == 1,
@@ -386,6 +389,6 @@ def _check_memory(memory: PrototypeMemory | None, num_classes: int, embedding_di
 
 def _check_format(weight_format: str, keeps: bool, several_ranks: bool) -> None:
     """A split W takes neither kept exponentials nor a group."""
-    _checks.expect(weight_format in ("float32", "split"), "MarginHead", "weight_format 'float32' or 'split'", repr(weight_format))
+    _checks.expect(is_choice(weight_format, ("float32", "split")), "MarginHead", "weight_format 'float32' or 'split'", repr(weight_format))
     for refused, what in ((keeps, "keep_exponentials or drop_elements"), (several_ranks, "a group of several ranks")):
         _checks.expect(not refused or weight_format == "float32", "MarginHead", f"weight_format 'float32' with {what}", repr(weight_format))

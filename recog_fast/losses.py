@@ -7,6 +7,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
+from ._arguments import is_choice, is_number
 from .margins import ArcFace
 from .ops import _checks
 from .ops._compile import outside_graphs
@@ -30,10 +31,10 @@ def check_options(
 ) -> None:
     """What every loss refuses about its options; ValueError naming the argument."""
     _checks.check_scale(scale, where)
-    _checks.expect(reduction in ("mean", "sum", "none"), where, "reduction 'mean', 'sum' or 'none'", repr(reduction))
-    _checks.expect(0 <= unknown_weight < float("inf"), where, "unknown_weight >= 0", unknown_weight)
+    _checks.expect(is_choice(reduction, ("mean", "sum", "none")), where, "reduction 'mean', 'sum' or 'none'", repr(reduction))
+    _checks.expect(is_number(unknown_weight, 0), where, "unknown_weight >= 0", repr(unknown_weight))
     _checks.check_vector(sample_weight, embeddings.shape[0], where, "sample_weight")
-    _checks.expect(compute_dtype in (None, torch.float32, torch.bfloat16), where, "compute_dtype None, torch.float32 or torch.bfloat16", compute_dtype)
+    _checks.expect(is_choice(compute_dtype, (None, torch.float32, torch.bfloat16)), where, "compute_dtype None, torch.float32 or torch.bfloat16", compute_dtype)
     if isinstance(normalizer, Tensor):
         _checks.expect(normalizer.numel() == 1, where, "normalizer of one element", f"shape {tuple(normalizer.shape)}")
     if normalizer is not None and not (isinstance(normalizer, Tensor) and normalizer.is_cuda):

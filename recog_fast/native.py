@@ -6,7 +6,7 @@ import functools
 import warnings
 from types import ModuleType
 
-ISAS = ("avx512_bf16", "avx512_vnni", "avx512", "avx2", "baseline")  # the best first
+ISAS = ("amx_bf16", "avx512_bf16", "avx512_vnni", "avx512", "avx2", "baseline")  # the best first
 
 
 @functools.cache
@@ -57,7 +57,7 @@ def select_isa(name: str = "") -> str:
     """Forces the build of the CPU kernels, one of `available_isas()`, or "" for the best one here; returns what runs.
 
     For the whole process, until the next call: `select_isa("avx2")` masks AVX-512 off. Not while another thread is in a
-    kernel. "emulated_bf16" is avx512_bf16's arithmetic in plain vectors, slow, for tests.
+    kernel. "emulated_bf16" and "emulated_amx" are the 16-bit arithmetic of avx512_bf16 and amx_bf16 in plain vectors, slow, for tests.
 
     Raises ValueError where this CPU lacks it, RuntimeError where the extension is not built.
     """

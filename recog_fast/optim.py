@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ._arguments import is_choice, is_number
 from .heads import MarginHead
 from .ops import _checks
 from .ops._rows import RowRecords, join
@@ -71,7 +72,7 @@ class HeadSGD(torch.optim.Optimizer):
             "unsampled": unsampled,
         }
         _check_group(group)
-        known = momentum_dtype in (torch.float32, torch.bfloat16)
+        known = is_choice(momentum_dtype, (torch.float32, torch.bfloat16))
         _checks.expect(known, "HeadSGD", "momentum_dtype torch.float32 or torch.bfloat16", momentum_dtype)
         kept = head.keep is not None and momentum_dtype == torch.bfloat16
         _checks.expect(not kept, "HeadSGD", "momentum_dtype torch.float32 with keep_exponentials or drop_elements", momentum_dtype)
@@ -218,11 +219,11 @@ def _check_group(group: dict[str, Any]) -> None:
     lr, momentum, decay = group["lr"], group["momentum"], group["weight_decay"]
     _checks.expect(not isinstance(lr, Tensor) or lr.numel() == 1, "HeadSGD", "lr of one element", lr)
     if not (isinstance(lr, Tensor) and lr.is_cuda):  # a device's value is not waited for: a CUDA graph reads it at each replay
-        _checks.expect(0 <= float(lr) < float("inf"), "HeadSGD", "lr >= 0", lr)
-    _checks.expect(0 <= momentum < 1, "HeadSGD", "momentum in [0, 1)", momentum)
-    _checks.expect(0 <= decay < float("inf"), "HeadSGD", "weight_decay >= 0", decay)
+        _checks.expect(is_number(lr.reshape(()) if isinstance(lr, Tensor) else lr, 0), "HeadSGD", "lr >= 0", repr(lr))
+    _checks.expect(is_number(momentum, 0, 1, below=True), "HeadSGD", "momentum in [0, 1)", repr(momentum))
+    _checks.expect(is_number(decay, 0), "HeadSGD", "weight_decay >= 0", repr(decay))
     _checks.expect(not group["nesterov"] or momentum > 0, "HeadSGD", "momentum > 0 with nesterov", momentum)
-    _checks.expect(group["unsampled"] in ("dense", "sparse"), "HeadSGD", "unsampled 'dense' or 'sparse'", repr(group["unsampled"]))
-    _checks.expect(group["dampening"] == 0, "HeadSGD", "dampening = 0 (it has none)", group["dampening"])
+    _checks.expect(is_choice(group["unsampled"], ("dense", "sparse")), "HeadSGD", "unsampled 'dense' or 'sparse'", repr(group["unsampled"]))
+    _checks.expect(is_number(group["dampening"], 0, 0), "HeadSGD", "dampening = 0 (it has none)", group["dampening"])
     _checks.expect(not group["maximize"], "HeadSGD", "maximize = False (negate the loss)", group["maximize"])
     _checks.expect(not group.get("differentiable"), "HeadSGD", "differentiable = False", group.get("differentiable"))

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ._arguments import is_number
+
 Coefficient = float | Tensor  # a 0-dim tensor: state that lives on a device, read there
 Coefficients = tuple[Coefficient, Coefficient, Coefficient, Coefficient, Coefficient]
 
@@ -40,9 +42,9 @@ class NegativeRule:
     def __post_init__(self) -> None:
         for name in ("above", "below"):
             value = getattr(self, name)
-            if len(value) != 5 or not all(_finite_number(v) for v in value):
+            if not isinstance(value, tuple | list) or len(value) != 5 or not all(_finite_number(v) for v in value):
                 raise ValueError(f"NegativeRule: expected {name} = five finite numbers (a2, a1, a0, b1, b0), got {value!r}")
-        if not abs(float(self.f_max)) < float("inf"):
+        if not is_number(self.f_max):
             raise ValueError(f"NegativeRule: expected a finite f_max, got {self.f_max!r}")
 
 
@@ -74,7 +76,7 @@ class RowStats(NamedTuple):
 def _finite_number(value: Coefficient) -> bool:
     if isinstance(value, Tensor) and value.is_cuda:
         return value.numel() == 1
-    return abs(float(value)) < float("inf")
+    return is_number(value)
 
 
 def pack_rules(

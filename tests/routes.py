@@ -48,7 +48,7 @@ class Route:
         return self.compute_dtype == torch.bfloat16
 
 
-PAIR_ISAS = ("avx512_bf16", "avx512_vnni", "avx512", "avx2", "emulated_bf16")  # builds with 16-bit operands
+PAIR_ISAS = ("amx_bf16", "avx512_bf16", "avx512_vnni", "avx512", "avx2", "emulated_bf16", "emulated_amx")  # builds with 16-bit operands
 
 
 def _half_routes() -> list[Route]:

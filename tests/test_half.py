@@ -95,7 +95,7 @@ def half_sample(n: int, c: int, d: int, k: int, seed: int, rules: bool, memory: 
     seed=st.integers(0, 1000),
 )
 def test_fuzzed_shapes(route: Route, n: int, c: int, d: int, k: int, rules: bool, memory: bool, seed: int) -> None:
-    if route.isa == "emulated_bf16" and n * c * d > 300_000:
+    if route.isa in ("emulated_bf16", "emulated_amx") and n * c * d > 300_000:
         n = 3
     check_ops(route, half_sample(n, max(1, min(c, 1000 // k)), d, k, seed, rules, memory))
 
@@ -351,7 +351,7 @@ def test_every_16_bit_build_is_listed() -> None:
             with route():
                 formats[module.active_isa()] = module.pair_format()
     assert formats["baseline"] is None
-    assert formats["emulated_bf16"] == "bfloat16"
+    assert formats["emulated_bf16"] == formats["emulated_amx"] == "bfloat16"
     assert {isa for isa, kind in formats.items() if kind is not None} == {module_isa(r, module) for r in HALF}
 
 

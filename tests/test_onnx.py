@@ -45,9 +45,9 @@ def test_onnx(tmp_path: Path, name: str, normalize: Any) -> None:
     sent = (pixels.permute(0, 3, 1, 2).float() - mean) / std
     found = ort.InferenceSession(str(tmp_path / "m.onnx")).run(None, {"data": sent.numpy()})[0]
     with torch.no_grad():
-        torch.testing.assert_close(
-            torch.from_numpy(found), backbone.eval()(backbone.preprocessing(pixels)), rtol=1e-4, atol=1e-4
-        )
+        truth = backbone.eval()(backbone.preprocessing(pixels))
+    # 2^-24 times the ~50 layers, of the largest number: another pixel convention is off by tenths
+    assert (torch.from_numpy(found) - truth).abs().max() <= 1e-3 * truth.abs().max()
 
 
 def test_onnx_of_a_bgr_network(tmp_path: Path) -> None:

@@ -163,7 +163,7 @@ def test_attention_is_cbam() -> None:
     with pytest.raises(ValueError, match=r"features of shape \(N, 32, 3, 2\)"):
         branch(x.transpose(2, 3))
     assert rec.PerceptibilityAttention(8, 7, 4).shape == (8, 7, 7)
-    with pytest.raises(ValueError, match="spatial >= 1, got 0"):
+    with pytest.raises(ValueError, match=r"spatial >= 1, got \(0, 7\)"):
         rec.PerceptibilityAttention(8, (0, 7), 4)
 
 

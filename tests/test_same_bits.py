@@ -67,7 +67,7 @@ for n, c, d, k, half in SHAPES:
 """
 
 
-@pytest.mark.parametrize("isa", ["avx512", "avx2", "baseline", "emulated_bf16"])
+@pytest.mark.parametrize("isa", ["amx_bf16", "avx512", "avx2", "baseline", "emulated_bf16", "emulated_amx"])
 def test_uninitialised_memory_is_never_read(isa: str) -> None:
     """The same bits with torch.empty full of NaN and malloc's memory full of one byte as without."""
     with Route(isa, torch.float32, "auto", isa)():

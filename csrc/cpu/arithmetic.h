@@ -6,6 +6,10 @@
 static inline int64_t panels(const Plan& plan) { return plan.depth / kPanel; }
 static inline int64_t groups(int64_t rows) { return (rows + kRowsAtOnce - 1) / kRowsAtOnce; }
 
+struct NoSession {
+  NoSession() {}
+};
+
 // The next tile's rows of W and of the momentum, a panel of the one and a panel of the other in turn.
 struct TwoFetches {
   Fetch weight, velocity;
@@ -16,6 +20,8 @@ struct TwoFetches {
 };
 
 struct Float32 {
+  typedef NoSession Session;
+
   static void prepare(const Plan& plan, int64_t first, int64_t count, bool, Scratch& scratch, Tile& tile) {
     recog_fast::cpu::RF_ISA::prepare(plan, first, count, scratch, tile);
   }
@@ -66,7 +72,21 @@ struct Float32 {
 
 #if RF_PAIRS
 
+#if RF_AMX
+typedef TileSession PairSession;
+constexpr int64_t kPairsAtOnce = kTile;  // that a product's operands are zero-padded to
+static inline int64_t pair_steps(int64_t rows, int64_t pairs) {
+  return (rows + 2 * kTile - 1) / (2 * kTile) * ((pairs + kTile - 1) / kTile) * kTileSteps;
+}
+#else
+typedef NoSession PairSession;
+constexpr int64_t kPairsAtOnce = 1;
+static inline int64_t pair_steps(int64_t rows, int64_t pairs) { return groups(rows) * pairs; }
+#endif
+
 struct Pairs {
+  typedef PairSession Session;
+
   // Prototypes as 16-bit rows: scratch.row_pairs (k, k + depth/2) for the cosines and, for a forward sweep,
   // scratch.class_pairs (rows j, j + 1) for the pull. P_j = weight[j] * operand.
   static void prepare(const Plan& plan, int64_t first, int64_t count, bool forward, Scratch& scratch, Tile& tile) {
@@ -78,6 +98,10 @@ struct Pairs {
       const float* b = j + 1 < count ? a + tile.stride : a;
       pack_rows(plan, a, b, even, odd, j, j + 1 < count, forward, scratch);
     }
+    const int64_t pairs = (count + 1) / 2;
+    if (forward && pairs % kPairsAtOnce != 0)
+      __builtin_memset(scratch.class_pairs + pairs * plan.stride, 0,
+                       sizeof(int32_t) * std::size_t((kPairsAtOnce - pairs % kPairsAtOnce) * plan.stride));
   }
 
   static void prepare_pull(const Plan& plan, Scratch& scratch, Tile& tile) { prepare(plan, tile.first, tile.count, true, scratch, tile); }
@@ -85,9 +109,9 @@ struct Pairs {
   static void cosines(const Plan& plan, const Tile& tile, const Scratch& scratch, float* logits) {
     const int64_t half = plan.depth / 2, lanes = plan.lanes;
     for (int64_t j = 0; j < tile.count; ++j) scratch.step[j] = tile.weight[j] * plan.x_step;
-    Fetch fetch = next_memory(plan, tile, scratch, groups(tile.count) * (lanes / kPanel) * half);
+    Fetch fetch = next_memory(plan, tile, scratch, pair_steps(tile.count, half) * (lanes / kPanel));
     for (int64_t n = 0; n < lanes; n += kPanel)
-      gemm_pairs(fetch, tile.count, scratch.row_pairs, plan.pair_stride, 1, plan.x_pair_panels + n * half, kPanel, scratch.step, logits + n, lanes, half,
+      multiply(fetch, tile.count, scratch.row_pairs, plan.pair_stride, plan.x_pair_panels + n * half, kPanel, scratch.step, logits + n, lanes, half,
                  false);
   }
 
@@ -96,10 +120,16 @@ struct Pairs {
     int32_t* pairs = kept.half != nullptr ? kept.half : scratch.coefficients;
     float* step = kept.half != nullptr ? kept.step : scratch.step;
     pack_exponentials(plan, tile, exponentials, pairs, step);
-    Fetch fetch = next_rows(plan, tile, plan.classes.weight, panels(plan) * groups(plan.N) * (tile.count + 1) / 2);
+    const int64_t count = (tile.count + 1) / 2;
+    Fetch fetch = next_rows(plan, tile, plan.classes.weight, panels(plan) * pair_steps(plan.N, count));
+#if RF_AMX
+    turn_pairs(pairs, count, plan.lanes, scratch.turned, plan.turned_stride);
     for (int64_t d = 0; d < plan.depth; d += kPanel)
-      gemm_pairs(fetch, plan.N, pairs, 1, plan.lanes, scratch.class_pairs + d, plan.stride, step, out + d, plan.stride, (tile.count + 1) / 2,
-                 true);
+      multiply(fetch, plan.N, scratch.turned, plan.turned_stride, scratch.class_pairs + d, plan.stride, step, out + d, plan.stride, count, true);
+#else
+    for (int64_t d = 0; d < plan.depth; d += kPanel)
+      gemm_pairs(fetch, plan.N, pairs, 1, plan.lanes, scratch.class_pairs + d, plan.stride, step, out + d, plan.stride, count, true);
+#endif
   }
 
   static void gradient(const Plan& plan, const Tile& tile, const float* velocity, const float* slopes, Scratch& scratch) {
@@ -108,9 +138,9 @@ struct Pairs {
       const float step = pack_slopes(plan, slopes + j * plan.lanes, scratch.coefficients + j * half);
       scratch.step[j] = step * plan.x_step;
     }
-    TwoFetches fetch(plan, tile, velocity, panels(plan) * groups(tile.count) * half);
+    TwoFetches fetch(plan, tile, velocity, panels(plan) * pair_steps(tile.count, half));
     for (int64_t d = 0; d < plan.depth; d += kPanel)
-      gemm_pairs(fetch.at(d), tile.count, scratch.coefficients, half, 1, plan.x_pair_columns + d * half, kPanel, scratch.step, scratch.gradient + d,
+      multiply(fetch.at(d), tile.count, scratch.coefficients, half, plan.x_pair_columns + d * half, kPanel, scratch.step, scratch.gradient + d,
                  plan.stride, half, false);
   }
 
@@ -137,6 +167,16 @@ struct Pairs {
   }
 
  private:
+  // gemm_pairs of a left operand whose pairs lie one after the other.
+  static void multiply(Fetch& fetch, int64_t count, const int32_t* a, int64_t row, const int32_t* b, int64_t stride, const float* step, float* c,
+                       int64_t ldc, int64_t depth, bool accumulate) {
+#if RF_AMX
+    gemm_tiles(fetch, count, a, row, b, stride, step, c, ldc, depth, accumulate);
+#else
+    gemm_pairs(fetch, count, a, row, 1, b, stride, step, c, ldc, depth, accumulate);
+#endif
+  }
+
   // Sets weight[j] and returns what rows[j] is multiplied with to become operands.
   static float operand_scale(const Plan& plan, const Tile& tile, int64_t j) {
     const float inverse = tile.inverse[j];

@@ -158,6 +158,7 @@ static void finish_row(const Plan& plan, const ClassOutput& out, int64_t r, Inje
 
 template <class A>
 static void class_block(const Plan& plan, const ClassOutput& out, int64_t first, int64_t last, Scratch& scratch) {
+  const typename A::Session session;
   for (int64_t c = first; c < last; c += plan.tile_classes) {
     const int64_t end = c + plan.tile_classes < last ? c + plan.tile_classes : last;
     const KeptTile kept = kept_tile(plan, c);

@@ -9,6 +9,14 @@
 
 #include "workspace.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+#if defined(__x86_64__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace recog_fast::cpu {
 
 namespace {
@@ -20,6 +28,22 @@ bool supports_avx512() {
 }
 bool supports_vnni() { return supports_avx512() && __builtin_cpu_supports("avx512vnni"); }
 bool supports_bf16() { return supports_avx512() && __builtin_cpu_supports("avx512bf16"); }
+
+// AMX's tiles are state that Linux grants on request, to the whole process and its threads.
+bool grants_tiles() {
+#if defined(__linux__)
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  static const bool granted = syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  return granted;
+#else
+  return false;
+#endif
+}
+bool supports_amx() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
+  return supports_bf16() && __get_cpuid_count(7, 0, &a, &b, &c, &d) != 0 && (d & kBf16) != 0 && (d & kTile) != 0 && grants_tiles();
+}
 bool supports_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 #endif
 
@@ -34,6 +58,7 @@ struct Choice {
 // The best first.
 const Choice kChoices[] = {
 #if defined(__x86_64__)
+    {&kernels_amx_bf16, supports_amx, false},
     {&kernels_avx512_bf16, supports_bf16, false},
     {&kernels_avx512_vnni, supports_vnni, false},
     {&kernels_avx512, supports_avx512, false},
@@ -41,6 +66,7 @@ const Choice kChoices[] = {
 #endif
     {&kernels_baseline, always, false},
     {&kernels_emulated_bf16, always, true},
+    {&kernels_emulated_amx, always, true},
 };
 
 const Kernels* best_kernels(const std::string& wanted) {
@@ -53,13 +79,13 @@ std::atomic<const Kernels*> chosen{nullptr};
 
 struct ThreadMemory {
   Array<float> logits, rows, gradient, panel, lane, inverse, weight, step;
-  Array<int32_t> row_pairs, class_pairs, coefficients;
+  Array<int32_t> row_pairs, class_pairs, coefficients, turned;
   Array<Element> list;
   Array<const char*> ahead;
   Scratch scratch{};
 
   ThreadMemory(const Plan& plan, bool forward) {
-    const int64_t tile = round_up(plan.tile_rows, 2);
+    const int64_t tile = round_up(plan.tile_rows, plan.pairs ? kTileRowsStep : 2);
     logits = Array<float>(tile * plan.lanes);
     rows = Array<float>(tile * plan.stride);
     lane = Array<float>(plan.lanes);
@@ -74,10 +100,11 @@ struct ThreadMemory {
       row_pairs = Array<int32_t>(tile * plan.pair_stride);
       coefficients = Array<int32_t>(tile * plan.lanes / 2);
       if (forward) class_pairs = Array<int32_t>(tile / 2 * plan.stride);
+      if (forward) turned = Array<int32_t>(plan.lanes * plan.turned_stride);
     }
     scratch = {logits.get(), rows.get(), gradient.get(),  panel.get(),       lane.get(),        inverse.get(),
-               weight.get(), step.get(), row_pairs.get(), class_pairs.get(), coefficients.get(), list.get(),
-               ahead.get()};
+               weight.get(), step.get(), row_pairs.get(), class_pairs.get(), coefficients.get(), turned.get(),
+               list.get(), ahead.get()};
   }
 };
 

@@ -10,6 +10,7 @@ namespace recog_fast::cpu {
 constexpr int64_t kTileRows = 96;       // rows of W whose logits are on chip together
 constexpr int64_t kBlockRows = 960;     // rows of W of one queue entry: its partial sums do not depend on who computes it
 constexpr int64_t kDepth = 256;         // k-slice of a GEMM (pairs in 16 bits): a packed panel stays in L1
+constexpr int64_t kTileRowsStep = 32;   // what tile rows of scratch are rounded up to: AMX tiles hold 16 rows, or 16 pairs of them
 constexpr int64_t kSkew = 16;            // floats between scratch rows: a power-of-two stride would share few cache sets
 constexpr float kMasked = -1e30f;       // a cosine that takes no part (targets, losing sub-centers)
 constexpr float kMaskedBelow = -1e29f;  // no real one is: |U| without renormalize stays far above
@@ -26,6 +27,7 @@ struct Plan {
   int64_t N = 0, lanes = 0, depth = 0;     // lanes: N padded; depth: D padded, both to the width of a panel
   int64_t width = 0;                       // NR: lanes of one panel
   int64_t stride = 0, pair_stride = 0;     // of scratch rows of `depth` values, and of depth/2 pairs
+  int64_t turned_stride = 0;               // of `turned`
   int64_t tile_classes = 1, block_classes = 1;
   float scale = 1.0f;
   int64_t tile_rows = kTileRows;
@@ -83,6 +85,7 @@ struct Scratch {
   int32_t* row_pairs;     // (tile rows, pair stride)
   int32_t* class_pairs;   // (tile rows / 2, stride)
   int32_t* coefficients;  // (tile rows / 2, lanes) exponentials, or (tile rows, lanes / 2) slopes
+  int32_t* turned;        // (lanes, turned stride) exponentials by lane, for AMX
   Element* list;          // (max(tile rows, lanes) + 1,)
   const char** ahead;     // (tile rows,) memory rows of the next tile; null without a memory
 };
@@ -120,6 +123,8 @@ extern const Kernels kernels_avx2;
 extern const Kernels kernels_avx512;
 extern const Kernels kernels_avx512_vnni;
 extern const Kernels kernels_avx512_bf16;
+extern const Kernels kernels_amx_bf16;
 extern const Kernels kernels_emulated_bf16;  // plain vectors: the 16-bit logic of avx512_bf16 on any CPU, for tests
+extern const Kernels kernels_emulated_amx;   // and that of amx_bf16
 
 }  // namespace recog_fast::cpu

@@ -8,7 +8,18 @@ static int64_t float32_rounds(float* buffer, int64_t rounds) {
   return rounds * kRowsAtOnce * kPanel * kDepth;
 }
 
-#if RF_PAIRS
+#if RF_AMX
+static int64_t pair_rounds(float* buffer, int64_t rounds) {
+  const TileSession session;
+  constexpr int64_t kPairs = kDepth / 2;  // 32 rows of them fill the place of A
+  const int32_t* a = reinterpret_cast<const int32_t*>(buffer);
+  const int32_t* b = a + 2 * kTile * kPairs;
+  float* c = buffer + (2 * kTile + kPanel) * kPairs;
+  Fetch nothing;
+  for (int64_t r = 0; r < rounds; ++r) micro_tiles<2>(nothing, a, kPairs, b, kPanel, c, kPanel, kPairs, false);
+  return rounds * 2 * 2 * kTile * kPanel * kPairs;
+}
+#elif RF_PAIRS
 static int64_t pair_rounds(float* buffer, int64_t rounds) {
   const int32_t* a = reinterpret_cast<const int32_t*>(buffer);
   const int32_t* b = a + kRowsAtOnce * kDepth;

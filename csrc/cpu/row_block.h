@@ -103,6 +103,7 @@ static void keep_scales(const Plan& plan, const Tile& tile, const Partial& out, 
 
 template <class A>
 static void row_block(const Plan& plan, int64_t first, int64_t last, Partial& out, Scratch& scratch) {
+  const typename A::Session session;
   const int64_t K = plan.classes.K;
   for (int64_t c = first; c < last; c += plan.tile_classes) {
     const int64_t end = c + plan.tile_classes < last ? c + plan.tile_classes : last;

@@ -90,8 +90,8 @@ struct ClassOutput {
   bool sparse = false;        // kStep: classes outside `members` stay as they are; else momentum and decay move them
 };
 
-// Which build of the kernels runs: "avx512_bf16", "avx512_vnni", "avx512", "avx2", "baseline" or "emulated_bf16" (never by
-// itself); `force` as above, or null for the best this CPU has.
+// Which build of the kernels runs: "amx_bf16", "avx512_bf16", "avx512_vnni", "avx512", "avx2", "baseline" or, never by itself,
+// "emulated_bf16" or "emulated_amx"; `force` as above, or null for the best this CPU has.
 const char* select_isa(const char* force);
 const char* active_isa();
 bool runs_isa(const char* name);  // whether this CPU can

@@ -39,6 +39,7 @@ void shape_plan(const Classes& classes, int64_t N, const Kernels& kernels, bool 
   plan.pairs = pairs;
   plan.tile_classes = std::max<int64_t>(1, kTileRows / classes.K);
   plan.tile_rows = plan.tile_classes * classes.K;
+  plan.turned_stride = round_up(plan.tile_rows, kTileRowsStep) / 2 + kSkew;
   plan.block_classes = std::max<int64_t>(1, kBlockRows / plan.tile_rows) * plan.tile_classes;
 }
 

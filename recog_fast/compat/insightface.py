@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from recog_fast._arguments import are_numbers, is_number, is_whole
 from recog_fast.heads import MarginHead
 from recog_fast.margins import ArcFace, CosFace, InterclassFilter
 
@@ -34,8 +35,10 @@ def margin_from_list(margin_list: Sequence[float], interclass_filtering_threshol
     (1, m2, 0): ArcFace(m2, fallback="none", gradient="straight_through"). m3 > 0: CosFace(m3), whatever m1 and m2 are, as
     there. A threshold > 0 wraps it in `InterclassFilter`. Raises ValueError for what arcface_torch has no formula for.
     """
-    if len(margin_list) != 3:
-        raise ValueError(f"margin_from_list: expected margin_list of three numbers, got {list(margin_list)!r}")
+    if not are_numbers(margin_list, 3):
+        raise ValueError(f"margin_from_list: expected margin_list of three numbers, got {margin_list!r}")
+    if not is_number(interclass_filtering_threshold, -1.0, 1.0):
+        raise ValueError(f"margin_from_list: expected interclass_filtering_threshold in [-1, 1], got {interclass_filtering_threshold!r}")
     m1, m2, m3 = (float(m) for m in margin_list)
     margin: Any
     if m1 == 1.0 and m3 == 0.0:
@@ -59,7 +62,18 @@ class CombinedMarginLoss:
     interclass_filtering_threshold: float = 0.0
 
     def __post_init__(self) -> None:
-        _ = self.margin
+        for name in ("s", "m1", "m2", "m3", "interclass_filtering_threshold"):
+            if not is_number(getattr(self, name)):
+                raise ValueError(f"CombinedMarginLoss: expected {name} as a finite number, got {getattr(self, name)!r}")
+        if not self.s > 0:
+            raise ValueError(f"CombinedMarginLoss: expected s > 0, got {self.s!r}")
+        try:
+            _ = self.margin
+        except ValueError as error:
+            raise ValueError(
+                f"CombinedMarginLoss: expected margin_list (m1, m2, m3) = (1, m2 in [0, pi], 0) or (., ., m3 in (0, 2]) and "
+                f"interclass_filtering_threshold in [-1, 1], got {(self.m1, self.m2, self.m3)} and {self.interclass_filtering_threshold}"
+            ) from error
 
     @property
     def margin(self) -> Any:
@@ -88,6 +102,11 @@ class PartialFC_V2(MarginHead):
             raise TypeError(
                 f"PartialFC_V2: expected margin_loss to be a CombinedMarginLoss, got {type(margin_loss).__name__}"
             )
+        for name, value in (("embedding_size", embedding_size), ("num_classes", num_classes)):
+            if not is_whole(value, 1):
+                raise ValueError(f"PartialFC_V2: expected {name} as an integer >= 1, got {value!r}")
+        if not is_number(sample_rate, 0, 1, above=True):
+            raise ValueError(f"PartialFC_V2: expected sample_rate in (0, 1], got {sample_rate!r}")
         super().__init__(
             num_classes,
             embedding_size,

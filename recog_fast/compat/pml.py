@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from recog_fast._arguments import is_number, is_whole
 from recog_fast.heads import MarginHead
 from recog_fast.losses import margin_softmax_loss
 from recog_fast.margins import ArcFace, CosFace, Softmax
@@ -54,9 +55,9 @@ class _MarginLoss(nn.Module):
             ("embedding_size", embedding_size),
             ("sub_centers", sub_centers),
         ):
-            if not isinstance(value, int) or value < 1:
+            if not is_whole(value, 1):
                 raise ValueError(f"{name}: expected {argument} >= 1, got {value!r}")
-        if not scale > 0:
+        if not is_number(scale, 0, above=True):
             raise ValueError(f"{name}: expected a positive scale, got {scale!r}")
         self.num_classes, self.embedding_size, self.sub_centers = num_classes, embedding_size, sub_centers
         self.scale, self._margin = float(scale), margin
@@ -109,6 +110,16 @@ class _MarginLoss(nn.Module):
         return head.to(self.W.device)
 
 
+def _checked(name: str, margin: float, low: float, high: float) -> float:
+    if not is_number(margin, low, high):
+        raise ValueError(f"{name}: expected margin in [{low}, {high}], got {margin!r}")
+    return float(margin)
+
+
+def _arcface(name: str, degrees: float) -> ArcFace:
+    return ArcFace(math.radians(_checked(name, degrees, 0, 180)))
+
+
 class ArcFaceLoss(_MarginLoss):
     """ArcFace: target logit scale * cos(theta + m), m = radians(margin); past theta = pi - m: scale * (cos theta - m sin m).
 
@@ -118,7 +129,7 @@ class ArcFaceLoss(_MarginLoss):
     def __init__(
         self, num_classes: int, embedding_size: int, margin: float = 28.6, scale: float = 64, **options: Any
     ) -> None:
-        super().__init__(num_classes, embedding_size, ArcFace(math.radians(margin)), scale, **options)
+        super().__init__(num_classes, embedding_size, _arcface("ArcFaceLoss", margin), scale, **options)
         self.margin = math.radians(margin)
 
 
@@ -128,7 +139,7 @@ class CosFaceLoss(_MarginLoss):
     def __init__(
         self, num_classes: int, embedding_size: int, margin: float = 0.35, scale: float = 64, **options: Any
     ) -> None:
-        super().__init__(num_classes, embedding_size, CosFace(margin), scale, **options)
+        super().__init__(num_classes, embedding_size, CosFace(_checked("CosFaceLoss", margin, -2, 2)), scale, **options)
         self.margin = margin
 
 
@@ -136,7 +147,7 @@ class NormalizedSoftmaxLoss(_MarginLoss):
     """NormFace: softmax over cosine / temperature. Raises ValueError for sizes below 1 or a temperature that is not positive."""
 
     def __init__(self, num_classes: int, embedding_size: int, temperature: float = 0.05, **options: Any) -> None:
-        if not temperature > 0:
+        if not is_number(temperature, 0, above=True):
             raise ValueError(f"NormalizedSoftmaxLoss: expected a positive temperature, got {temperature!r}")
         super().__init__(num_classes, embedding_size, Softmax(), 1.0 / temperature, **options)
         self.temperature = temperature
@@ -155,7 +166,7 @@ class SubCenterArcFaceLoss(_MarginLoss):
         sub_centers: int = 3,
         **options: Any,
     ) -> None:
-        super().__init__(num_classes, embedding_size, ArcFace(math.radians(margin)), scale, sub_centers, **options)
+        super().__init__(num_classes, embedding_size, _arcface("SubCenterArcFaceLoss", margin), scale, sub_centers, **options)
         self.margin = math.radians(margin)
 
     @torch.no_grad()

@@ -1,15 +1,17 @@
 """arcface_torch's training recipes (configs/*.py, or the same fields as YAML) as settings of `recog-fast train`.
 
-A .py recipe is read, not run: lines `config.<field> = <literal>` count, imports and `config = edict()` are passed over, and
-anything else is refused. Fields a recipe leaves out have the values of arcface_torch's configs/base.py.
+A .py recipe is read, not run: lines `config.<field> = <value>` count, a value being a literal or arithmetic of numbers and
+earlier fields (`config.num_epoch // 10`); imports and `config = edict()` are passed over, and anything else is refused.
+Fields a recipe leaves out have the values of arcface_torch's configs/base.py.
 """
 
 from __future__ import annotations
 
 import ast
 import dataclasses
+import operator
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -87,13 +89,38 @@ def _literal_fields(text: str, file: Path) -> dict[str, Any]:
         try:
             if not plain or not isinstance(statement, ast.Assign) or not isinstance(target, ast.Attribute):
                 raise ValueError("another statement")
-            fields[target.attr] = ast.literal_eval(statement.value)
-        except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError) as error:
+            fields[target.attr] = _value(statement.value, fields)
+        except (ValueError, TypeError, SyntaxError, ArithmeticError, RecursionError, MemoryError) as error:
             line = ast.unparse(statement).splitlines()[0]
             raise ValueError(
-                f"read_recipe: expected lines config.<field> = <literal> in {file}, got line {statement.lineno}: {line:.80}"
+                f"read_recipe: expected lines config.<field> = <literal or arithmetic> in {file}, got line {statement.lineno}: {line:.80}"
             ) from error
     return fields
+
+
+def _no_less_than_0(warmup: Any) -> Any:
+    """Old recipes write -1 for no warm-up."""
+    return max(0, warmup) if isinstance(warmup, int | float) else warmup
+
+
+_ARITHMETIC: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
+    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
+    ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod,
+}  # fmt: skip
+
+
+def _value(node: ast.expr, fields: Mapping[str, Any]) -> Any:
+    """A literal, an earlier field (`config.lr`), or arithmetic of numbers among them; ValueError for anything else."""
+    if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "config":
+        if node.attr not in fields:
+            raise ValueError(f"config.{node.attr} comes later or not at all")
+        return fields[node.attr]
+    if isinstance(node, ast.BinOp) and type(node.op) in _ARITHMETIC:
+        pair = _value(node.left, fields), _value(node.right, fields)
+        if not all(isinstance(value, int | float) for value in pair):
+            raise ValueError("arithmetic of something else than numbers")
+        return _ARITHMETIC[type(node.op)](*pair)
+    return ast.literal_eval(node)
 
 
 def _is_text(statement: ast.stmt) -> bool:
@@ -128,7 +155,7 @@ def recipe_settings(fields: Mapping[str, Any]) -> Recipe:
     W from N(0, 0.01), the polynomial schedule with its full rate at step 0, decay of every weight, gradients of the
     backbone clipped to 5, horizontal flips.
 
-    Raises ValueError for a network or margin that is not here.
+    Raises ValueError for a network or margin that is not here, TypeError for a value of another kind.
     """
     values = {**BASE, **fields}
     if values["network"] not in NETWORKS:
@@ -149,7 +176,7 @@ def recipe_settings(fields: Mapping[str, Any]) -> Recipe:
         "optimizer": "adamw" if adam else "sgd",
         "head_optimizer": "adamw" if adam else "headsgd",
         "lr_schedule": "polynomial",
-        "warmup_epoch": values["warmup_epoch"],
+        "warmup_epoch": _no_less_than_0(values["warmup_epoch"]),
         "clip_grad_norm": 5.0,
         "precision": "auto" if values["fp16"] else "float32",
         "val_targets": [os.path.join(rec, f"{name}.bin") for name in values["val_targets"]],

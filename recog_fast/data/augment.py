@@ -10,9 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from recog_fast._arguments import are_numbers, is_number, is_whole
+
 from . import degradations
 from .images import Image, LabelledImages, images_to_tensor, resize_image
-from .wrappers import Wrapper
+from .wrappers import Wrapper, checked_sides
 
 Key = int | tuple[int, int]  # index, or (epoch, index) as ResumableBatches yields it
 
@@ -27,7 +29,7 @@ class Augmentation:
     occlusion_area  share covered                           motion_length  pixels, at any angle
     blur_sigma      pixels, Gaussian                        smallest  shortest side low_resolution goes to, pixels
     QAFace: crop and low_resolution 0.2 each.
-    Raises ValueError for a probability outside [0, 1].
+    Raises ValueError for a probability outside [0, 1], and ranges that are not two numbers.
     """
 
     flip: float = 0.5
@@ -49,8 +51,14 @@ class Augmentation:
     def __post_init__(self) -> None:
         for name in (*(field.name for field in dataclasses.fields(self)[:8]), "rotation"):
             value = getattr(self, name)
-            if not 0.0 <= value <= 1.0:
-                raise ValueError(f"Augmentation: expected {name} in [0, 1], got {value}")
+            if not is_number(value, 0.0, 1.0):
+                raise ValueError(f"Augmentation: expected {name} in [0, 1], got {value!r}")
+        for name in ("crop_scale", "occlusion_area", "motion_length", "blur_sigma"):
+            if not are_numbers(getattr(self, name), 2, 0.0):
+                raise ValueError(f"Augmentation: expected {name} as two numbers >= 0, got {getattr(self, name)!r}")
+        if not is_whole(self.smallest, 1) or not is_number(self.degrees, 0.0):
+            name, value = ("degrees", self.degrees) if is_whole(self.smallest, 1) else ("smallest", self.smallest)
+            raise ValueError(f"Augmentation: expected {name} {'>= 0' if name == 'degrees' else 'as an integer >= 1'}, got {value!r}")
 
     @property
     def steps(self) -> bool:
@@ -98,8 +106,12 @@ class Augmented(Wrapper):
         seed: int = 0,
         size: int | tuple[int, int] | None = None,
     ) -> None:
-        if seed < 0:
-            raise ValueError(f"Augmented: expected seed >= 0, got {seed}")
+        if not is_whole(seed, 0):
+            raise ValueError(f"Augmented: expected seed as an integer >= 0, got {seed!r}")
+        if augmentation is not None and not callable(augmentation):
+            raise TypeError(f"Augmented: expected augmentation as an Augmentation or None, got {augmentation!r}")
+        if size is not None:
+            checked_sides("Augmented", size)
         super().__init__(dataset)
         self.augmentation = augmentation
         self.seed = seed

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import Dataset, Sampler
+
+from recog_fast._arguments import is_whole
 
 from .images import LabelledImages, checked_index
 from .sampler import ResumableBatches
@@ -25,6 +27,10 @@ class MixedDataset(Dataset[tuple[Any, int]]):
     def __init__(
         self, datasets: Sequence[LabelledImages], *, share_classes: bool = False, unlabelled: Sequence[int] = ()
     ) -> None:
+        if not isinstance(datasets, Sequence) or not all(hasattr(one, "labels") and hasattr(one, "num_classes") for one in datasets):
+            raise TypeError(f"MixedDataset: expected datasets as a list of labelled datasets, got {datasets!r:.80}")
+        if not isinstance(unlabelled, Collection) or not all(is_whole(one) for one in unlabelled):
+            raise TypeError(f"MixedDataset: expected unlabelled as numbers of datasets, got {unlabelled!r:.80}")
         if not len(datasets) or not set(unlabelled) <= set(range(len(datasets))):
             raise ValueError(
                 f"MixedDataset: expected datasets, unlabelled ones by their number, got {len(datasets)} of them, "
@@ -78,8 +84,17 @@ class StreamBatches(Sampler[list[tuple[int, int]]]):
         world_size: int = 1,
         steps: int | None = None,
     ) -> None:
+        for name, value in (("lengths", lengths), ("counts", counts)):
+            if not isinstance(value, Sequence) or isinstance(value, str | bytes) or not all(is_whole(one) for one in value):
+                raise ValueError(f"StreamBatches: expected {name} as integers, got {value!r:.80}")
         if not len(lengths) or len(lengths) != len(counts):
-            raise ValueError(f"StreamBatches: expected one count per length, got {list(lengths)}, {list(counts)}")
+            raise ValueError(f"StreamBatches: expected one count per length (lengths, counts), got {list(lengths)}, {list(counts)}")
+        if not is_whole(seed, 0):
+            raise ValueError(f"StreamBatches: expected seed as an integer >= 0, got {seed!r}")
+        if not is_whole(world_size, 1) or not is_whole(rank, 0, world_size - 1):
+            raise ValueError(f"StreamBatches: expected world_size >= 1 and rank in [0, world_size), got {world_size!r} and {rank!r}")
+        if steps is not None and not is_whole(steps, 0):
+            raise ValueError(f"StreamBatches: expected steps as an integer >= 0 or None, got {steps!r}")
         self.steps = steps
         self.starts = np.cumsum([0, *lengths[:-1]]).tolist()
         self.streams = [

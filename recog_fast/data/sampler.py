@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 import numpy as np
 from torch.utils.data import Sampler
 
+from recog_fast._arguments import is_whole
+
 T = TypeVar("T")
 
 
@@ -42,17 +44,19 @@ class ResumableBatches(Sampler[list[tuple[int, int]]]):
         world_size: int = 1,
         drop_last: bool = True,
     ) -> None:
-        self.length = length if isinstance(length, int) else len(length)
+        if not is_whole(length) and not isinstance(length, Sized):
+            raise TypeError(f"ResumableBatches: expected length as an integer or anything with one, got {length!r}")
+        self.length = len(length) if isinstance(length, Sized) else length
         for name, value, low in (
             ("length", self.length, 1),
             ("batch_size", batch_size, 1),
             ("world_size", world_size, 1),
             ("seed", seed, 0),
         ):
-            if value < low:
-                raise ValueError(f"ResumableBatches: expected {name} >= {low}, got {value}")
-        if not 0 <= rank < world_size:
-            raise ValueError(f"ResumableBatches: expected rank in [0, world_size) = [0, {world_size}), got {rank}")
+            if not is_whole(value, low):
+                raise ValueError(f"ResumableBatches: expected {name} >= {low}, got {value!r}")
+        if not is_whole(rank, 0, world_size - 1):
+            raise ValueError(f"ResumableBatches: expected rank in [0, world_size) = [0, {world_size}), got {rank!r}")
         if drop_last and self.length < batch_size * world_size:
             raise ValueError(
                 "ResumableBatches: expected length >= batch_size * world_size with drop_last, "

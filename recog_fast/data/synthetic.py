@@ -13,6 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
+from recog_fast._arguments import is_choice
+
 from .synthetic_drawing import draw
 from .synthetic_parameters import (
     PAIRS,
@@ -72,9 +74,9 @@ class SyntheticIdentities(Dataset[tuple[NDArray[np.uint8], int]]):
         self.size = _check_int("size", size, 32, 112)
         self.seed = _check_int("seed", seed, 0, (1 << 64) - 1)
         self.first_identity = _check_int("first_identity", first_identity, 0, 1 << 31)
-        if split not in SPLITS:
+        if not is_choice(split, SPLITS):
             raise ValueError(f"SyntheticIdentities: expected split one of {SPLITS}, got {split!r}")
-        if quality not in QUALITIES:
+        if not is_choice(quality, QUALITIES):
             raise ValueError(f"SyntheticIdentities: expected quality one of {QUALITIES}, got {quality!r}")
         self.split, self.quality_mode = split, quality
         self._images: NDArray[np.uint8] | None = None

@@ -14,6 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
+from recog_fast._arguments import are_whole, is_whole
+
 from .images import CorruptImage, LabelledImages, checked_index, resize_image
 
 
@@ -21,6 +23,9 @@ class Wrapper(Dataset[tuple[Any, int]]):
     """Same length, labels and names as the dataset inside."""
 
     def __init__(self, dataset: LabelledImages) -> None:
+        missing = [name for name in ("__len__", "__getitem__", "labels", "num_classes") if not hasattr(dataset, name)]
+        if missing or isinstance(dataset, str):
+            raise TypeError(f"{type(self).__name__}: expected dataset with {', '.join(missing) or 'images'}, got {type(dataset).__name__}")
         self.dataset = dataset
 
     @property
@@ -54,8 +59,10 @@ class SkipCorrupt(Wrapper):
 
     def __init__(self, dataset: LabelledImages, quarantine: Path | str | None = None, budget: int = 100) -> None:
         super().__init__(dataset)
-        if budget < 0:
-            raise ValueError(f"SkipCorrupt: expected budget >= 0, got {budget}")
+        if not is_whole(budget, 0):
+            raise ValueError(f"SkipCorrupt: expected budget >= 0, an integer, got {budget!r}")
+        if quarantine is not None and not isinstance(quarantine, str | os.PathLike):
+            raise TypeError(f"SkipCorrupt: expected quarantine as a path or None, got {quarantine!r}")
         self.budget = budget
         self._noted: set[str] = set()  # written down by this process, within the budget
         if quarantine is None:
@@ -125,14 +132,19 @@ class Resized(Wrapper):
 
     def __init__(self, dataset: LabelledImages, size: int | tuple[int, int]) -> None:
         super().__init__(dataset)
-        sides = (size, size) if isinstance(size, int) else size
-        if min(sides) < 1:
-            raise ValueError(f"Resized: expected size >= 1, got {size}")
-        self.size = sides
+        self.size = checked_sides("Resized", size)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
         image, label = super().__getitem__(index)
         return resize_image(image, self.size), label
+
+
+def checked_sides(where: str, size: int | tuple[int, int]) -> tuple[int, int]:
+    """(height, width) of a size; ValueError unless both are integers >= 1."""
+    sides: tuple[int, int] = (size, size) if isinstance(size, int) else size
+    if not are_whole(sides, 2, 1):
+        raise ValueError(f"{where}: expected size >= 1 as one integer or (height, width), got {size!r}")
+    return sides
 
 
 class ClassSubset(Dataset[tuple[Any, int]]):

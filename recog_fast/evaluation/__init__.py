@@ -23,8 +23,13 @@ from recog_fast.evaluation.erc import (
 )
 from recog_fast.evaluation.gallery import Gallery, GalleryItem, pair_galleries, png_data_uri, strip
 from recog_fast.evaluation.histograms import ScoreHistograms, all_pairs
-from recog_fast.evaluation.identification import cumulative_match, identification, mean_average_precision
-from recog_fast.evaluation.nearest import search
+from recog_fast.evaluation.identification import (
+    cumulative_match,
+    fpir_threshold,
+    identification,
+    mean_average_precision,
+)
+from recog_fast.evaluation.nearest import GallerySearch, search
 from recog_fast.evaluation.protocols import (
     four_forms,
     robustness,
@@ -44,6 +49,7 @@ from recog_fast.evaluation.verification import equal_error_rate, roc_curve, tar_
 __all__ = [
     "Gallery",
     "GalleryItem",
+    "GallerySearch",
     "QualityComparison",
     "ScoreHistograms",
     "SubgroupReport",
@@ -58,6 +64,7 @@ __all__ = [
     "error_versus_reject",
     "evaluate_bin",
     "four_forms",
+    "fpir_threshold",
     "identification",
     "mean_average_precision",
     "overlay",

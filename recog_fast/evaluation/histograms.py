@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
+from recog_fast._arguments import is_whole
 from recog_fast.evaluation._arrays import FloatArray, IntArray, floats, integers, to_numpy
 
 Counts = NDArray[np.int64]
@@ -30,8 +31,8 @@ class ScoreHistograms:
     impostor: Counts = field(init=False)
 
     def __post_init__(self) -> None:
-        if self.bins < 2:
-            raise ValueError(f"ScoreHistograms: expected bins >= 2, got {self.bins}")
+        if not is_whole(self.bins, 2):
+            raise ValueError(f"ScoreHistograms: expected bins >= 2, an integer, got {self.bins!r}")
         self.genuine = np.zeros(self.bins, dtype=np.int64)
         self.impostor = np.zeros(self.bins, dtype=np.int64)
 

@@ -55,6 +55,23 @@ def _tpir(best: FloatArray, within: BoolArray, alarms: FloatArray, k: int) -> fl
     return float((passed & within).mean())
 
 
+def fpir_threshold(best: ArrayLike | torch.Tensor, fpir: float) -> float:
+    """The score from which a search counts as a match, so that at most a share `fpir` of people who are not in the gallery
+    gets one: the smallest t with (best >= t) in at most floor(fpir Q) of the Q non-mated searches, ties included.
+
+    best (Q,): each non-mated search's highest score. With fewer than 1 / fpir searches that is above all of them, and
+    says little. Raises ValueError for no or non-finite scores and an fpir outside [0, 1].
+    """
+    where = "fpir_threshold"
+    scores = np.sort(floats(where, "best", best, 1))[::-1]
+    if isinstance(fpir, bool) or not isinstance(fpir, int | float) or not 0 <= fpir <= 1:
+        raise ValueError(f"{where}: expected fpir in [0, 1], got {fpir!r}")
+    if len(scores) == 0:
+        raise ValueError(f"{where}: expected at least one non-mated search in best, got none")
+    let_through = int(fpir * len(scores) + 1e-9)
+    return -np.inf if let_through >= len(scores) else float(np.nextafter(scores[let_through], np.inf))
+
+
 def _ranked_lists(
     where: str,
     similarity: ArrayLike | torch.Tensor,

@@ -10,6 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from recog_fast._arguments import is_choice
+
 Fallback = Literal["linear", "easy", "keep", "clip", "none"]
 MarginFunction = Callable[[Tensor, Tensor], Tensor]
 
@@ -35,7 +37,7 @@ def check_number(owner: str, name: str, value: Any, low: float, high: float, *, 
 
 def check_choice(owner: str, name: str, value: Any, choices: tuple[str, ...]) -> None:
     """Raise ValueError unless `value` is one of `choices`."""
-    if value not in choices:
+    if not is_choice(value, choices):
         raise ValueError(f"{owner}: expected {name} one of {', '.join(choices)}, got {value!r}")
 
 

@@ -8,6 +8,7 @@ from typing import SupportsIndex
 import torch
 from torch import Tensor
 
+from .._arguments import is_whole
 from ..ops.memory_write import MAX_STEP
 
 _MAX_CLASSES = torch.iinfo(torch.int32).max
@@ -17,8 +18,8 @@ _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 def check_sizes(num_classes: int, embedding_dim: int, capacity: int | None, dtype: torch.dtype) -> None:
     """Sizes and dtype of a memory."""
     for name, value in (("num_classes", num_classes), ("embedding_dim", embedding_dim), ("capacity", capacity)):
-        if value is not None and value < 1:
-            raise ValueError(f"PrototypeMemory: expected {name} >= 1, got {value}")
+        if not is_whole(value, 1) and not (name == "capacity" and value is None):
+            raise ValueError(f"PrototypeMemory: expected {name} as an integer >= 1, got {value!r}")
     if num_classes > _MAX_CLASSES:
         raise ValueError(f"PrototypeMemory: expected num_classes <= {_MAX_CLASSES} (int32 slots), got {num_classes}")
     if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):

@@ -8,6 +8,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from .._arguments import is_number
+
 
 class MomentumEncoder(nn.Module):
     """A slowly moving copy of the backbone, which makes the keys a `PrototypeMemory` stores.
@@ -26,7 +28,7 @@ class MomentumEncoder(nn.Module):
         super().__init__()
         if not isinstance(backbone, nn.Module):
             raise TypeError(f"MomentumEncoder: expected backbone as an nn.Module, got {type(backbone).__name__}")
-        if not 0.0 <= gamma <= 1.0:
+        if not is_number(gamma, 0.0, 1.0):
             raise ValueError(f"MomentumEncoder: expected gamma in [0, 1], got {gamma!r}")
         self.gamma = gamma
         self.key = copy.deepcopy(_unwrap(backbone)).requires_grad_(False)

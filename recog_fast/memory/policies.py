@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from .._arguments import is_choice, is_number
 from ..ops._cuda_native import norm_statistics
 
 
@@ -107,9 +107,9 @@ class QAFace:
     def __post_init__(self) -> None:
         _check_non_negative("QAFace", tau=self.tau, inject_scale=self.inject_scale)
         _check_steps("QAFace", delta=self.delta, start=self.start)
-        if not 0.0 <= self.ema <= 1.0:
+        if not is_number(self.ema, 0.0, 1.0):
             raise ValueError(f"QAFace: expected ema in [0, 1], got {self.ema!r}")
-        if self.on_reject not in ("overwrite", "skip"):
+        if not is_choice(self.on_reject, ("overwrite", "skip")):
             raise ValueError(f'QAFace: expected on_reject "overwrite" or "skip", got {self.on_reject!r}')
 
     @property
@@ -157,7 +157,7 @@ class QAFace:
 
 def _check_non_negative(name: str, **values: float) -> None:
     for argument, value in values.items():
-        if not (math.isfinite(value) and value >= 0.0):
+        if not is_number(value, 0.0):
             raise ValueError(f"{name}: expected {argument} >= 0 and finite, got {value!r}")
 
 

@@ -15,6 +15,7 @@ from .loading import LoadReport, load_backbone
 from .mobilefacenet import MobileFaceNet
 from .mobilenet import MobileNetV1, MobileNetV2
 from .onnx_export import export_onnx, onnx_errors
+from .onnx_file import OnnxModel, import_onnx, load_onnx, save_onnx_card
 from .registry import build_model, model_names
 from .tiny import TinyNet
 
@@ -26,14 +27,18 @@ __all__ = [
     "MobileNetV1",
     "MobileNetV2",
     "ModelCard",
+    "OnnxModel",
     "Preprocessing",
     "TinyNet",
     "build_model",
     "export_onnx",
+    "import_onnx",
     "load_backbone",
     "load_model",
+    "load_onnx",
     "model_names",
     "onnx_errors",
     "read_card",
     "save_model",
+    "save_onnx_card",
 ]

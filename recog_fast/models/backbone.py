@@ -10,6 +10,8 @@ from typing import Literal, overload
 import torch
 from torch import Tensor, nn
 
+from recog_fast._arguments import are_numbers, is_choice, is_number
+
 Triple = tuple[float, float, float]
 
 # All networks here halve the image four times with padded convs: a side of n pixels becomes ceil(n / 16).
@@ -32,11 +34,11 @@ class Preprocessing:
     color_order: Literal["RGB", "BGR"] = "RGB"
 
     def __post_init__(self) -> None:
-        if len(self.mean) != 3 or not all(math.isfinite(v) for v in self.mean):
+        if not are_numbers(self.mean, 3):
             raise ValueError(f"Preprocessing: expected mean of three finite numbers, got {self.mean}")
-        if len(self.std) != 3 or not all(math.isfinite(v) and v > 0 for v in self.std):
+        if not are_numbers(self.std, 3, 0, above=True):
             raise ValueError(f"Preprocessing: expected std of three positive numbers, got {self.std}")
-        if self.color_order not in ("RGB", "BGR"):
+        if not is_choice(self.color_order, ("RGB", "BGR")):
             raise ValueError(f"Preprocessing: expected color_order 'RGB' or 'BGR', got {self.color_order!r}")
 
     def __call__(self, images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -73,7 +75,7 @@ def image_shape(name: str, input_size: int | tuple[int, int]) -> tuple[int, int]
 
 def check_dropout(name: str, dropout: float) -> float:
     """The drop probability in [0, 1), or a ValueError in the name of the model."""
-    if not 0.0 <= dropout < 1.0:
+    if not is_number(dropout, 0, 1, below=True):
         raise ValueError(f"{name}: expected dropout in [0, 1), got {dropout!r}")
     return float(dropout)
 
@@ -108,6 +110,8 @@ class Backbone(nn.Module):
         self.input_size = image_shape(name, input_size)
         height, width = (-(-side // TOTAL_STRIDE) for side in self.input_size)
         self.feature_shape = (feature_channels, height, width)
+        if preprocessing is not None and not isinstance(preprocessing, Preprocessing):
+            raise TypeError(f"{name}: expected preprocessing as a Preprocessing or None, got {type(preprocessing).__name__}")
         self.preprocessing = preprocessing if preprocessing is not None else Preprocessing()
 
     @overload

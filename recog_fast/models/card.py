@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -137,14 +138,19 @@ def save_model(backbone: Backbone, folder: str | os.PathLike[str], card: ModelCa
         embedding_dim=backbone.embedding_dim,
         input_size=backbone.input_size,
         preprocessing=backbone.preprocessing,
-        sha256=_sha256(new),
+        sha256=file_hash(new),
     )
     os.replace(new, place / WEIGHTS)
-    for name, text in ((CARD, written.to_json()), (README, written.to_markdown())):
-        draft = place / f".{name}.new"
-        draft.write_text(text, encoding="utf-8")
-        os.replace(draft, place / name)
+    write_texts({place / CARD: written.to_json(), place / README: written.to_markdown()})
     return written
+
+
+def write_texts(texts: Mapping[Path, str]) -> None:
+    """Write text files, each whole or not at all."""
+    for file, text in texts.items():
+        draft = file.with_name(f".{file.name}.new")
+        draft.write_text(text, encoding="utf-8")
+        os.replace(draft, file)
 
 
 def load_model(folder: str | os.PathLike[str]) -> tuple[Backbone, ModelCard]:
@@ -156,7 +162,7 @@ def load_model(folder: str | os.PathLike[str]) -> tuple[Backbone, ModelCard]:
     weights = Path(folder) / WEIGHTS
     if not weights.is_file():
         raise ValueError(f"load_model: expected {WEIGHTS} in {os.fspath(folder)}, got none")
-    found = _sha256(weights)
+    found = file_hash(weights)
     if card.sha256 and found != card.sha256:
         raise ValueError(f"load_model: expected {weights} of sha256 {card.sha256}, got {found}")
     backbone = _built(card)
@@ -179,7 +185,8 @@ def _shapes(module: torch.nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(value.shape) for name, value in module.state_dict().items()}
 
 
-def _sha256(path: Path) -> str:
+def file_hash(path: Path) -> str:
+    """sha256 of a file."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 22):

@@ -7,6 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from recog_fast._arguments import is_whole
+
 from .backbone import Backbone, Preprocessing, check_dropout, without_autocast
 
 Depth = Literal[18, 34, 50, 100, 200]
@@ -71,7 +73,7 @@ class IResNet(Backbone):
         dropout: float = 0.0,
         preprocessing: Preprocessing | None = None,
     ) -> None:
-        if depth not in BLOCKS:
+        if not is_whole(depth) or depth not in BLOCKS:
             raise ValueError(f"IResNet: expected depth in {sorted(BLOCKS)}, got {depth!r}")
         super().__init__(
             embedding_dim=embedding_dim, input_size=input_size, feature_channels=WIDTHS[-1], preprocessing=preprocessing

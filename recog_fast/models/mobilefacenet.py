@@ -7,6 +7,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from recog_fast._arguments import are_whole
+
 from .backbone import Backbone, Preprocessing, kaiming_initialise, without_autocast
 
 Blocks = tuple[int, int, int, int]
@@ -79,7 +81,7 @@ class MobileFaceNet(Backbone):
         scale: int = 2,
         preprocessing: Preprocessing | None = None,
     ) -> None:
-        if len(blocks) != 4 or not all(isinstance(n, int) and n >= 1 for n in blocks):
+        if not are_whole(blocks, 4, 1):
             raise ValueError(f"MobileFaceNet: expected blocks of four counts of at least 1, got {blocks!r}")
         if not isinstance(scale, int) or scale < 1:
             raise ValueError(f"MobileFaceNet: expected scale as an int of at least 1, got {scale!r}")

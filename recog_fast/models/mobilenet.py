@@ -7,6 +7,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from recog_fast._arguments import is_number
+
 from .backbone import IMAGENET, Backbone, Preprocessing, check_dropout, kaiming_initialise, without_autocast
 
 # (output channels, stride) of MobileNetV1's thirteen separable convs at width 1 (Howard et al. 2017, table 1). The last stride is
@@ -49,7 +51,7 @@ class MobileNetV1(Backbone):
         dropout: float = 0.0,
         preprocessing: Preprocessing | None = None,
     ) -> None:
-        if not 0.0 < width <= 4.0:
+        if not is_number(width, 0, 4, above=True):
             raise ValueError(f"MobileNetV1: expected width in (0, 4], got {width!r}")
         channels = [max(8, 8 * round(c * width / 8)) for c in (32, *(c for c, _ in V1_LAYERS))]
         super().__init__(

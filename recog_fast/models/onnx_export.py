@@ -103,8 +103,8 @@ def _describe(model: Any, backbone: Backbone, inside: bool) -> None:
         model,
         {
             "color_order": "RGB" if inside else pixels.color_order,
-            "mean": "0,0,0" if inside else ",".join(f"{v:g}" for v in pixels.mean),
-            "std": "1,1,1" if inside else ",".join(f"{v:g}" for v in pixels.std),
+            "mean": "0,0,0" if inside else ",".join(repr(float(v)) for v in pixels.mean),
+            "std": "1,1,1" if inside else ",".join(repr(float(v)) for v in pixels.std),
             "input_range": "0..255" if inside else "(pixel / 255 - mean) / std",
             "embedding": "not normalised",
         },

@@ -7,6 +7,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from recog_fast._arguments import are_whole
+
 from .backbone import Backbone, Preprocessing, check_dropout, kaiming_initialise, without_autocast
 
 
@@ -34,7 +36,7 @@ class TinyNet(Backbone):
         dropout: float = 0.0,
         preprocessing: Preprocessing | None = None,
     ) -> None:
-        if len(widths) != 4 or not all(isinstance(n, int) and n >= 1 for n in widths):
+        if not are_whole(widths, 4, 1):
             raise ValueError(f"TinyNet: expected widths of four counts of at least 1, got {widths!r}")
         super().__init__(
             embedding_dim=embedding_dim, input_size=input_size, feature_channels=widths[-1], preprocessing=preprocessing

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import SupportsFloat
-
 import torch
 from torch import Tensor
+
+from .._arguments import is_number
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -75,7 +75,7 @@ def check_vector(value: Tensor | None, rows: int, where: str, name: str) -> None
 
 def check_scale(scale: float, where: str) -> None:
     """A finite positive number."""
-    expect(isinstance(scale, SupportsFloat) and 0 < float(scale) < float("inf"), where, "scale > 0 and finite", repr(scale))
+    expect(is_number(scale, 0, above=True), where, "scale > 0 and finite", repr(scale))
 
 
 def check_margin(margin: object, where: str) -> None:

@@ -21,12 +21,14 @@ CUDA_NATIVE = "CUDA C++"
 
 # Format of the 16-bit operands of each build of the kernels; None: 16-bit requests run in float32.
 PAIR_FORMATS: dict[str, str | None] = {
+    "amx_bf16": "bfloat16",
     "avx512_bf16": "bfloat16",
     "avx512_vnni": "int16",
     "avx512": "int16",
     "avx2": "int16",
     "baseline": None,
     "emulated_bf16": "bfloat16",  # never chosen by itself: the logic of avx512_bf16 in plain vectors, for tests
+    "emulated_amx": "bfloat16",  # and that of amx_bf16
 }
 WITHOUT_HALF = ("effective_prototypes",)  # operations whose kernels are float32 whatever is asked for
 TORCH_ONLY = ("memory_write",)  # operations whose reference is a few torch calls, and no CPU kernel

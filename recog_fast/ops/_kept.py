@@ -5,12 +5,12 @@ from __future__ import annotations
 import threading
 import weakref
 from dataclasses import dataclass
-from typing import SupportsFloat
 
 import torch
 from torch import Tensor
 
 from .. import native
+from .._arguments import is_number
 from . import _checks, _library
 
 _POOLS = threading.Lock()  # taking a free buffer is one act
@@ -85,7 +85,7 @@ def kept_exponentials(choice: bool | torch.dtype, budget: int, drop_mass: float,
     _checks.expect(known, where, "keep_exponentials False, True, torch.float32 or torch.bfloat16", choice)
     _checks.expect(isinstance(budget, int) and budget > 0, where, "keep_budget > 0 bytes", budget)
     for name, share in (("drop_mass", drop_mass), ("drop_elements", drop_elements)):
-        _checks.expect(isinstance(share, SupportsFloat) and 0 <= float(share) < 1, where, f"{name} in [0, 1)", repr(share))
+        _checks.expect(is_number(share, 0, 1, below=True), where, f"{name} in [0, 1)", repr(share))
     chosen = [choice is not False, float(drop_mass) > 0, float(drop_elements) > 0]
     options = f"keep_exponentials {choice}, drop_mass {drop_mass}, drop_elements {drop_elements}"
     _checks.expect(sum(chosen) <= 1, where, "at most one of keep_exponentials, drop_mass and drop_elements", options)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
+from .._arguments import are_whole, is_whole
 from ..ops import _checks
 
 
@@ -22,14 +25,15 @@ class PerceptibilityAttention(nn.Module):
     def __init__(self, channels: int, spatial: int | tuple[int, int], embedding_dim: int, reduction: int = 16) -> None:
         super().__init__()
         where = "PerceptibilityAttention"
-        height, width = (spatial, spatial) if isinstance(spatial, int) else spatial
+        sides: Any = (spatial, spatial) if is_whole(spatial) else spatial
+        _checks.expect(are_whole(sides, 2, 1), where, "one integer or (h, w) with spatial >= 1", repr(spatial))
+        height, width = sides
         for name, value in (
             ("channels", channels),
-            ("spatial", min(height, width)),
             ("embedding_dim", embedding_dim),
             ("reduction", reduction),
         ):
-            _checks.expect(value >= 1, where, f"{name} >= 1", value)
+            _checks.expect(is_whole(value, 1), where, f"{name} >= 1, an integer", repr(value))
         self.shape = (channels, height, width)
         hidden = max(1, channels // reduction)
         self.mlp = nn.Sequential(nn.Linear(channels, hidden), nn.ReLU(), nn.Linear(hidden, channels))

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .._arguments import are_whole, is_choice, is_number, is_whole
 from ..ops import _checks
 from ..reference import unit_rows
 from .attention import PerceptibilityAttention
@@ -63,9 +64,14 @@ class RecognizabilityBranches(nn.Module):
         super().__init__()
         where = "RecognizabilityBranches"
         for name, value in (("regression", regression), ("diversion", diversion), ("attention", attention)):
-            _checks.expect(0 <= value < float("inf"), where, f"{name} >= 0", value)
-        _checks.expect(elements in ("mean", "sum"), where, "elements 'mean' or 'sum'", repr(elements))
-        _checks.expect(0 < beta < float("inf"), where, "beta > 0", beta)
+            _checks.expect(is_number(value, 0), where, f"{name} >= 0", repr(value))
+        _checks.expect(is_choice(elements, ("mean", "sum")), where, "elements 'mean' or 'sum'", repr(elements))
+        _checks.expect(is_number(beta, 0, above=True), where, "beta > 0", repr(beta))
+        _checks.expect(is_number(tau, 0), where, "tau >= 0 and finite", repr(tau))
+        _checks.expect(is_number(dropout, 0, 1, below=True), where, "dropout in [0, 1)", repr(dropout))
+        _checks.expect(are_whole(feature_shape, 3, 1), where, "feature_shape (C, h, w) of integers >= 1", repr(feature_shape))
+        _checks.expect(is_whole(embedding_dim, 1), where, "embedding_dim >= 1, an integer", repr(embedding_dim))
+        _checks.expect(is_whole(seed, -(2**63), 2**64 - 1), where, "seed as an integer of 64 bits", repr(seed))
         channels, height, width = feature_shape
         self.regression, self.diversion, self.attention = float(regression), float(diversion), float(attention)
         self.beta, self.elements = float(beta), elements
@@ -137,6 +143,9 @@ class RecognizabilityModel(nn.Module):
 
     def __init__(self, backbone: nn.Module, branches: RecognizabilityBranches) -> None:
         super().__init__()
+        for name, value, kind in (("backbone", backbone, nn.Module), ("branches", branches, RecognizabilityBranches)):
+            if not isinstance(value, kind):
+                raise TypeError(f"RecognizabilityModel: expected {name} as a {kind.__name__}, got {type(value).__name__}")
         self.backbone, self.branches = backbone, branches
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:

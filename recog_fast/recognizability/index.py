@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._arguments import is_number, is_whole
 from ..ops import _checks
 from .ers import unit_center
 
@@ -79,8 +80,9 @@ class IndexDiversionLoss(nn.Module):
 
     def __init__(self, tau: float = 2.0, k: int = 5000, seed: int = 0) -> None:
         super().__init__()
-        _checks.expect(0 <= tau < float("inf"), "IndexDiversionLoss", "tau >= 0 and finite", tau)
-        _checks.expect(k >= 2, "IndexDiversionLoss", "k >= 2 draws", k)
+        _checks.expect(is_number(tau, 0), "IndexDiversionLoss", "tau >= 0 and finite", repr(tau))
+        _checks.expect(is_whole(k, 2), "IndexDiversionLoss", "k >= 2 draws, an integer", repr(k))
+        _checks.expect(is_whole(seed, -(2**63), 2**64 - 1), "IndexDiversionLoss", "seed as an integer of 64 bits", repr(seed))
         self.tau = float(tau)
         drawn = torch.randn(k, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
         self.register_buffer("mu", drawn.mean())
@@ -160,8 +162,8 @@ class RecognizabilityRegressor(nn.Module):
 
     def __init__(self, features: int, dropout: float = 0.0) -> None:
         super().__init__()
-        _checks.expect(features >= 1, "RecognizabilityRegressor", "features >= 1", features)
-        _checks.expect(0 <= dropout < 1, "RecognizabilityRegressor", "dropout in [0, 1)", dropout)
+        _checks.expect(is_whole(features, 1), "RecognizabilityRegressor", "features >= 1, an integer", repr(features))
+        _checks.expect(is_number(dropout, 0, 1, below=True), "RecognizabilityRegressor", "dropout in [0, 1)", repr(dropout))
         self.dropout = nn.Dropout(dropout)
         self.fc = nn.Linear(features, 1)
 

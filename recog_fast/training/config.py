@@ -82,6 +82,7 @@ class TrainConfig:
     margin_ramp: float = 0.0  # epochs over which the margin grows from 0 to full
     scale: float = 64.0
     subcenters: int = 1
+    sample_rate: float = 1.0  # share of the classes that are negatives of a step (Partial FC)
     unknown_weight: float | None = None  # w of the UIR excess; null: as the method wants it (0.1), else 0
     unknown_start: float = 0.0  # epochs of supervised training alone before it counts
     # Of the CPU kernels, and not exact: MarginHead's keep_exponentials (float32 is exact), drop_mass and drop_elements, one of them;
@@ -140,7 +141,7 @@ class TrainConfig:
 def read_config(
     path: str | Path, overrides: Sequence[str] = (), changes: Mapping[str, Any] | None = None
 ) -> TrainConfig:
-    """The settings in a YAML file with `changes` ({"data.size": 56}), then `--key value` overrides (nested: `--data.size 56`) on top.
+    """The settings in a YAML file, or in an arcface_torch recipe (.py), with `changes` ({"data.size": 56}), then `--key value` overrides (nested: `--data.size 56`) on top.
 
     Raises FileNotFoundError, and ValueError naming an unknown key (and its nearest match) or a value of the wrong type.
     """
@@ -149,12 +150,20 @@ def read_config(
     file = Path(path)
     if not file.is_file():
         raise FileNotFoundError(f"train: no settings file {file}")
+    if file.suffix == ".py":  # read, never run
+        from recog_fast.compat.recipe import read_recipe, recipe_settings
+
+        return _resolve(recipe_settings(read_recipe(file)).settings, file, overrides, changes)
     try:
         values = yaml.safe_load(file.read_text()) or {}
     except yaml.YAMLError as error:
         raise ValueError(f"train: {file} is no valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise ValueError(f"train: expected {file} to hold keys and values, got {type(values).__name__}")
+    return _resolve(values, file, overrides, changes)
+
+
+def _resolve(values: dict[str, Any], file: Path, overrides: Sequence[str], changes: Mapping[str, Any] | None) -> TrainConfig:
     for key, value in (changes or {}).items():
         place = values
         *above, last = key.split(".")
@@ -274,6 +283,8 @@ def _check(config: TrainConfig) -> None:
     for name in ("weight_format", "momentum_dtype"):
         if getattr(config, name) != "float32" and config.head_optimizer != "headsgd":
             raise ValueError(f"train: expected head_optimizer 'headsgd' with {name} = {getattr(config, name)!r}, got {config.head_optimizer!r}")
+    if not 0 < config.sample_rate <= 1:
+        raise ValueError(f"train: expected sample_rate in (0, 1], got {config.sample_rate}")
     if not config.scale > 0:
         raise ValueError(f"train: expected scale > 0, got {config.scale}")
     if not config.warmup_epoch < config.num_epoch:

@@ -20,6 +20,7 @@ MARGINS = (
     "Softmax SphereFace CosFace CombinedMargin ArcFace MagFace AdaFace CurricularFace MVSoftmax CircleMargin InterclassFilter"
 ).split()
 POLICIES = ("VPL", "QAFace")
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # What the margin is without its parameters: the start of a ramp.
 _NEUTRAL = {"m": 0.0, "m1": 1.0, "m2": 0.0, "m3": 0.0, "lm": 0.0, "um": 0.0}
 _RAMPED = ("CosFace", "CombinedMargin", "ArcFace", "MagFace", "AdaFace", "CurricularFace", "MVSoftmax")
@@ -130,9 +131,11 @@ def build_head(config: TrainConfig, num_classes: int, steps_per_epoch: int = 1) 
         margin=named(config.margin, MARGINS, "margin"),
         scale=config.scale,
         subcenters=config.subcenters,
+        sample_rate=config.sample_rate,
+        sample_seed=config.seed,
         memory=build_memory(config, num_classes, steps_per_epoch),
         unknown_weight=config.unknown_weight or 0.0,
-        keep_exponentials=False if config.keep_exponentials is None else getattr(torch, config.keep_exponentials),
+        keep_exponentials=False if config.keep_exponentials is None else _DTYPES[config.keep_exponentials],
         drop_mass=config.drop_mass,
         drop_elements=config.drop_elements,
         weight_format=config.weight_format,
@@ -150,7 +153,7 @@ def build_optimizers(
     if branches is not None:
         first.add_param_group({"params": list(branches.parameters())})
     if config.head_optimizer == "headsgd":
-        dtype = getattr(torch, config.momentum_dtype)
+        dtype = _DTYPES[config.momentum_dtype]
         return first, rf.HeadSGD(head, lr=head_lr, momentum=config.momentum, weight_decay=head_decay, momentum_dtype=dtype)
     return first, _torch_optimizer(config.head_optimizer, head, head_lr, config.momentum, head_decay)
 

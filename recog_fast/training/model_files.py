@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,38 +11,41 @@ from torch import Tensor
 
 from recog_fast import data as sources
 from recog_fast import evaluation
-from recog_fast.models import Backbone, ModelCard, load_model
+from recog_fast.models import Backbone, ModelCard, OnnxModel
 from recog_fast.models.card import CARD
 from recog_fast.training.config import read_config
-from recog_fast.training.verification import load_backbone
+from recog_fast.training.verification import load_backbone, open_card
+
+Network = Backbone | OnnxModel
 
 
-def open_model(path: str | Path) -> tuple[Backbone, ModelCard]:
-    """(backbone in eval mode, card) from a model folder, a run's output folder or one of its checkpoints; a run's card says
-    what its settings and its last verification say.
+def open_model(path: str | Path) -> tuple[Network, ModelCard]:
+    """(network in eval mode, card) from a model folder, an .onnx file with its card, a run's output folder or one of its
+    checkpoints; a run's card says what its settings and its last verification say.
 
     Raises FileNotFoundError or ValueError when nothing loadable is there.
     """
     place = Path(path)
-    if (place / CARD).is_file():
-        return load_model(place)
+    if place.suffix == ".onnx" or (place / CARD).is_file():
+        return open_card(place)
     if not place.is_dir():
         raise FileNotFoundError(
             f"expected a run, a checkpoint or a model folder (see `recog-fast import`), got {place}"
         )
     backbone, _ = load_backbone(place, None, 0, 0)
+    assert isinstance(backbone, Backbone)
     run = place if (place / "config.yaml").is_file() else place.parent.parent
     config = read_config(run / "config.yaml")
     card = ModelCard(
         config.network,
         config.embedding_size,
         network_options=config.network_options,
+        input_size=backbone.input_size,
         training_data=f"{config.data.kind} {Path(config.data.path).name}".strip(),
         alignment=f"as in the training data, resized to {config.data.size} pixels",
         metrics=_last_metrics(run / "metrics.jsonl"),
         protocol="10-fold accuracy on pairs, cosine of flip-summed embeddings, as trained",
     )
-    assert isinstance(backbone, Backbone)
     return backbone, card
 
 
@@ -57,25 +61,30 @@ def _last_metrics(file: Path) -> tuple[dict[str, Any], ...]:
     )
 
 
-def embed_dataset(
-    backbone: Backbone, dataset: Any, size: tuple[int, int], batch_size: int = 64
-) -> tuple[Tensor, list[int]]:
-    """(flip-summed embeddings (N, D), the places of their images): images that do not decode are left out.
-
-    Raises ValueError where none does.
-    """
-    kept: list[int] = []
-
-    def images() -> Any:
-        for index in range(len(dataset)):
+def embed_blocks(
+    backbone: Network, dataset: Any, size: tuple[int, int], rows: int = 4096, batch_size: int = 64
+) -> Iterator[tuple[Tensor, list[int]]]:
+    """(flip-summed embeddings (n, D), the places of their images) of `rows` images of a source at a time, so that memory does
+    not grow with it; images that do not decode are left out, and so are blocks without any."""
+    for start in range(0, len(dataset), rows):
+        kept: list[int] = []
+        images = []
+        for index in range(start, min(start + rows, len(dataset))):
             try:
                 image = dataset[index][0]
             except sources.CorruptImage:
                 continue
             kept.append(index)
-            yield sources.resize_image(image, size)
+            images.append(sources.resize_image(image, size))
+        if images:
+            yield evaluation.embed_images(backbone, images, batch_size), kept
 
-    embeddings = evaluation.embed_images(
-        backbone, images(), batch_size, True, prepare=lambda batch: backbone.preprocessing(torch.from_numpy(batch))
-    )
-    return embeddings, kept
+
+def embed_dataset(
+    backbone: Network, dataset: Any, size: tuple[int, int], batch_size: int = 64
+) -> tuple[Tensor, list[int]]:
+    """All blocks of `embed_blocks` as one. Raises ValueError where no image decodes."""
+    blocks = list(embed_blocks(backbone, dataset, size, batch_size=batch_size))
+    if not blocks:
+        raise ValueError(f"embed_dataset: expected at least one image that decodes, got none of {len(dataset)}")
+    return torch.cat([block for block, _ in blocks]), [place for _, kept in blocks for place in kept]

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from recog_fast import data as sources
 from recog_fast import evaluation
+from recog_fast.models import Backbone, ModelCard, OnnxModel, load_model, load_onnx, read_card
 from recog_fast.training.batches import Image
 from recog_fast.training.config import DataConfig, TrainConfig
 from recog_fast.training.data import Split, TrainingImages, open_source, read_image, split_classes
@@ -157,23 +158,31 @@ def verify_all(
     return scalars
 
 
+def open_card(place: Path) -> tuple[Backbone | OnnxModel, ModelCard]:
+    """(network in eval mode, card) from an .onnx file with its card, or a model folder of either kind."""
+    from recog_fast.models.onnx_file import MODEL, NETWORK
+
+    if place.suffix == ".onnx":
+        return load_onnx(place)
+    return load_onnx(place / MODEL) if read_card(place).network == NETWORK else load_model(place)
+
+
 def load_backbone(path: str | Path, network: str | None, embedding_size: int, size: int) -> tuple[torch.nn.Module, int]:
-    """(backbone in eval mode, input size) from a run's output folder, one of its checkpoints, a model folder (card.json), or
-    a file of weights.
+    """(backbone in eval mode, input size) from a run's output folder, one of its checkpoints, a model folder (card.json), an
+    .onnx file with its card, or a file of weights.
 
     A folder brings its settings (config.yaml or the card); a file needs `network`, `embedding_size` and `size`.
     Raises FileNotFoundError or ValueError when nothing loadable is there or the weights do not fit.
     """
     from recog_fast.checkpoint import read_checkpoint
     from recog_fast.models import load_backbone as load_weights
-    from recog_fast.models import load_model
     from recog_fast.models.card import CARD
     from recog_fast.training.model import build_backbone
     from recog_fast.training.saved import find_run
 
     place = Path(path)
-    if (place / CARD).is_file():
-        described, card = load_model(place)
+    if place.suffix == ".onnx" or (place / CARD).is_file():
+        described, card = open_card(place)
         return described, card.input_size[0]
     if place.is_dir():
         config, checkpoint = find_run(place)

@@ -380,7 +380,7 @@ int main(int count, char** arguments) {
   const std::string wanted = count > 1 ? arguments[1] : "all", arithmetic = count > 2 ? arguments[2] : "all";
   const bool full = count > 3 && std::string(arguments[3]) == "full";
   bool good = true, ran = false;
-  for (const char* isa : {"avx512_bf16", "avx512_vnni", "avx512", "avx2", "baseline", "emulated_bf16"}) {
+  for (const char* isa : {"amx_bf16", "avx512_bf16", "avx512_vnni", "avx512", "avx2", "baseline", "emulated_bf16", "emulated_amx"}) {
     if ((wanted != "all" && wanted != isa) || cpu::select_isa(isa) == nullptr) continue;
     for (const bool half : {false, true}) {
       if ((arithmetic != "all" && arithmetic != (half ? "half" : "float32")) || (half && cpu::pair_format() == nullptr)) continue;
