@@ -39,10 +39,10 @@ def _warmup(options: argparse.Namespace, _: list[str]) -> int:
 
     if options.cache is not None:
         os.environ["TRITON_CACHE_DIR"] = str(options.cache)
-    archs = [_architecture(text) for text in options.arch or []]
+    archs: list[int | None] = [_architecture(text) for text in options.arch or []]
     if not archs and not torch.cuda.is_available():
         raise ValueError("warmup: expected --arch sm_80, sm_89, sm_90 or sm_100 where torch sees no CUDA device, got none")
-    results = []
+    results: list[dict[str, Any]] = []
     for arch in archs or [None]:
         began = time.perf_counter()
         with listening() if arch is None else compiling_for(arch) as found:
@@ -55,7 +55,7 @@ def _warmup(options: argparse.Namespace, _: list[str]) -> int:
         print(json.dumps({"cache": str(folder), "targets": results}))
         return 0
     for r in results:
-        print(f"{r['target']}: {r['compiled']} kernels compiled, {r['found']} were there, {r['seconds']:.1f} s: {', '.join(r['kernels'])}")  # type: ignore[arg-type]
+        print(f"{r['target']}: {r['compiled']} kernels compiled, {r['found']} were there, {r['seconds']:.1f} s: {', '.join(r['kernels'])}")
     print(f"cache: {folder}")
     return 0
 
