@@ -7,12 +7,13 @@ SOURCES := pyproject.toml constraints.txt setup.py CMakeLists.txt recog_fast/_ve
 export PYTHON
 unexport PYTHONPATH PYTHONHOME
 
-.PHONY: help demo test sanitize bench bench-full bench-charts check-kernels lint build wheel sdist clean
+.PHONY: help demo test docs sanitize bench bench-full bench-charts check-kernels lint build wheel sdist clean
 
 help:
 	@echo "make demo    train and evaluate on synthetic identities (2 minutes), write runs/demo/report.html"
 	@echo "make test    run the tests            make bench   run the benchmarks"
-	@echo "make bench-full    the real sizes, in pieces        make bench-charts    charts of their stored results"
+	@echo "make docs    the documents as a site in build/docs, its links checked"
+	@echo "make bench-full    the real sizes, in pieces        make bench-charts    charts and a page of all stored results"
 	@echo "make sanitize   the operations' tests on kernels built with the address and undefined-behaviour sanitizers"
 	@echo "make check-kernels   compile the Triton kernels for every architecture; registers, spills, shared memory"
 	@echo "make lint    ruff and mypy --strict   make build   .venv with the built package"
@@ -25,11 +26,16 @@ demo: build
 test: build
 	$(PY) -m pytest $(ARGS)
 
+# Installs the packages of the extra `docs` first, which nothing else needs.
+docs: build
+	@PY=$(PY) sh tools/docs.sh $(ARGS)
+
 sanitize: build
 	@PY=$(PY) sh tools/sanitize.sh $(ARGS)
 
 bench: build
 	$(PY) -m pytest benchmarks $(ARGS)
+	@$(PY) -m benchmarks.charts --page
 
 # Every piece in a process of its own, about an hour on 2 cores; ARGS="64x100000" runs the pieces whose id holds that word.
 bench-full: build

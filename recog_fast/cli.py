@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from recog_fast import __version__
+from recog_fast.commands import bench as bench_command
 from recog_fast.commands import classes, doctor, identify, interchange, scale, warmup
 from recog_fast.commands import data as data_commands
+from recog_fast.commands import report as report_command
 from recog_fast.training.commands import add_commands
 
 
@@ -108,6 +112,8 @@ def _parser() -> argparse.ArgumentParser:
     data_commands.add(commands, [debug])
     interchange.add(commands, [debug])
     identify.add(commands, [debug])
+    report_command.add(commands, [debug])
+    bench_command.add(commands, [debug])
 
     add_commands(commands, debug)
 
@@ -146,9 +152,23 @@ def _train(options: argparse.Namespace, rest: list[str]) -> int:
     from recog_fast.training.loop import train
 
     result = train(config)
+    if result.rank:
+        return 0
     metrics = "   ".join(f"{name.removeprefix('val/')} {value:.4f}" for name, value in result.metrics.items())
     print(f"{'Finished' if result.finished else 'Stopped'} at step {result.step}: {result.output}   {metrics}".rstrip())
+    if result.finished and int(os.environ.get("RANK", "0")) == 0 and config.report:
+        _write_report(result.output)
     return 0
+
+
+def _write_report(output: Path) -> None:
+    """The run's page; a trained network is worth its exit code 0 whatever becomes of it."""
+    from recog_fast.training.run_report import report_run
+
+    try:
+        print(f"Report: {report_run(output)}")
+    except Exception as error:
+        print(f"recog-fast train: no report: {_one_line(error)}; `recog-fast report {output}` tries again", file=sys.stderr)
 
 
 def _eval(options: argparse.Namespace, _: list[str]) -> int:

@@ -46,7 +46,7 @@ USERS = {"training", "commands", "cli", "__main__"}
 LIBRARIES: dict[str, set[str]] = {
     "triton_kernels": {"triton"},
     "recognizability": {"scipy", "sklearn"},
-    "evaluation": {"scipy", "matplotlib", "faiss"},
+    "evaluation": {"scipy", "matplotlib", "faiss", "PIL"},
     "data": {"PIL", "simplejpeg", "matplotlib"},
     "models": {"safetensors", "onnx", "onnxruntime"},
     "training": {"jsonargparse", "yaml", "rich", "PIL", "matplotlib"},

@@ -48,6 +48,7 @@ class MixedDataset(Dataset[tuple[Any, int]]):
 
     @property
     def paths(self) -> list[str]:
+        """Where each image comes from, source after source."""
         return [path for dataset in self.datasets for path in dataset.paths]
 
     def __len__(self) -> int:

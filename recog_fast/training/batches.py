@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import Sampler, get_worker_info
 
 from recog_fast.data import ResumableBatches
+from recog_fast.sharding import World
 
 Image = NDArray[np.uint8]  # (H, W, 3) RGB
 Item = tuple[Image, int, int]  # image, label, sample
@@ -24,16 +26,21 @@ class Batch(NamedTuple):
     images: Tensor  # (B, S, S, 3) uint8
     labels: Tensor  # (B,) int64, -1 = unlabelled
     samples: list[int]  # (B,) which sample of the training set each row is
+    parts: tuple[int, ...] = ()  # rows of each micro-batch, where they are this rank's shares of it
 
     def split(self, size: int) -> list[Batch]:
-        """Micro-batches of `size` rows."""
-        starts = range(0, len(self.samples), size)
-        return [Batch(self.images[i : i + size], self.labels[i : i + size], self.samples[i : i + size]) for i in starts]
+        """Micro-batches: `parts`, or of `size` rows."""
+        parts = self.parts or [size] * -(-len(self.samples) // size)
+        found, i = [], 0
+        for rows in parts:
+            found.append(Batch(self.images[i : i + rows], self.labels[i : i + rows], self.samples[i : i + rows]))
+            i += rows
+        return found
 
 
 def collate(items: list[Item]) -> Batch:
-    """Items of TrainingImages as one Batch."""
-    images = torch.from_numpy(np.stack([item[0] for item in items]))
+    """Items of TrainingImages as one Batch; without any (a rank without rows) one of no pixels."""
+    images = torch.from_numpy(np.stack([item[0] for item in items])) if items else torch.empty(0, 0, 0, 3, dtype=torch.uint8)
     return Batch(images, torch.tensor([item[1] for item in items], dtype=torch.int64), [item[2] for item in items])
 
 
@@ -64,28 +71,40 @@ class Pool:
             return collate(items)
         slot = (worker.id, self.filled % (PREFETCH + 1))
         self.filled += 1
-        np.stack([item[0] for item in items], out=self.pixels[slot].numpy())
+        if items:
+            np.stack([item[0] for item in items], out=self.pixels[slot][: len(items)].numpy())
         return _Sent(slot, np.array([item[1] for item in items], np.int64), [item[2] for item in items])
 
     def take(self, sent: _Sent, pin_memory: bool) -> Batch:
         """A batch of its own memory."""
-        pixels = self.pixels[sent.slot]
+        pixels = self.pixels[sent.slot][: len(sent.samples)]
         images = torch.empty(pixels.shape, dtype=torch.uint8, pin_memory=pin_memory).copy_(pixels)
         return Batch(images, torch.from_numpy(sent.labels), sent.samples)
 
 
 class StepBatches(Sampler[list[tuple[int, int]]]):
-    """The keys of `order`; `track` hands out a `Batch` for each one that a worker left in the pool."""
+    """This rank's share of the keys of `order`, which are those of all ranks: of every micro-batch (`rows` of them) contiguous rows, in
+    rank order. `track` hands out a `Batch` for each one that a worker left in the pool.
 
-    def __init__(self, order: ResumableBatches, rows: int, workers: int, size: int, pin_memory: bool) -> None:
-        self.order, self.pin_memory = order, pin_memory
-        self.pool = Pool(workers, rows, size) if workers else None
+    So the rows of a step are the same for any number of ranks, and a position fits any.
+    """
+
+    def __init__(self, order: ResumableBatches, rows: int, parts: int, world: World, workers: int, size: int, pin_memory: bool) -> None:
+        self.order, self.rows, self.world, self.size, self.pin_memory = order, rows, world, size, pin_memory
+        most = world.share(rows)  # of a whole micro-batch, the largest
+        self.pool = Pool(workers, parts * max(1, most.stop - most.start), size) if workers else None
+        self._parts: deque[tuple[int, ...]] = deque()
 
     def __len__(self) -> int:
         return len(self.order)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        return iter(self.order)
+        self._parts.clear()
+        for keys in self.order:
+            micro = [keys[i : i + self.rows] for i in range(0, len(keys), self.rows)]
+            shares = [part[self.world.share(len(part))] for part in micro]
+            self._parts.append(tuple(len(share) for share in shares))
+            yield [key for share in shares for key in share]
 
     @property
     def batches_per_epoch(self) -> int:
@@ -95,7 +114,10 @@ class StepBatches(Sampler[list[tuple[int, int]]]):
     def track(self, loader: Iterable[Any]) -> Iterator[Any]:
         """Iterate over `loader`, counting each batch as it is handed out."""
         for batch in self.order.track(loader):
-            yield self.pool.take(batch, self.pin_memory) if self.pool is not None and isinstance(batch, _Sent) else batch
+            rows: Batch = self.pool.take(batch, self.pin_memory) if self.pool is not None and isinstance(batch, _Sent) else batch
+            if not rows.samples:
+                rows = rows._replace(images=torch.empty(0, self.size, self.size, 3, dtype=torch.uint8))
+            yield rows._replace(parts=self._parts.popleft())
 
     def state_dict(self) -> dict[str, int]:
         """The order's position."""

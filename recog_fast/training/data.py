@@ -17,19 +17,12 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
 from recog_fast import data as sources
+from recog_fast.data.opening import KINDS
+from recog_fast.sharding import World
 from recog_fast.training.batches import PREFETCH, Image, Item, StepBatches, collate
 from recog_fast.training.config import DataConfig, TrainConfig
 from recog_fast.training.kept import read_kept
 from recog_fast.training.mixing import MixedBatches
-
-_READERS = {
-    "rec": "RecordDataset",
-    "folder": "FolderDataset",
-    "list": "ListDataset",
-    "zip": "ZipDataset",
-    "tar": "TarDataset",
-    "synthetic": "SyntheticIdentities",
-}
 
 
 class Split(Dataset[tuple[Image, int]]):
@@ -63,7 +56,7 @@ def open_source(config: DataConfig, label: str = "data") -> Any:
     """
     if config.kind == "mixed":
         return _mixed(config)
-    reader = getattr(sources, _READERS[config.kind])
+    reader: Any = sources.SyntheticIdentities if config.kind == "synthetic" else KINDS[config.kind]
     if config.path and not Path(config.path).exists():
         raise FileNotFoundError(f"train: {label}.path {config.path} does not exist")
     arguments: dict[str, Any] = dict(config.options)
@@ -94,8 +87,8 @@ def _mixed(config: DataConfig) -> Any:
         raise ValueError(f"train: unknown key 'data.options.{unknown[0]}'; mixed takes: sources, share_classes, unlabelled")
     parts = [DataConfig(size=config.size, cache=config.cache, **one) for one in listed]
     for part in parts:
-        if part.kind not in _READERS:
-            raise ValueError(f"train: expected kind of a source in {', '.join(_READERS)}, got {part.kind!r}")
+        if part.kind not in (*KINDS, "synthetic"):
+            raise ValueError(f"train: expected kind of a source in {', '.join((*KINDS, 'synthetic'))}, got {part.kind!r}")
     return sources.MixedDataset([open_source(part) for part in parts], **options)
 
 
@@ -222,7 +215,9 @@ def step_batches(images: TrainingImages, config: TrainConfig) -> sources.Resumab
             raise ValueError(
                 f"train: expected batch_size * gradient_acc <= the {len(images)} training images, got {per_step}"
             )
-        return sources.ResumableBatches(len(images), per_step, seed=config.seed)
+        return sources.ResumableBatches(len(images), per_step, seed=config.seed, drop_last=config.drop_last)
+    if not config.drop_last:
+        raise ValueError(f"train: expected drop_last with unlabelled_share = {config.unlabelled_share} (whole shares of both kinds), got false")
     labelled = np.flatnonzero(images.labels >= 0)
     others = round(config.unlabelled_share * config.batch_size)
     rows = config.batch_size - others
@@ -234,13 +229,14 @@ def step_batches(images: TrainingImages, config: TrainConfig) -> sources.Resumab
     return MixedBatches(labelled, unlabelled, rows, others, config.gradient_acc, config.seed)
 
 
-def step_loader(images: TrainingImages, config: TrainConfig, pin_memory: bool) -> tuple[StepBatches, DataLoader[Any]]:
-    """(position, loader): each batch holds the rows of one optimizer step; iterate with `position.track(loader)`.
+def step_loader(images: TrainingImages, config: TrainConfig, pin_memory: bool, world: World | None = None) -> tuple[StepBatches, DataLoader[Any]]:
+    """(position, loader): each batch holds this rank's rows of one optimizer step; iterate with `position.track(loader)`.
 
     The global random state is left alone.
     """
-    rows = config.batch_size * config.gradient_acc
-    position = StepBatches(step_batches(images, config), rows, config.num_workers, images.size, pin_memory)
+    position = StepBatches(
+        step_batches(images, config), config.batch_size, config.gradient_acc, world or World(), config.num_workers, images.size, pin_memory
+    )
     loader: DataLoader[Any] = DataLoader(
         images,
         batch_sampler=position,
