@@ -21,9 +21,11 @@ _SUFFIXES = {".rec": "rec", ".csv": "list", ".jsonl": "list", ".zip": "zip", ".t
 def source_kind(path: str | os.PathLike[str]) -> str:
     """ "rec", "folder", "list", "zip" or "tar": by the suffix; a folder with tars and no folder in it is of tars.
 
-    Raises ValueError for anything else.
+    Raises ValueError for anything else and for a path that does not exist.
     """
     place = Path(path)
+    if not place.exists():
+        raise ValueError(f"open_dataset: expected path to be a folder or file, got {place}, which does not exist")
     if place.is_dir():
         return "tar" if any(place.glob("*.tar")) and not any(p.is_dir() for p in place.iterdir()) else "folder"
     kind = _SUFFIXES.get(place.suffix.lower())

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import Sampler, get_worker_info
+from torch.utils.data import Dataset, Sampler, get_worker_info
 
-from recog_fast.data import ResumableBatches
 from recog_fast.sharding import World
 
 Image = NDArray[np.uint8]  # (H, W, 3) RGB
+Key = tuple[int, int]  # epoch, sample
 Item = tuple[Image, int, int]  # image, label, sample
 PREFETCH = 2  # batches a worker has under way
 
@@ -38,10 +38,12 @@ class Batch(NamedTuple):
         return found
 
 
-def collate(items: list[Item]) -> Batch:
-    """Items of TrainingImages as one Batch; without any (a rank without rows) one of no pixels."""
-    images = torch.from_numpy(np.stack([item[0] for item in items])) if items else torch.empty(0, 0, 0, 3, dtype=torch.uint8)
-    return Batch(images, torch.tensor([item[1] for item in items], dtype=torch.int64), [item[2] for item in items])
+class Filler(Protocol):
+    """What `StepImages` needs of a training set."""
+
+    size: int
+
+    def fill(self, keys: Sequence[Key], out: Image) -> tuple[NDArray[np.int64], NDArray[np.int64]]: ...
 
 
 class _Sent(NamedTuple):
@@ -49,7 +51,7 @@ class _Sent(NamedTuple):
 
     slot: tuple[int, int]
     labels: NDArray[np.int64]
-    samples: list[int]
+    samples: NDArray[np.int64]
 
 
 class Pool:
@@ -64,22 +66,56 @@ class Pool:
         self.pixels = torch.empty(workers, PREFETCH + 1, rows, size, size, 3, dtype=torch.uint8).share_memory_()
         self.filled = 0  # in this worker
 
-    def fill(self, items: list[Item]) -> _Sent | Batch:
-        """The collate function of a worker."""
-        worker = get_worker_info()
-        if worker is None:
-            return collate(items)
-        slot = (worker.id, self.filled % (PREFETCH + 1))
+    def fill(self, images: Filler, keys: Sequence[Key], worker: int) -> _Sent:
+        """Images decoded into the worker's next slot."""
+        slot = (worker, self.filled % (PREFETCH + 1))
         self.filled += 1
-        if items:
-            np.stack([item[0] for item in items], out=self.pixels[slot][: len(items)].numpy())
-        return _Sent(slot, np.array([item[1] for item in items], np.int64), [item[2] for item in items])
+        labels, samples = images.fill(keys, self.pixels[slot].numpy()[: len(keys)])
+        return _Sent(slot, labels, samples)
 
     def take(self, sent: _Sent, pin_memory: bool) -> Batch:
         """A batch of its own memory."""
-        pixels = self.pixels[sent.slot][: len(sent.samples)]
+        pixels = self.pixels[sent.slot][: len(sent.labels)]
         images = torch.empty(pixels.shape, dtype=torch.uint8, pin_memory=pin_memory).copy_(pixels)
-        return Batch(images, torch.from_numpy(sent.labels), sent.samples)
+        return Batch(images, torch.from_numpy(sent.labels), sent.samples.tolist())
+
+
+class StepImages(Dataset[Any]):
+    """The images of a training set a whole batch at a time, decoded into the worker's slot of the pool."""
+
+    def __init__(self, images: Filler, pool: Pool | None) -> None:
+        self.images, self.pool = images, pool
+
+    def __getitems__(self, keys: Sequence[Key]) -> Batch | _Sent:
+        worker = get_worker_info()
+        if worker is not None and self.pool is not None:
+            return self.pool.fill(self.images, keys, worker.id)
+        size = self.images.size
+        pixels = torch.empty(len(keys), size, size, 3, dtype=torch.uint8)
+        labels, samples = self.images.fill(keys, pixels.numpy())
+        return Batch(pixels, torch.from_numpy(labels), samples.tolist())
+
+
+def as_it_is(batch: Any) -> Any:
+    """The collate function of batches that are made whole."""
+    return batch
+
+
+class Order(Protocol):
+    """The keys of one step after another, resumable."""
+
+    @property
+    def batches_per_epoch(self) -> int: ...
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[list[Key]]: ...
+
+    def track(self, loader: Iterable[Any]) -> Iterator[Any]: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
 class StepBatches(Sampler[list[tuple[int, int]]]):
@@ -89,7 +125,7 @@ class StepBatches(Sampler[list[tuple[int, int]]]):
     So the rows of a step are the same for any number of ranks, and a position fits any.
     """
 
-    def __init__(self, order: ResumableBatches, rows: int, parts: int, world: World, workers: int, size: int, pin_memory: bool) -> None:
+    def __init__(self, order: Order, rows: int, parts: int, world: World, workers: int, size: int, pin_memory: bool) -> None:
         self.order, self.rows, self.world, self.size, self.pin_memory = order, rows, world, size, pin_memory
         most = world.share(rows)  # of a whole micro-batch, the largest
         self.pool = Pool(workers, parts * max(1, most.stop - most.start), size) if workers else None
@@ -119,7 +155,7 @@ class StepBatches(Sampler[list[tuple[int, int]]]):
                 rows = rows._replace(images=torch.empty(0, self.size, self.size, 3, dtype=torch.uint8))
             yield rows._replace(parts=self._parts.popleft())
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, Any]:
         """The order's position."""
         return self.order.state_dict()
 

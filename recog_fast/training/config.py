@@ -31,7 +31,10 @@ class DataConfig:
     )
     cache: bool = False  # decode and resize all images once, into memory
     max_corrupt: int = 100  # so many unreadable images are replaced and listed; one more ends the run
-    # Further arguments of the dataset; mixed: {sources: [{kind: ..., path: ...}, ...], share_classes: false, unlabelled: [1]}
+    # 0: images in any order. > 0: nearly in the order they are stored in, as a shuffle buffer of so many images gives (slow disks)
+    shuffle_buffer: int = 0
+    # Further arguments of the dataset; mixed: {sources: [{kind: ..., path: ...}, ...], share_classes: false, unlabelled: [1],
+    # rows: [96, 32]}, where rows are so many of each batch from each source (batch_size in all), each with epochs of its own
     options: dict[str, Any] = field(default_factory=dict)
     keep: str = ""  # a list of `recog-fast filter-overlap`: only its images are used
 
@@ -285,9 +288,9 @@ def _check(config: TrainConfig) -> None:
             _check_kind(label, data.kind)
         if data is not None and data.kind not in ("synthetic", "mixed") and not data.path:
             raise ValueError(f"train: expected {label}.path with {label}.kind = {data.kind!r}, got none")
-        if data is not None and (data.size < 8 or min(data.min_images - 1, data.holdout_classes, data.max_corrupt) < 0):
+        if data is not None and (data.size < 8 or min(data.min_images - 1, data.holdout_classes, data.max_corrupt, data.shuffle_buffer) < 0):
             raise ValueError(
-                f"train: expected {label}.size >= 8, min_images >= 1, holdout_classes >= 0 and max_corrupt >= 0, got {data}"
+                f"train: expected {label}.size >= 8, min_images >= 1, holdout_classes >= 0, max_corrupt >= 0 and shuffle_buffer >= 0, got {data}"
             )
     for name in ("drop_mass", "drop_elements"):
         if not 0 <= getattr(config, name) < 1:
