@@ -1,4 +1,4 @@
-"""The README's tables of measured numbers, from stored results: `python -m benchmarks.readme [full.json [peers.json]]` rewrites them.
+"""The tables of measured numbers in the README (peers) and docs/benchmarks.md, from stored results: `python -m benchmarks.readme [full.json [peers.json]]` rewrites them.
 
 Without arguments: this machine's. A table whose results are not there stays as it is.
 """
@@ -15,6 +15,7 @@ from .contenders import Contender
 from .protocol import STEPS
 
 README = machine.ROOT / "README.md"
+PAGE = machine.ROOT / "docs" / "benchmarks.md"
 START, END = "<!-- measured: python -m benchmarks.readme -->", "<!-- end of measured -->"
 PEERS_START, PEERS_END = "<!-- peers: python -m benchmarks.readme -->", "<!-- end of peers -->"
 _ROWS, _CLASSES = 64, 100_000
@@ -94,7 +95,7 @@ def insert(text: str, made: str, start: str = START, end: str = END) -> str:
     before, found_start, rest = text.partition(start)
     _, found_end, after = rest.partition(end)
     if not found_start or not found_end:
-        raise ValueError(f"benchmarks.readme: expected the marks {start!r} and {end!r} in the README")
+        raise ValueError(f"benchmarks.readme: expected the marks {start!r} and {end!r} in the page")
     return f"{before}{start}\n\n{made}\n\n{end}{after}"
 
 
@@ -102,18 +103,19 @@ def main(arguments: list[str]) -> int:
     """Exit status 1 where no results are there."""
     here = machine.RESULTS / machine.slug()
     paths = [Path(one) for one in arguments] or [here / "full.json", here / against.FILE]
-    text, tables = README.read_text(), 0
+    tables = 0
     for path in paths:
         try:
             results = json.loads(path.read_text())
-            made, marks = (peers_table(results), (PEERS_START, PEERS_END)) if path.name == against.FILE else (table(results), (START, END))
+            peer = path.name == against.FILE
+            made = peers_table(results) if peer else table(results)
         except (OSError, LookupError) as error:
             print(f"benchmarks.readme: {error}; make results with `python -m benchmarks` and `python -m benchmarks.against`", file=sys.stderr)
             continue
-        text, tables = insert(text, made, *marks), tables + 1
+        page, marks = (README, (PEERS_START, PEERS_END)) if peer else (PAGE, (START, END))
+        page.write_text(insert(page.read_text(), made, *marks))
+        tables += 1
         print(made, end="\n\n")
-    if tables:
-        README.write_text(text)
     return 0 if tables else 1
 
 
