@@ -7,7 +7,7 @@ SOURCES := pyproject.toml constraints.txt setup.py CMakeLists.txt recog_fast/_ve
 export PYTHON
 unexport PYTHONPATH PYTHONHOME
 
-.PHONY: help demo test docs sanitize bench bench-full bench-charts check-kernels lint build wheel sdist clean
+.PHONY: help demo test docs sanitize bench bench-full bench-charts check-kernels lint build wheel sdist check-wheel clean
 
 help:
 	@echo "make demo    train and evaluate on synthetic identities (2 minutes), write runs/demo/report.html"
@@ -18,6 +18,7 @@ help:
 	@echo "make check-kernels   compile the Triton kernels for every architecture; registers, spills, shared memory"
 	@echo "make lint    ruff and mypy --strict   make build   .venv with the built package"
 	@echo "make wheel   dist/*.whl               make sdist   dist/*.tar.gz"
+	@echo "make check-wheel   both built offline, looked into, installed in a fresh environment and used (docs/wheels.md)"
 	@echo "make clean   remove everything built but .venv and runs"
 
 demo: build
@@ -58,6 +59,9 @@ wheel: build
 
 sdist: build
 	$(PY) -c "from setuptools.build_meta import build_sdist; build_sdist('dist')"
+
+check-wheel: build
+	$(PY) tools/check_wheel.py $(ARGS)
 
 # The stamp follows the C++ sources and the pins; a look at .venv finds what a stamp cannot know.
 build:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.egg_info import egg_info
 
 ROOT = Path(__file__).parent.resolve()
 
@@ -50,4 +52,18 @@ class CMakeBuild(build_ext):
         subprocess.run(["cmake", "--build", str(build)], check=True, env=environment)
 
 
-setup(ext_modules=[CMakeExtension("recog_fast._native")], cmdclass={"build_ext": CMakeBuild})
+# A wheel built otherwise than the usual one says so in its version: 0.1.0+cu130 holds the CUDA kernels.
+LABEL = os.environ.get("RECOG_FAST_LOCAL_VERSION", "")
+if LABEL and not re.fullmatch(r"[a-z0-9]+(\.[a-z0-9]+)*", LABEL):
+    sys.exit(f"RECOG_FAST_LOCAL_VERSION: expected lower-case letters, digits and dots (cu130), got {LABEL!r}")
+
+
+class LabelledVersion(egg_info):
+    """The version of _version.py with the label, whatever the setup.cfg says that an sdist brings along."""
+
+    def finalize_options(self) -> None:
+        self.tag_build = f"+{LABEL}" if LABEL else None
+        super().finalize_options()
+
+
+setup(ext_modules=[CMakeExtension("recog_fast._native")], cmdclass={"build_ext": CMakeBuild, "egg_info": LabelledVersion})

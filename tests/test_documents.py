@@ -97,7 +97,7 @@ def test_site_checker_finds_what_is_broken(tmp_path: Path) -> None:
     broken = {
         '<a href="c.html">': "leads nowhere",
         '<a href="b.html#three">': "no such anchor",
-        '<a href="https://pypi.org/project/x">': "a package index",
+        '<a href="https://files.pypi.example/x">': "a package index",
         '<a href="http://nowhere">': "no valid address",
         '<script src="https://cdn.example.org/x.js"></script>': "loads from elsewhere",
         '<img src="missing.png">': "loads what is not there",

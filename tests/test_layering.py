@@ -31,7 +31,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "sharding": {"reference", "rules", "margins", "ops", "memory", "head_weight"},
     "heads": {"reference", "rules", "margins", "ops", "memory", "losses", "head_weight", "sampling", "sharding"},
     "optim": {"reference", "rules", "ops", "memory", "heads", "sharding"},
-    "checkpoint": {"_version", "rules", "margins", "memory", "heads", "optim", "sharding"},
+    "checkpoint": {"_version", "rules", "margins", "ops", "memory", "heads", "optim", "sharding"},
     "compat": {"rules", "margins", "memory", "losses", "heads", "optim", "sharding", "checkpoint"},
     "recognizability": {"reference", "rules", "ops"},
     "_backends": {"_version", "native", "ops", "triton_kernels"},

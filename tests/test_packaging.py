@@ -24,7 +24,7 @@ pytestmark = pytest.mark.slow
 BUILT = shutil.ignore_patterns(
     ".git", ".venv", "build", "dist", "runs", "*.egg-info", "__pycache__", "*.so", ".*_cache", ".hypothesis"
 )
-HEAVY = "matplotlib PIL simplejpeg scipy sklearn tensorboard rich jsonargparse yaml safetensors triton".split()
+HEAVY = "matplotlib PIL simplejpeg scipy sklearn tensorboard rich jsonargparse yaml safetensors triton onnx onnxruntime faiss pandas torchvision".split()
 
 
 def run(*command: str | Path, cwd: Path, code: int = 0) -> str:

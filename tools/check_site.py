@@ -14,8 +14,8 @@ from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-# A page that sends its readers to an index sends them past the pins.
-INDEXES = ("pypi.org", "pythonhosted.org", "anaconda.org", "npmjs.com", "npmjs.org", "crates.io", "rubygems.org")
+# Names of package indexes, as a label of their hosts: a page that sends its readers there sends them past the pins.
+INDEXES = {"pypi", "pythonhosted", "anaconda", "npmjs", "crates", "rubygems"}
 _LOADED = {"script": "src", "img": "src", "source": "src", "iframe": "src", "audio": "src", "video": "src", "link": "href", "use": "href", "image": "href"}
 _HOST = re.compile(r"^(?=.{4,253}$)([a-z0-9]([a-z0-9-]*[a-z0-9])?\.)+[a-z]{2,}$", re.IGNORECASE)
 
@@ -48,8 +48,7 @@ def outside_complaint(link: str) -> str | None:
         return None
     if parts.scheme not in ("http", "https") or not _HOST.match(parts.hostname or ""):
         return f"no valid address: {link}"
-    host = (parts.hostname or "").lower()
-    return f"a package index: {link}" if any(host == one or host.endswith("." + one) for one in INDEXES) else None
+    return f"a package index: {link}" if INDEXES & set((parts.hostname or "").lower().split(".")) else None
 
 
 def _is_outside(link: str) -> bool:
