@@ -38,7 +38,7 @@ def check_options(
     if isinstance(normalizer, Tensor):
         _checks.expect(normalizer.numel() == 1, where, "normalizer of one element", f"shape {tuple(normalizer.shape)}")
     if normalizer is not None and not (isinstance(normalizer, Tensor) and normalizer.is_cuda):
-        _checks.expect(0 < float(normalizer) < float("inf"), where, "normalizer > 0", float(normalizer))
+        _checks.expect(is_number(normalizer.reshape(()) if isinstance(normalizer, Tensor) else normalizer, 0, above=True), where, "normalizer > 0", repr(normalizer))
 
 
 def check_rows(
@@ -160,7 +160,7 @@ def unknown_rejection_loss(
     _checks.check_weight(weight, embeddings.shape[1], where)
     labels = torch.full((embeddings.shape[0],), -1, dtype=torch.int64, device=embeddings.device)
     flags = check_rows(where, embeddings, labels, weight.shape[0], weight.dtype, flags_of(embeddings.device, where))
-    _checks.expect(softmax in ("double", "single"), where, "softmax 'double' or 'single'", repr(softmax))
+    _checks.expect(is_choice(softmax, ("double", "single")), where, "softmax 'double' or 'single'", repr(softmax))
     check_options(where, embeddings, scale, reduction, 1.0, None, None, None)
     options = LossOptions(margin=None, scale=float(scale), unknown_weight=1.0, softmax=softmax, reduction=reduction, flags=flags)
     loss, stats = margin_softmax(embeddings, weight, labels, options)

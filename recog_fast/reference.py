@@ -313,6 +313,8 @@ def center_sparsity(weight: Tensor) -> Tensor:
 
     weight (C, D) raw class centres, C >= 2, any float dtype (of a split head: `full_weight()`). ValueError for another shape.
     """
+    if not isinstance(weight, Tensor) or weight.layout != torch.strided:
+        raise TypeError(f"center_sparsity: expected weight to be a dense torch.Tensor, got {getattr(weight, 'layout', type(weight).__name__)}")
     if weight.dim() != 2 or weight.shape[0] < 2:
         raise ValueError(f"center_sparsity: expected weight of shape (C, D) with C >= 2, got shape {tuple(weight.shape)}")
     unit, _ = unit_rows(weight.double())

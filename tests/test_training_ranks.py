@@ -84,7 +84,7 @@ def test_any_number_of_ranks_has_the_losses_of_one_process(ranks: Ranks, tmp_pat
     whole = lines(tmp_path / "1")
     for size in (2, 3):
         for line, expected in zip(lines(tmp_path / str(size)), whole, strict=True):
-            for entry in set(expected) - {"images_per_second"}:
+            for entry in set(expected) - {"images_per_second", "peak_memory_mb"}:
                 np.testing.assert_allclose(line[entry], expected[entry], rtol=BUDGET, atol=1e-6, err_msg=f"{entry} of {size} ranks")
 
 

@@ -23,9 +23,17 @@ def to_numpy(value: ArrayLike | torch.Tensor) -> NDArray[Any]:
     return np.asarray(value)
 
 
+def array_of(where: str, name: str, value: ArrayLike | torch.Tensor) -> NDArray[Any]:
+    """`to_numpy`, or a TypeError naming what is no array: a ragged list, a sparse tensor."""
+    try:
+        return to_numpy(value)
+    except (ValueError, TypeError, RuntimeError, OverflowError):
+        raise TypeError(f"{where}: expected {name} to be an array, a tensor or a list of numbers, got {type(value).__name__}") from None
+
+
 def floats(where: str, name: str, value: ArrayLike | torch.Tensor, ndim: int, finite: bool = True) -> FloatArray:
     """`value` as float64 with `ndim` dimensions; ValueError names the first non-finite position."""
-    array = to_numpy(value)
+    array = array_of(where, name, value)
     if array.dtype.kind not in "fiub":
         raise TypeError(f"{where}: expected {name} of real numbers, got dtype {array.dtype}")
     if array.ndim != ndim:
@@ -40,7 +48,7 @@ def floats(where: str, name: str, value: ArrayLike | torch.Tensor, ndim: int, fi
 
 def integers(where: str, name: str, value: ArrayLike | torch.Tensor, length: int | None = None) -> IntArray:
     """`value` as (length,) int64."""
-    array = to_numpy(value)
+    array = array_of(where, name, value)
     if array.size and array.dtype.kind not in "iu":
         raise TypeError(f"{where}: expected {name} of integers, got dtype {array.dtype}")
     if array.ndim != 1 or (length is not None and len(array) != length):
@@ -51,7 +59,7 @@ def integers(where: str, name: str, value: ArrayLike | torch.Tensor, length: int
 
 def booleans(where: str, name: str, value: ArrayLike | torch.Tensor, shape: tuple[int, ...]) -> BoolArray:
     """`value` as a boolean array of `shape`; 0 and 1 are accepted, other numbers are not."""
-    array = to_numpy(value)
+    array = array_of(where, name, value)
     if array.shape != shape:
         raise ValueError(f"{where}: expected {name} of shape {shape}, got {array.shape}")
     if array.dtype == np.bool_:

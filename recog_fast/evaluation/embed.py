@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
-from recog_fast.evaluation._arrays import BoolArray, FloatArray, booleans, both_kinds, to_numpy, unit_rows
+from recog_fast.evaluation._arrays import BoolArray, FloatArray, booleans, both_kinds, floats, to_numpy, unit_rows
 from recog_fast.evaluation.verification import equal_error_rate, tar_at_far, verification_accuracy
 
 Image = NDArray[np.uint8]  # (H, W, 3) RGB
@@ -72,8 +72,16 @@ def to_input(
 
     `bgr` reverses the channels after normalising by RGB mean and std (AdaFace checkpoints).
     """
-    x = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float() / 255.0
-    x = (x - torch.tensor(mean).view(1, 3, 1, 1)) / torch.tensor(std).view(1, 3, 1, 1)
+    where = "to_input"
+    pixels = np.ascontiguousarray(images) if isinstance(images, np.ndarray) else None
+    if pixels is None or pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[3] != 3:
+        got = type(images).__name__ if pixels is None else f"{pixels.dtype} {pixels.shape}"
+        raise ValueError(f"{where}: expected images (B, H, W, 3) of uint8, got {got}")
+    center, spread = (floats(where, name, value, 1) for name, value in (("mean", mean), ("std", std)))
+    if len(center) != 3 or len(spread) != 3 or not (spread > 0).all():
+        raise ValueError(f"{where}: expected mean and std of three numbers, std > 0, got {center} and {spread}")
+    x = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255.0
+    x = (x - torch.tensor(center.tolist()).view(1, 3, 1, 1)) / torch.tensor(spread.tolist()).view(1, 3, 1, 1)
     return x.flip(1) if bgr else x
 
 
@@ -195,9 +203,10 @@ def verification_result(
     mask = booleans("verification_result", "same", same, (len(a),))
     scores: FloatArray = (a * b).sum(axis=1)
     eer, threshold = equal_error_rate(scores, mask)
-    tar = tuple(float(t) for t in tar_at_far(scores, mask, list(fars)))
+    targets = floats("verification_result", "fars", fars, 1)
+    tar = tuple(float(t) for t in tar_at_far(scores, mask, targets))
     return VerificationResult(
-        mean, std, per_fold, eer, threshold, tuple(float(f) for f in fars), tar, scores, mask, form
+        mean, std, per_fold, eer, threshold, tuple(targets.tolist()), tar, scores, mask, form
     )
 
 

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 
-from recog_fast.evaluation._arrays import BoolArray, FloatArray, floats, scored_pairs
+from recog_fast._arguments import is_number, is_whole
+from recog_fast.evaluation._arrays import BoolArray, FloatArray, floats, integers, scored_pairs
 from recog_fast.evaluation.verification import conservative_thresholds
 
 # The warning looks at this share of the pairs, of lowest quality. It speaks where their genuine pairs pass the threshold
@@ -42,8 +43,7 @@ def error_versus_reject(
     quality = floats(where, "pair_quality", pair_quality, 1)
     if quality.shape != checked.shape:
         raise ValueError(f"{where}: expected pair_quality of shape {checked.shape}, got {quality.shape}")
-    if not 0 <= fmr <= 1:
-        raise ValueError(f"{where}: expected fmr in [0, 1], got {fmr}")
+    _check_rate(where, fmr)
     rates = _rates(where, reject)
     target = np.array([fmr])
     threshold = conservative_thresholds(checked[~mask], target)[0]
@@ -97,9 +97,15 @@ def _misleading(scores: FloatArray, same: BoolArray, threshold: float) -> str:
     return ""
 
 
+def _check_rate(where: str, fmr: float) -> None:
+    if not is_number(fmr, 0, 1):
+        raise ValueError(f"{where}: expected fmr in [0, 1], got {fmr!r}")
+
+
 def erc_protocol(fmr: float, fixed_threshold: bool = True) -> str:
     """The protocol in words, for captions: two ERCs compare only where it is the same."""
     how = "fixed on the full set" if fixed_threshold else "re-estimated on the pairs left"
+    _check_rate("erc_protocol", fmr)
     return f"FNMR at FMR {fmr:g}, threshold {how}, pair quality = the lower of the two"
 
 
@@ -135,9 +141,13 @@ def compare_qualities(
     random one.
     """
     where = "compare_qualities"
+    if not isinstance(pair_qualities, Mapping):
+        raise TypeError(f"{where}: expected pair_qualities as {{measure: qualities}}, got {type(pair_qualities).__name__}")
     named = dict(pair_qualities)
     if not named:
         raise ValueError(f"{where}: expected at least one quality measure, got none")
+    if random_seed is not None and not is_whole(random_seed, 0):
+        raise ValueError(f"{where}: expected random_seed >= 0, an integer, or None, got {random_seed!r}")
     if random_seed is not None:
         if "random" in named:
             raise ValueError(f"{where}: expected no measure called 'random' with random_seed={random_seed}, got one")
@@ -156,7 +166,13 @@ def pair_minimum(
     first: ArrayLike | torch.Tensor,  # (P,) int rows
     second: ArrayLike | torch.Tensor,  # (P,)
 ) -> FloatArray:
-    """(P,) quality of each pair: the lower of its two images' (math.md 6)."""
-    values = floats("pair_minimum", "quality", quality, 1)
-    lower: FloatArray = np.minimum(values[np.asarray(first)], values[np.asarray(second)])
+    """(P,) quality of each pair: the lower of its two images' (math.md 6). ValueError for a row that is not there."""
+    where = "pair_minimum"
+    values = floats(where, "quality", quality, 1)
+    rows = integers(where, "first", first)
+    others = integers(where, "second", second, len(rows))
+    for name, asked in (("first", rows), ("second", others)):
+        if asked.size and not (0 <= asked.min() and asked.max() < len(values)):
+            raise ValueError(f"{where}: expected {name} in [0, M) = [0, {len(values)}), got {asked.min()} to {asked.max()}")
+    lower: FloatArray = np.minimum(values[rows], values[others])
     return lower

@@ -15,6 +15,7 @@ from recog_fast.evaluation._arrays import FloatArray, IntArray, floats, integers
 Counts = NDArray[np.int64]
 
 BINS = 2**16  # 3e-5 of cosine a bin; 1 MB a histogram pair, whatever the number of pairs
+_MOST_BINS = 2**27  # two counters of 1 GB
 
 
 @dataclass
@@ -31,8 +32,8 @@ class ScoreHistograms:
     impostor: Counts = field(init=False)
 
     def __post_init__(self) -> None:
-        if not is_whole(self.bins, 2):
-            raise ValueError(f"ScoreHistograms: expected bins >= 2, an integer, got {self.bins!r}")
+        if not is_whole(self.bins, 2, _MOST_BINS):
+            raise ValueError(f"ScoreHistograms: expected bins >= 2 and at most {_MOST_BINS}, an integer, got {self.bins!r}")
         self.genuine = np.zeros(self.bins, dtype=np.int64)
         self.impostor = np.zeros(self.bins, dtype=np.int64)
 
@@ -133,6 +134,8 @@ def all_pairs(
         raise ValueError(f"{where}: expected others of width {rows.shape[1]}, got {columns.shape[1]}")
     if worth is not None and worths is not None and (len(worth), len(worths)) != (len(rows), len(columns)):
         raise ValueError(f"{where}: expected a quality per row, got {len(worth)} and {len(worths)}")
+    if not is_whole(tile, 1):
+        raise ValueError(f"{where}: expected tile >= 1, got {tile!r}")
     found = ScoreHistograms(bins)
     for i in range(0, len(rows), tile):
         for j in range(i if within else 0, len(columns), tile):

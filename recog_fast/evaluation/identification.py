@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 
+from recog_fast._arguments import is_whole
 from recog_fast.evaluation._arrays import BoolArray, FloatArray, IntArray, booleans, floats, integers
 
 
@@ -30,22 +31,24 @@ def identification(
     where = "identification"
     scores = floats(where, "similarity", similarity, 2)
     mates = booleans(where, "mated", mated, scores.shape)
-    if any(k < 1 for k in (*ranks, tpir_rank)):
-        raise ValueError(f"{where}: expected ranks and tpir_rank >= 1, got {list(ranks)} and {tpir_rank}")
-    if any(not 0 <= f <= 1 for f in fpirs):
-        raise ValueError(f"{where}: expected fpirs in [0, 1], got {list(fpirs)}")
+    places = integers(where, "ranks", ranks)
+    if not is_whole(tpir_rank, 1) or (places < 1).any():
+        raise ValueError(f"{where}: expected ranks and tpir_rank >= 1, got {places.tolist()} and {tpir_rank!r}")
+    alarm_rates = floats(where, "fpirs", fpirs, 1)
+    if ((alarm_rates < 0) | (alarm_rates > 1)).any():
+        raise ValueError(f"{where}: expected fpirs in [0, 1], got {alarm_rates.tolist()}")
     has_mate: BoolArray = np.asarray(mates.any(axis=1))
     if not has_mate.any():
         raise ValueError(f"{where}: expected at least one query with a mate, got none among {len(has_mate)}")
     best = np.where(mates, scores, -np.inf)[has_mate].max(axis=1)
     rank = 1 + (scores[has_mate] > best[:, None]).sum(axis=1)
-    rates = np.array([(rank <= k).mean() for k in ranks], dtype=np.float64)
-    if len(fpirs) == 0:
+    rates = np.array([(rank <= k).mean() for k in places], dtype=np.float64)
+    if len(alarm_rates) == 0:
         return rates, np.empty(0)
     if has_mate.all():
         raise ValueError(f"{where}: expected queries without a mate for fpirs, got a mate for every query")
     alarms = np.sort(scores[~has_mate].max(axis=1))[::-1]
-    tpir = [_tpir(best, rank <= tpir_rank, alarms, round(f * len(alarms))) for f in fpirs]
+    tpir = [_tpir(best, rank <= tpir_rank, alarms, round(f * len(alarms))) for f in alarm_rates]
     return rates, np.array(tpir, dtype=np.float64)
 
 
@@ -129,9 +132,10 @@ def cumulative_match(
     Ties keep gallery order (stable). Queries without a relevant entry do not count.
     Raises what `mean_average_precision` raises, and ValueError for ranks < 1. Source: Market-1501.
     """
-    if any(k < 1 for k in ranks):
-        raise ValueError(f"cumulative_match: expected ranks >= 1, got {list(ranks)}")
+    places = integers("cumulative_match", "ranks", ranks)
+    if (places < 1).any():
+        raise ValueError(f"cumulative_match: expected ranks >= 1, got {places.tolist()}")
     first = np.array(
         [lists[0] for lists in _ranked_lists("cumulative_match", similarity, query_ids, gallery_ids, junk)]
     )
-    return np.array([(first <= k).mean() for k in ranks], dtype=np.float64)
+    return np.array([(first <= k).mean() for k in places], dtype=np.float64)

@@ -6,10 +6,12 @@ from collections.abc import Iterable
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from recog_fast.evaluation._arrays import to_numpy, unit_rows
+from recog_fast._arguments import is_choice
+from recog_fast.evaluation._arrays import array_of, unit_rows
 
 Engine = Literal["exact", "faiss"]
 Found = tuple[NDArray[np.float32], NDArray[np.int64]]
@@ -32,7 +34,7 @@ class GallerySearch:
     def __init__(self, probes: ArrayLike | Tensor, k: int = 1, *, engine: Engine = "exact") -> None:
         if isinstance(k, bool) or not isinstance(k, int | np.integer) or k < 1:
             raise ValueError(f"search: expected k >= 1, got {k!r}")
-        if engine not in ("exact", "faiss"):
+        if not is_choice(engine, ("exact", "faiss")):
             raise ValueError(f"search: expected engine exact or faiss, got {engine!r}")
         self._probes = _unit("probes", probes, None, 0)
         self.k, self.rows = int(k), 0
@@ -94,7 +96,7 @@ def search(
     """
     found = GallerySearch(probes, k, engine=engine)
     if isinstance(gallery, np.ndarray | Tensor) or not isinstance(gallery, Iterable) or isinstance(gallery, list | tuple):
-        whole = gallery if isinstance(gallery, np.ndarray | Tensor) else np.asarray(gallery)
+        whole = gallery if isinstance(gallery, np.ndarray | Tensor) and getattr(gallery, "layout", torch.strided) == torch.strided else array_of("search", "gallery", gallery)
         if whole.ndim != 2:
             raise ValueError(f"search: expected gallery of shape (G, D), got {tuple(whole.shape)}")
         blocks: Iterable[Any] = (whole[start : start + _COPIED_ROWS] for start in range(0, len(whole), _COPIED_ROWS))
@@ -109,7 +111,10 @@ def search(
 
 def _unit(name: str, rows: ArrayLike | Tensor, dimension: int | None, first: int) -> NDArray[np.float32]:
     """Rows of length 1 in float32; `first` is the number of the first in messages."""
-    wide = to_numpy(rows).astype(np.float64)
+    given = array_of("search", name, rows)
+    if given.dtype.kind not in "fiub":
+        raise TypeError(f"search: expected {name} of real numbers, got dtype {given.dtype}")
+    wide = given.astype(np.float64)
     if wide.ndim != 2 or wide.shape[1] != (wide.shape[1] if dimension is None else dimension):
         raise ValueError(f"search: expected {name} of shape (rows, {'D' if dimension is None else f'D = {dimension}'}), got {wide.shape}")
     bad = ~(np.isfinite(wide).all(axis=1) & (np.abs(wide).max(axis=1, initial=0) > 0))

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
+from recog_fast._arguments import is_whole
 from recog_fast.evaluation._arrays import BoolArray, FloatArray, IntArray, floats, integers, unit_rows
 from recog_fast.evaluation.embed import VerificationResult, evaluate_bin, verification_result
 from recog_fast.evaluation.identification import identification
@@ -51,8 +52,10 @@ def template_scores(ids: Rows, templates: Rows, first: Rows, second: Rows) -> Fl
     Raises ValueError naming a template id that is not there.
     """
     where = "template_scores"
-    known = integers(where, "ids", ids)
     rows = unit_rows(floats(where, "templates", templates, 2))
+    known = integers(where, "ids", ids, len(rows))
+    if not len(known) or (np.diff(known) <= 0).any():
+        raise ValueError(f"{where}: expected ids of at least one template, ascending, got {known}")
     places = []
     for name, asked in (("first", first), ("second", second)):
         wanted = integers(where, name, asked)
@@ -62,6 +65,8 @@ def template_scores(ids: Rows, templates: Rows, first: Rows, second: Rows) -> Fl
                 f"{where}: expected template ids of {name} among ids, got {wanted[known[place] != wanted][0]}"
             )
         places.append(place)
+    if len(places[0]) != len(places[1]):
+        raise ValueError(f"{where}: expected second of shape ({len(places[0])},) as first, got ({len(places[1])},)")
     scores: FloatArray = (rows[places[0]] * rows[places[1]]).sum(axis=1)
     return scores
 
@@ -139,13 +144,17 @@ def tinyface_identification(
     where = "tinyface_identification"
     q, g = floats(where, "probes", probes, 2), floats(where, "gallery", gallery, 2)
     who, whom = integers(where, "probe_ids", probe_ids, len(q)), integers(where, "gallery_ids", gallery_ids, len(g))
+    far = np.empty((0, q.shape[1])) if distractors is None else floats(where, "distractors", distractors, 2)
+    for name, rows in (("gallery", g), ("distractors", far)):
+        if rows.shape[1] != q.shape[1]:
+            raise ValueError(f"{where}: expected {name} (n, D = {q.shape[1]}) as probes, got {rows.shape}")
     queries = unit_rows(q)
     similarity, mated = queries @ unit_rows(g).T, who[:, None] == whom[None]
     if distractors is None:
         rates, _ = identification(similarity, mated, ranks=(1, 5, 20))
         return dict(zip((1, 5, 20), map(float, rates), strict=True))
     # Only how many distractors beat each probe's best mate matters: their similarities are never stored together.
-    others = unit_rows(floats(where, "distractors", distractors, 2))
+    others = unit_rows(far)
     has = mated.any(axis=1)
     if not has.any():
         raise ValueError(f"{where}: expected a probe with a mate in the gallery, got none")
@@ -168,12 +177,14 @@ def tinyface_pairs(
     """
     where = "tinyface_pairs"
     who = integers(where, "ids", ids)
+    if not is_whole(impostors, 1) or not is_whole(seed, 0):
+        raise ValueError(f"{where}: expected impostors >= 1 and seed >= 0, integers, got {impostors!r} and {seed!r}")
     order = np.argsort(who, kind="stable")
     starts = np.flatnonzero(np.r_[True, np.diff(who[order]) != 0])
     groups = np.split(order, starts[1:])
     genuine = np.array([(a, b) for g in groups for k, a in enumerate(g) for b in g[k + 1 :]], dtype=np.int64)
     total = len(who) * (len(who) - 1) // 2 - len(genuine)
-    if not len(genuine) or total < impostors or impostors < 1:
+    if not len(genuine) or total < impostors:
         raise ValueError(
             f"{where}: expected genuine pairs and at least {impostors} impostor pairs, got {len(genuine)} and {total}"
         )

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 
-from recog_fast.evaluation._arrays import FloatArray, scored_pairs, to_numpy
+from recog_fast._arguments import is_choice
+from recog_fast.evaluation._arrays import FloatArray, array_of, floats, scored_pairs
 from recog_fast.evaluation.verification import conservative_thresholds
 
 
@@ -70,13 +71,13 @@ def subgroup_report(
     """
     where = "subgroup_report"
     checked, mask = scored_pairs(where, scores, same)
-    which = np.asarray(to_numpy(groups) if isinstance(groups, torch.Tensor) else groups)
+    which = array_of(where, "groups", groups)
     if which.shape != checked.shape:
         raise ValueError(f"{where}: expected groups of shape {checked.shape}, got {which.shape}")
-    targets = np.asarray(fars, dtype=np.float64)
-    if targets.ndim != 1 or ((targets < 0) | (targets > 1)).any():
-        raise ValueError(f"{where}: expected fars (n,) in [0, 1], got {fars}")
-    if threshold not in ("own", "pooled"):
+    targets = floats(where, "fars", fars, 1)
+    if ((targets < 0) | (targets > 1)).any():
+        raise ValueError(f"{where}: expected fars (n,) in [0, 1], got {targets.tolist()}")
+    if not is_choice(threshold, ("own", "pooled")):
         raise ValueError(f"{where}: expected threshold 'own' or 'pooled', got {threshold!r}")
     common = conservative_thresholds(checked[~mask], targets)
     names, frr, far, counts = np.unique(which), [], [], []

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 
+from recog_fast._arguments import is_choice, is_whole
 from recog_fast.evaluation._arrays import (
     BoolArray,
     FloatArray,
@@ -51,7 +52,7 @@ def verification_accuracy(
     if first.shape != second.shape:
         raise ValueError(f"{where}: expected emb2 of shape {first.shape} as emb1, got {second.shape}")
     mask = booleans(where, "same", same, (len(first),))
-    if not 2 <= folds <= len(mask):
+    if not is_whole(folds, 2, len(mask)):
         raise ValueError(f"{where}: expected folds between 2 and the number of pairs {len(mask)}, got {folds}")
     both_kinds(where, mask)
     distance: FloatArray = np.square(unit_rows(first) - unit_rows(second)).sum(axis=1)
@@ -119,17 +120,17 @@ def tar_at_far(
     """
     where = "tar_at_far"
     checked, mask = scored_pairs(where, scores, same)
-    targets = floats(where, "fars", np.asarray(fars, dtype=np.float64), 1)
+    targets = floats(where, "fars", fars, 1)
     if ((targets < 0) | (targets > 1)).any():
         raise ValueError(f"{where}: expected fars in [0, 1], got {targets.tolist()}")
+    if not is_choice(rule, ("conservative", "nearest")):
+        raise ValueError(f'{where}: expected rule "conservative" or "nearest", got {rule!r}')
     if rule == "nearest":
         far, tar, _ = _roc(checked, mask)
         # tar never falls along the curve, so the last of the closest points has the largest one.
         closest = [len(far) - 1 - int(np.argmin(np.abs(far - target)[::-1])) for target in targets]
         nearest: FloatArray = tar[closest]
         return nearest
-    if rule != "conservative":
-        raise ValueError(f'{where}: expected rule "conservative" or "nearest", got {rule!r}')
     genuine = np.sort(checked[mask])
     threshold = conservative_thresholds(checked[~mask], targets)
     accepted = len(genuine) - np.searchsorted(genuine, threshold, side="right")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -20,7 +23,28 @@ def expect_tensor(value: object, where: str, name: str) -> Tensor:
     """TypeError unless it is a tensor."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{where}: expected {name} to be a torch.Tensor, got {type(value).__name__}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{where}: expected {name} to be a dense torch.Tensor, got layout {value.layout}")
     return value
+
+
+def as_tensor(value: object, where: str, name: str) -> Tensor:
+    """A dense tensor of a tensor, an array or a list of real numbers; TypeError for anything else."""
+    try:
+        tensor = torch.as_tensor(value)
+    except (RuntimeError, TypeError, ValueError, OverflowError):
+        raise TypeError(f"{where}: expected {name} to be a tensor, an array or a list of numbers, got {type(value).__name__}") from None
+    if tensor.is_complex():
+        raise TypeError(f"{where}: expected {name} of real numbers, got dtype {tensor.dtype}")
+    return expect_tensor(tensor, where, name)
+
+
+def listed(values: Iterable[Any], where: str, name: str) -> list[Any]:
+    """The elements of what can be walked through; TypeError for what cannot."""
+    try:
+        return list(values)
+    except (TypeError, RuntimeError):
+        raise TypeError(f"{where}: expected {name} as a sequence of numbers, got {type(values).__name__}") from None
 
 
 def check_embeddings(x: Tensor, where: str, name: str = "embeddings") -> None:

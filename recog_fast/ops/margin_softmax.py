@@ -220,7 +220,7 @@ def _row_shares(batch: Batch, unknown: Unknown | None, options: LossOptions) -> 
         count = options.normalizer.to(labelled.device).double().reshape(())
     else:
         count = labelled.sum().clamp_min(1).double()
-        count = count if options.normalizer is None else torch.full_like(count, options.normalizer)
+        count = count if options.normalizer is None else torch.full_like(count, float(options.normalizer))
     unlabelled = (batch.labels == -1).sum().clamp_min(1).double()
     return torch.where(labelled, 1 / count, 1 / unlabelled)
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from .._arguments import is_number
 from ..rules import NegativeRule, pack_rules
 from . import _checks, _chunked, _cpu, _library, _planes
 
@@ -217,7 +218,7 @@ def negative_logsumexp(
     _checks.check_labels(labels, unit_embeddings.shape[0], prototypes.shape[0], where)
     _checks.check_scale(scale, where)
     _checks.check_vector(thresholds, unit_embeddings.shape[0], where, "thresholds")
-    _checks.expect(0 < clamp <= 1, where, "clamp in (0, 1]", clamp)
+    _checks.expect(is_number(clamp, 0, 1, above=True), where, "clamp in (0, 1]", repr(clamp))
     rows = unit_embeddings.to(prototypes.dtype)
     rules = pack_rules(labels, rule, thresholds, clamp, rows.dtype)
     lse, cosine, index, _ = torch.ops.recog_fast.negative_logsumexp(

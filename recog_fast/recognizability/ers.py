@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .._arguments import is_number
 from ..ops import _checks
 from ..reference import unit_rows
 
@@ -18,7 +19,7 @@ REJECTED = -1.0  # the score of a pair that recognizability rejects: below every
 
 def unit_center(center: Any, dimension: int, where: str) -> Tensor:
     """(D,) normalised, in its own dtype. Raises ValueError for another shape, a non-finite value or a zero vector."""
-    u = torch.as_tensor(center)
+    u = _checks.as_tensor(center, where, "center")
     _checks.expect(u.dtype in _checks.FLOATS, where, "center of a floating point dtype", str(u.dtype))
     _checks.expect(
         tuple(u.shape) == (dimension,), where, f"center of shape (D,) = ({dimension},)", f"shape {tuple(u.shape)}"
@@ -47,7 +48,7 @@ def embedding_recognizability(
     Raises ValueError naming the argument. Source: Deng et al., Harnessing Unrecognizable Faces (ERS), eq. 1.
     """
     where = "embedding_recognizability"
-    x = torch.as_tensor(embeddings)
+    x = _checks.as_tensor(embeddings, where, "embeddings")
     _checks.check_embeddings(x, where)
     _checks.check_finite_rows(x, where)
     u = unit_center(center, x.shape[1], where)
@@ -68,8 +69,8 @@ def pair_decision(
     Raises ValueError for shapes that differ and a gamma that is not finite. Source: Harnessing Unrecognizable Faces (math.md 5).
     """
     where = "pair_decision"
-    s = torch.as_tensor(scores)
-    first, second = torch.as_tensor(e1), torch.as_tensor(e2)
+    s = _checks.as_tensor(scores, where, "scores")
+    first, second = _checks.as_tensor(e1, where, "e1"), _checks.as_tensor(e2, where, "e2")
     _checks.expect(
         s.dim() == 1 and s.dtype in _checks.FLOATS,
         where,
@@ -78,8 +79,8 @@ def pair_decision(
     )
     for name, value in (("e1", first), ("e2", second)):
         _checks.check_vector(value, s.numel(), where, name)
-    _checks.expect(math.isfinite(gamma), where, "a finite gamma", gamma)
-    return torch.where(torch.minimum(first, second) >= gamma, s, torch.full_like(s, REJECTED))
+    _checks.expect(is_number(gamma), where, "a finite gamma", repr(gamma))
+    return torch.where(torch.minimum(first, second) >= float(gamma), s, torch.full_like(s, REJECTED))
 
 
 class ThresholdRow(NamedTuple):
@@ -109,8 +110,8 @@ def threshold_table(
     Source: Harnessing Unrecognizable Faces, choice of gamma.
     """
     where = "threshold_table"
-    s = torch.as_tensor(scores).double()
-    mask = torch.as_tensor(same)
+    s = _checks.as_tensor(scores, where, "scores").double()
+    mask = _checks.as_tensor(same, where, "same")
     _checks.check_vector(mask, s.numel(), where, "same")
     _checks.expect(mask.dtype == torch.bool, where, "same as booleans", str(mask.dtype))
     _checks.expect(
@@ -119,8 +120,12 @@ def threshold_table(
         "genuine and impostor pairs",
         f"{int(mask.sum())} genuine of {mask.numel()}",
     )
-    _checks.expect(all(0 <= far <= 1 for far in fars), where, "fars in [0, 1]", tuple(fars))
-    quality = torch.minimum(torch.as_tensor(e1), torch.as_tensor(e2))
+    _checks.expect(all(is_number(far, 0, 1) for far in _checks.listed(fars, where, "fars")), where, "fars in [0, 1]", repr(fars))
+    gammas = _checks.listed(gammas, where, "gammas")
+    first, second = _checks.as_tensor(e1, where, "e1"), _checks.as_tensor(e2, where, "e2")
+    for name, value in (("e1", first), ("e2", second)):
+        _checks.check_vector(value, s.numel(), where, name)
+    quality = torch.minimum(first, second)
     rows = []
     for gamma in gammas:
         decided = pair_decision(s, e1, e2, gamma)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._arguments import is_number, is_whole
+from .._arguments import is_choice, is_number, is_whole
 from ..ops import _checks
 from .ers import unit_center
 
@@ -34,7 +34,7 @@ def recognizability_index(
     where = "recognizability_index"
     rows = _checks.expect_tensor(target_cosine, where, "target_cosine").numel()
     for name, value in (("target_cosine", target_cosine), ("nearest_cosine", nearest_cosine), ("ui_cosine", ui_cosine)):
-        _checks.check_vector(value, rows, where, name)
+        _checks.check_vector(_checks.expect_tensor(value, where, name), rows, where, name)
     d_p, d_n, d_ui = ((1 - c).clamp(0.0, 2.0) for c in (target_cosine, nearest_cosine, ui_cosine))
     index = d_ui * d_n / (d_p + _EPS)
     return index.detach() if detach else index
@@ -42,7 +42,7 @@ def recognizability_index(
 
 def _reduce(loss: Tensor, reduction: str, where: str) -> Tensor:
     """(N,) -> mean (0 of no rows), sum or itself."""
-    _checks.expect(reduction in ("mean", "sum", "none"), where, "reduction 'mean', 'sum' or 'none'", repr(reduction))
+    _checks.expect(is_choice(reduction, ("mean", "sum", "none")), where, "reduction 'mean', 'sum' or 'none'", repr(reduction))
     if reduction == "none":
         return loss
     return loss.sum() if reduction == "sum" else loss.sum() / max(1, loss.numel())
@@ -60,9 +60,9 @@ def regression_loss(
     Both (N,); reduction "none" gives (N,). Raises ValueError for shapes that differ or beta <= 0. Source: Recognizability Index, eq. 4.
     """
     where = "regression_loss"
-    _checks.check_vector(index, _checks.expect_tensor(predicted, where, "predicted").numel(), where, "index")
+    _checks.check_vector(_checks.expect_tensor(index, where, "index"), _checks.expect_tensor(predicted, where, "predicted").numel(), where, "index")
     _checks.expect(predicted.dim() == 1, where, "predicted of shape (N,)", f"shape {tuple(predicted.shape)}")
-    _checks.expect(0 < beta < float("inf"), where, "beta > 0", beta)
+    _checks.expect(is_number(beta, 0, above=True), where, "beta > 0", repr(beta))
     return _reduce(F.smooth_l1_loss(predicted, index, beta=beta, reduction="none"), reduction, where)
 
 
@@ -145,10 +145,11 @@ def attention_loss(
     """
     where = "attention_loss"
     _checks.check_embeddings(attended, where, "attended")
+    _checks.check_embeddings(projected, where, "projected")
     _checks.expect(
         attended.shape == projected.shape, where, f"projected of shape {tuple(attended.shape)}", tuple(projected.shape)
     )
-    _checks.expect(elements in ("mean", "sum"), where, "elements 'mean' or 'sum'", repr(elements))
+    _checks.expect(is_choice(elements, ("mean", "sum")), where, "elements 'mean' or 'sum'", repr(elements))
     square = (attended - projected).square()
     return _reduce(square.mean(dim=1) if elements == "mean" else square.sum(dim=1), reduction, where)
 

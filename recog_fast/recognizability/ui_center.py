@@ -10,8 +10,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .._arguments import is_choice, is_number
 from ..ops import _checks
 from ..reference import unit_rows
+from .ers import unit_center
 
 Labels = NDArray[np.int64]
 
@@ -22,7 +24,7 @@ _GRID = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3)
 
 def _unit(embeddings: Any, where: str) -> tuple[Tensor, torch.dtype]:
     """Unit rows (N, D) float64 and the dtype results are returned in."""
-    x = torch.as_tensor(embeddings)
+    x = _checks.as_tensor(embeddings, where, "embeddings")
     _checks.check_embeddings(x, where)
     _checks.expect(x.shape[0] >= 1, where, "at least one embedding", f"shape {tuple(x.shape)}")
     _checks.check_finite_rows(x, where)
@@ -45,7 +47,7 @@ def unrecognizable_center(
     Source: Harnessing Unrecognizable Faces, section 3; Recognizability Index, section 3.2.
     """
     where = "unrecognizable_center"
-    _checks.expect(method in ("mean", "cluster"), where, "method 'mean' or 'cluster'", repr(method))
+    _checks.expect(is_choice(method, ("mean", "cluster")), where, "method 'mean' or 'cluster'", repr(method))
     unit, dtype = _unit(embeddings, where)
     mask = torch.ones(unit.shape[0], dtype=torch.bool)
     if method == "cluster":
@@ -70,7 +72,7 @@ def cluster_labels(embeddings: Any, threshold: float = 1.0) -> Labels:
     tile). embeddings (N, D). Raises ValueError for a threshold outside [0, 2]. Source: Harnessing Unrecognizable Faces.
     """
     where = "cluster_labels"
-    _checks.expect(0 <= threshold <= 2, where, "threshold in [0, 2] (distance of unit vectors)", threshold)
+    _checks.expect(is_number(threshold, 0, 2), where, "threshold in [0, 2] (distance of unit vectors)", repr(threshold))
     unit, _ = _unit(embeddings, where)
     rows = unit.shape[0]
     found = _linkage(unit, threshold) if 2 <= rows <= SMALL else components(unit, threshold)
@@ -141,9 +143,9 @@ def cluster_table(
     Raises ValueError for embeddings that are no matrix and a threshold outside [0, 2]. Source: Harnessing Unrecognizable Faces.
     """
     unit, _ = _unit(embeddings, "cluster_table")
-    given = None if direct is None else unit_rows(torch.as_tensor(direct).double().to(unit.device))[0]
+    given = None if direct is None else unit_center(direct, unit.shape[1], "cluster_table").to(unit)
     rows = []
-    for threshold in thresholds:
+    for threshold in _checks.listed(thresholds, "cluster_table", "thresholds"):
         labels = cluster_labels(unit, threshold)
         largest = torch.from_numpy(labels == 0).to(unit.device)
         center, _ = unit_rows(unit[largest].mean(dim=0))
