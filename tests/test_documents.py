@@ -23,6 +23,7 @@ WHOLE_PAGES = {
     "docs/data.md": "commands on the reader's own images and others' files: tests/test_cli.py and test_convert.py run them",
     "docs/scale.md": "torchrun over ranks: tests/test_elastic.py runs it",
     "docs/training-ranks.md": "torchrun over ranks: tests/test_torchrun.py and test_training_ranks.py run them",
+    "docs/wheels.md": "builds wheels and environments, minutes each: tests/test_packaging.py has what is quick of it",
     "docs/interchange.md": "tests/test_interchange_page.py types it",
 }
 
