@@ -92,7 +92,7 @@ def _read(path: str) -> object:
 
 def refusal(error: Exception) -> str:
     """What torch.load refused, without its advice to execute the file."""
-    reason = str(error).rpartition("WeightsUnpickler error:")[2].strip()
+    reason = (str(error) or "an empty file").rpartition("WeightsUnpickler error:")[2].strip()
     return reason.partition("\n")[0].partition(" Please use")[0]
 
 
