@@ -40,7 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 2
     if rest and options.command not in ("train", "demo", "sweep"):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        command = f"{parser.prog} {options.command}"
+        parser.exit(2, f"{command}: error: unrecognized arguments: {' '.join(rest)} (see {command} --help)\n")
     try:
         code: int = options.run(options, rest)
         return code
@@ -50,7 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, TypeError, OSError, ArithmeticError, RuntimeError, ImportError) as error:
         if options.debug:
             raise
-        print(f"recog-fast {options.command}: error: {_one_line(error)}", file=sys.stderr)
+        message = _one_line(error).removeprefix(f"{options.command}: ")
+        print(f"recog-fast {options.command}: error: {message}", file=sys.stderr)
         return 1
 
 

@@ -38,8 +38,11 @@ def add(commands: Commands, parents: list[argparse.ArgumentParser]) -> None:
 
 
 def _count(text: str) -> int:
-    value = float(text)
-    if value != int(value) or value < 1:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.5
+    if not value.is_integer() or value < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text}")
     return int(value)
 

@@ -151,8 +151,10 @@ def _shard_weight(path: Path) -> Tensor:
         # A mapped file costs no memory until its rows are copied; torch maps zip files only.
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+        from recog_fast.models.loading import refusal
+
         raise ValueError(
-            f"import_head: expected {path} to be a torch.save file of tensors only, got: {error}"
+            f"import_head: expected {path} to be a torch.save file of tensors only, got: {refusal(error)}"
         ) from error
     if isinstance(content, Mapping):
         content = content.get("state_dict_softmax_fc", content)

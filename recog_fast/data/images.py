@@ -107,6 +107,8 @@ def _decode_pillow(data: bytes, source: str, index: int) -> Image:
             return np.array(opened.convert("RGB"))
     except CorruptImage:
         raise
+    except PIL.UnidentifiedImageError as error:
+        raise CorruptImage(source, index, "no image file of a known format") from error
     except Exception as error:  # on broken files Pillow's plug-ins raise almost any type
         raise CorruptImage(source, index, f"{type(error).__name__}: {error}") from error
 

@@ -85,7 +85,15 @@ def _read(path: str) -> object:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, EOFError) as error:
-        raise ValueError(f"load_backbone: expected {path} to be a torch.save file of tensors only, got: {error}") from error
+        raise ValueError(
+            f"load_backbone: expected {path} to be a torch.save file of tensors only, got: {refusal(error)}"
+        ) from error
+
+
+def refusal(error: Exception) -> str:
+    """What torch.load refused, without its advice to execute the file."""
+    reason = (str(error) or "an empty file").rpartition("WeightsUnpickler error:")[2].strip()
+    return reason.partition("\n")[0].partition(" Please use")[0]
 
 
 def _tensors(content: object, source: str) -> dict[str, Tensor]:
