@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recog_fast._arguments import are_numbers, is_number, is_whole
+from recog_fast._arguments import are_numbers, is_number, is_whole, refusal
 from recog_fast.heads import MarginHead
 from recog_fast.margins import ArcFace, CosFace, InterclassFilter
 
@@ -151,8 +151,6 @@ def _shard_weight(path: Path) -> Tensor:
         # A mapped file costs no memory until its rows are copied; torch maps zip files only.
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
-        from recog_fast.models.loading import refusal
-
         raise ValueError(
             f"import_head: expected {path} to be a torch.save file of tensors only, got: {refusal(error)}"
         ) from error

@@ -25,7 +25,6 @@ from recog_fast.evaluation.erc import (
 from recog_fast.evaluation.gallery import (
     Gallery,
     GalleryItem,
-    image_data_uri,
     pair_galleries,
     png_data_uri,
     strip,
@@ -74,7 +73,6 @@ __all__ = [
     "four_forms",
     "fpir_threshold",
     "identification",
-    "image_data_uri",
     "mean_average_precision",
     "overlay",
     "pair_galleries",

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from recog_fast._arguments import refusal
+
 from .adaface import BGR, adaface_state, is_adaface
 
 # Wrappers that put their own name in front of every key: DistributedDataParallel, torch.compile.
@@ -88,12 +90,6 @@ def _read(path: str) -> object:
         raise ValueError(
             f"load_backbone: expected {path} to be a torch.save file of tensors only, got: {refusal(error)}"
         ) from error
-
-
-def refusal(error: Exception) -> str:
-    """What torch.load refused, without its advice to execute the file."""
-    reason = (str(error) or "an empty file").rpartition("WeightsUnpickler error:")[2].strip()
-    return reason.partition("\n")[0].partition(" Please use")[0]
 
 
 def _tensors(content: object, source: str) -> dict[str, Tensor]:
