@@ -7,13 +7,14 @@ SOURCES := pyproject.toml constraints.txt setup.py CMakeLists.txt recog_fast/_ve
 export PYTHON
 unexport PYTHONPATH PYTHONHOME
 
-.PHONY: help demo test sanitize bench bench-full bench-charts check-kernels lint build wheel sdist check-wheel clean
+.PHONY: help demo test sanitize sanitize-threads bench bench-full bench-charts check-kernels lint build wheel sdist check-wheel clean
 
 help:
 	@echo "make demo    train and evaluate on synthetic identities (2 minutes), write runs/demo/report.html"
 	@echo "make test    run the tests            make bench   run the benchmarks"
 	@echo "make bench-full    the real sizes, in pieces        make bench-charts    charts of their stored results"
 	@echo "make sanitize   the operations' tests on kernels built with the address and undefined-behaviour sanitizers"
+	@echo "make sanitize-threads   the kernels' own threads under the thread sanitizer (4 minutes)"
 	@echo "make check-kernels   compile the Triton kernels for every architecture; registers, spills, shared memory"
 	@echo "make lint    ruff and mypy --strict   make build   .venv with the built package"
 	@echo "make wheel   dist/*.whl               make sdist   dist/*.tar.gz"
@@ -28,6 +29,9 @@ test: build
 
 sanitize: build
 	@PY=$(PY) sh tools/sanitize.sh $(ARGS)
+
+sanitize-threads: build
+	@PY=$(PY) sh tools/sanitize_threads.sh
 
 bench: build
 	$(PY) -m pytest benchmarks $(ARGS)
