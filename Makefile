@@ -7,12 +7,13 @@ SOURCES := pyproject.toml constraints.txt setup.py CMakeLists.txt recog_fast/_ve
 export PYTHON
 unexport PYTHONPATH PYTHONHOME
 
-.PHONY: help demo test sanitize sanitize-threads bench bench-full bench-charts check-kernels lint build wheel sdist check-wheel clean
+.PHONY: help demo test docs sanitize sanitize-threads bench bench-full bench-charts check-kernels lint build wheel sdist check-wheel clean
 
 help:
 	@echo "make demo    train and evaluate on synthetic identities (2 minutes), write runs/demo/report.html"
 	@echo "make test    run the tests            make bench   run the benchmarks"
-	@echo "make bench-full    the real sizes, in pieces        make bench-charts    charts of their stored results"
+	@echo "make docs    the documents as a site in build/docs, its links checked"
+	@echo "make bench-full    the real sizes, in pieces        make bench-charts    charts and a page of all stored results"
 	@echo "make sanitize   the operations' tests on kernels built with the address and undefined-behaviour sanitizers"
 	@echo "make sanitize-threads   the kernels' own threads under the thread sanitizer (4 minutes)"
 	@echo "make check-kernels   compile the Triton kernels for every architecture; registers, spills, shared memory"
@@ -27,6 +28,10 @@ demo: build
 test: build
 	$(PY) -m pytest $(ARGS)
 
+# Installs the packages of the extra `docs` first, which nothing else needs.
+docs: build
+	@PY=$(PY) sh tools/docs.sh $(ARGS)
+
 sanitize: build
 	@PY=$(PY) sh tools/sanitize.sh $(ARGS)
 
@@ -35,6 +40,7 @@ sanitize-threads: build
 
 bench: build
 	$(PY) -m pytest benchmarks $(ARGS)
+	@$(PY) -m benchmarks.charts --page
 
 # Every piece in a process of its own, about an hour on 2 cores; ARGS="64x100000" runs the pieces whose id holds that word.
 bench-full: build

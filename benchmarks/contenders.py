@@ -79,6 +79,10 @@ class Contender(ABC):
         """Inputs and optimizer state as they were at first, gradients dropped; before each run, not timed."""
         self.arena.reset()
 
+    def trained(self) -> Tensor:
+        """The parameter the optimizer moves."""
+        return self.arena.weight
+
     def result(self) -> Sequence[Tensor]:
         """What a full step leaves: the tensors two runs are compared by, W (C, D) and the optimizer's state of its shape."""
         return self.arena.weight.detach(), self.arena.velocity

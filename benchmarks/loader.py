@@ -1,90 +1,195 @@
-"""What a data worker costs beside decoding, in CPU time (wall time would measure the machine's other work).
+"""What a data worker costs beside decoding: the training loader's workers against pure decoding of the same images.
 
-python -m benchmarks.loader train.rec          # the same table for your own .rec
+python -m benchmarks.loader train.rec          # your own .rec
+python -m benchmarks.loader train.rec --store  # and keeps the table in results/<device>/loader.json and loader.md
 python -m benchmarks.loader                    # 400 images made on the spot
+
+Inside every worker each batch is loaded once (all the worker does for it: index, read, decode, augment, send, wake up) and decoded
+once more by one bare `simplejpeg.decode_jpeg(data, "RGB")` an image, the bytes already in memory, in turns before and after. Both
+are CPU time of the same process over the same bytes, so other work on the machine touches both; the share is the median of the
+batches' ratios. "decode_image" is this package's decoder, which looks at the header first.
 """
 
 from __future__ import annotations
 
-import gc
-import resource
-import sys
+import argparse
+import io
+import json
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
-from recog_fast.data import Augmentation, RecordDataset, SyntheticIdentities, decode_image, write_identities
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+from recog_fast.data import (
+    Augmentation,
+    RecordDataset,
+    SyntheticIdentities,
+    convert_dataset,
+    decode_image,
+    write_identities,
+)
+from recog_fast.training.batches import StepImages, as_it_is
 from recog_fast.training.config import DataConfig, TrainConfig
 from recog_fast.training.data import TrainingImages, step_loader
+
+from . import machine
+
+WARM = 4  # batches of a worker that are left out: imports, first pages
+AUGMENTATIONS = {
+    "none": Augmentation(flip=0.0),
+    "flip (default)": Augmentation(),
+    "QAFace (crop, low resolution 0.2 each)": Augmentation(crop=0.2, low_resolution=0.2),
+    "everything at 0.2": Augmentation(
+        affine=0.2, crop=0.2, light=0.2, occlusion=0.2, motion=0.2, blur=0.2, low_resolution=0.2
+    ),
+}
 
 
 def made(folder: Path, people: int = 40) -> Path:
     """A small .rec of drawn people, 112 x 112 JPEG."""
-    import io
-
     import PIL.Image
 
-    def encoded(image: object) -> bytes:
+    def encoded(image: Any) -> bytes:
         buffer = io.BytesIO()
-        PIL.Image.fromarray(image).save(buffer, "JPEG", quality=95)  # type: ignore[arg-type]
+        PIL.Image.fromarray(image).save(buffer, "JPEG", quality=95)
         return buffer.getvalue()
 
     drawn = SyntheticIdentities(num_identities=people, images_per_identity=10, size=112)
-    write_identities(
-        folder / "made.rec", ((label, encoded(image)) for image, label in (drawn[i] for i in range(len(drawn))))
-    )
+    images = (drawn[i] for i in range(len(drawn)))
+    write_identities(folder / "made.rec", ((label, encoded(image)) for image, label in images))
     return folder / "made.rec"
 
 
-def decoding(rec: Path, count: int = 2000) -> float:
-    """CPU seconds of decoding one image, in one process."""
-    raw = RecordDataset(rec, decode=False)
-    data = [raw[i % len(raw)][0] for i in range(count)]
-    decode_image(data[0])
+def _cpu_seconds(work: Callable[[], object]) -> float:
     began = time.process_time()
-    for encoded in data:
-        decode_image(encoded)
-    return (time.process_time() - began) / count
+    work()
+    return time.process_time() - began
 
 
-def working(rec: Path, workers: int, flip: float, epochs: int) -> tuple[float, float, int]:
-    """(user, system CPU seconds of the workers, images) over whole epochs."""
+class Probe(StepImages):
+    """Training images whose worker also decodes each batch alone; `times` (workers, batches, 3) of seconds of CPU a batch:
+    loading, bare decoding, decode_image."""
+
+    def __init__(self, images: TrainingImages, pool: Any, workers: int, batches: int) -> None:
+        super().__init__(images, pool)
+        self.source: Any = images.splits[0]
+        self.times = torch.zeros(workers, batches, 3, dtype=torch.float64).share_memory_()
+        self.calls, self.left = 0, 0.0
+
+    def __getitems__(self, keys: Sequence[tuple[int, int]]) -> Any:
+        between = time.process_time() - self.left  # sending the last batch, being woken up for this one
+        split = self.source
+        data = [split.source.encoded(int(split.indices[i]))[0] for _, i in keys]
+        decoded: list[float] = []
+        if self.calls % 2:
+            decoded = self._decoding(data)
+        sent: list[Any] = []
+        loading = _cpu_seconds(lambda: sent.append(super(Probe, self).__getitems__(keys)))
+        decoded = decoded or self._decoding(data)
+        worker = torch.utils.data.get_worker_info()
+        if self.calls < self.times.shape[1]:
+            self.times[worker.id if worker else 0, self.calls] = torch.tensor([between + loading, *decoded])
+        self.calls += 1
+        del data
+        self.left = time.process_time()
+        return sent[0]
+
+    def _decoding(self, data: list[bytes]) -> list[float]:
+        import simplejpeg  # type: ignore[import-untyped, unused-ignore]
+
+        def bare() -> None:
+            for encoded in data:
+                simplejpeg.decode_jpeg(encoded, "RGB")
+
+        def whole() -> None:
+            for encoded in data:
+                decode_image(encoded)
+
+        return [_cpu_seconds(bare), _cpu_seconds(whole)]
+
+
+def measured(kind: str, path: Path, augment: Augmentation, workers: int, batches: int = 64, rows: int = 64) -> dict[str, Any]:
+    """CPU microseconds of an image and the share of the decode rate, medians and quartiles over the batches of all workers."""
     with tempfile.TemporaryDirectory() as output:
-        config = TrainConfig(
-            data=DataConfig(kind="rec", path=str(rec), size=112),
-            augment=Augmentation(flip=flip),
-            batch_size=64,
-            num_workers=workers,
-            output=output,
+        data = DataConfig(kind=kind, path=str(path), size=112)  # type: ignore[arg-type]
+        config = TrainConfig(data=data, augment=augment, batch_size=rows, num_workers=workers, output=output)
+        images = TrainingImages(config)
+        position, plain = step_loader(images, config, pin_memory=False)
+        probe = Probe(images, position.pool, workers, batches + WARM + 1)
+        loader: DataLoader[Any] = DataLoader(
+            probe, batch_sampler=position, num_workers=workers, prefetch_factor=plain.prefetch_factor,
+            collate_fn=as_it_is, persistent_workers=True, generator=torch.Generator(),
+        )  # fmt: skip
+        taken = 0
+        while taken < workers * (batches + WARM + 1):
+            taken += sum(1 for _ in position.track(loader))
+    times = probe.times[:, WARM:-1].reshape(-1, 3).numpy()
+    times = times[(times > 0).all(axis=1)]
+    per_image = np.median(times, axis=0) / rows * 1e6
+    shares = np.quantile(times[:, 1:] / times[:, :1], [0.25, 0.5, 0.75], axis=0)
+    return {
+        "batches": len(times), "loading_us": round(float(per_image[0]), 1), "decode_us": round(float(per_image[1]), 1),
+        "images_a_second": round(1e6 / float(per_image[0])),
+        "share_of_bare_decoding": [round(float(v), 3) for v in shares[:, 0]],
+        "share_of_decode_image": [round(float(v), 3) for v in shares[:, 1]],
+    }  # fmt: skip
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown."""
+    lines = [
+        "| source | augmentation | workers | us an image | of them decoding | images/s a worker | share of bare decoding (quartiles) | of decode_image |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        low, middle, high = row["share_of_bare_decoding"]
+        lines.append(
+            f"| {row['source']} | {row['augmentation']} | {row['workers']} | {row['loading_us']} | {row['decode_us']} | "
+            f"{row['images_a_second']} | **{middle:.0%}** ({low:.0%} to {high:.0%}) | {row['share_of_decode_image'][1]:.0%} |"
         )
-        position, loader = step_loader(TrainingImages(config), config, pin_memory=False)
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        count = sum(len(batch.samples) for _ in range(epochs) for batch in position.track(loader))
-        loader._iterator = None
-        del loader
-        gc.collect()
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return after.ru_utime - before.ru_utime, after.ru_stime - before.ru_stime, count
+    return "\n".join(lines)
 
 
-def main(rec: Path) -> None:
-    """The table; the cost of starting workers is taken out by the difference of two lengths."""
-    alone = decoding(rec)
-    print(f"decoding alone: {alone * 1e6:.0f} us of CPU an image, {1 / alone:.0f} images a second")
-    for workers in (1, 2):
-        for flip in (0.0, 0.5):
-            short, long = (working(rec, workers, flip, epochs) for epochs in (1, 4))
-            user, system = ((b - a) / (long[2] - short[2]) for a, b in zip(short[:2], long[:2], strict=True))
-            print(
-                f"{workers} workers, flip {flip}: {user * 1e6:.0f} us of user and {system * 1e6:.0f} us of system time an image, "
-                f"{1 / (user + system):.0f} images a second and worker; {alone / (user + system):.0%} of the decode rate, "
-                f"{alone / user:.0%} without the system's share"
-            )
+def main(rec: Path, workers: Sequence[int], batches: int, place: Path) -> list[dict[str, Any]]:
+    """Every augmentation from the .rec, and the same images from a folder and a tar with the default one."""
+    source = RecordDataset(rec, decode=False)
+    cases = [("rec", rec, name, count) for count in workers for name in AUGMENTATIONS]
+    for kind, target in (("folder", place / "folder"), ("tar", place / "images.tar")):
+        convert_dataset(source, target, kind, verify=False)
+        cases.append((kind, target, "flip (default)", workers[0]))
+    rows = []
+    for kind, path, name, count in cases:
+        found = {"source": kind, "augmentation": name, "workers": count, **measured(kind, path, AUGMENTATIONS[name], count, batches)}
+        rows.append(found)
+        print(table([found]).splitlines()[-1], flush=True)
+    return rows
+
+
+def store(rows: list[dict[str, Any]], images: int, size: int) -> Path:
+    """results/<device>/loader.json and loader.md."""
+    folder = machine.RESULTS / machine.slug()
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {"environment": machine.describe(), "commit": machine.commit(), "images": images, "bytes": size, "rows": rows}
+    (folder / "loader.json").write_text(json.dumps(content, indent=1) + "\n")
+    head = f"{images} images, {size // images} bytes an image, batches of 64; CPU time (benchmarks/loader.py)"
+    (folder / "loader.md").write_text(f"# The training loader's workers\n\n{head}\n\n{table(rows)}\n")
+    return folder / "loader.md"
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
-        main(Path(sys.argv[1]))
-    else:
-        with tempfile.TemporaryDirectory() as place:
-            main(made(Path(place)))
+    parser = argparse.ArgumentParser()
+    parser.add_argument("rec", nargs="?", type=Path)
+    parser.add_argument("--batches", type=int, default=64)
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--store", action="store_true")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        rec = options.rec or made(Path(scratch))
+        found = main(rec, options.workers, options.batches, Path(scratch))
+        if options.store:
+            print(store(found, len(RecordDataset(rec)), rec.stat().st_size))

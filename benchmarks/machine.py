@@ -14,39 +14,15 @@ import numpy
 import torch
 
 import recog_fast
+from recog_fast.commands.host import cpu_fields, cpu_name
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
 
-# (family, model range) of AMD processors whose brand string hides the generation
-_ZEN = (
-    (23, range(0x00, 0x30), "zen1"), (23, range(0x30, 0x100), "zen2"),
-    (25, range(0x10, 0x20), "zen4"), (25, range(0x60, 0x80), "zen4"), (25, range(0xA0, 0xB0), "zen4"), (25, range(0x00, 0x100), "zen3"),
-    (26, range(0x00, 0x100), "zen5"),
-)  # fmt: skip
-
-
-def _cpu_fields() -> dict[str, str]:
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return {}
-    return {k.strip(): v.strip() for k, _, v in (line.partition(":") for line in text.split("\n\n")[0].splitlines())}
-
-
-def cpu_name() -> str:
-    """Brand and generation, such as "AMD EPYC zen3"."""
-    fields = _cpu_fields()
-    name = fields.get("model name") or platform.processor() or platform.machine()
-    if fields.get("vendor_id") == "AuthenticAMD":
-        family, model = int(fields.get("cpu family", 0)), int(fields.get("model", 0))
-        name += next((f" {zen}" for f, models, zen in _ZEN if f == family and model in models), "")
-    return re.sub(r"\((R|TM)\)|@.*|CPU|Processor", "", name).strip()
-
 
 def has_bf16() -> bool:
     """Whether the CPU multiplies bfloat16 in hardware (AVX512_BF16, AMX, or the BF16 extension of Arm)."""
-    fields = _cpu_fields()
+    fields = cpu_fields()
     flags = f"{fields.get('flags', '')} {fields.get('Features', '')}".split()
     return any(f in flags for f in ("avx512_bf16", "amx_bf16", "bf16"))
 

@@ -83,7 +83,7 @@ def measure_here(name: str, rows: int, classes: int, dimension: int) -> list[Pea
     for phase in ("forward+backward", "full step"):
         if phase == "full step":
             contender.update()
-        gradient = contender.arena.weight.grad
+        gradient = contender.trained().grad
         held = 0 if gradient is None else gradient.numel() * gradient.element_size()
         peaks.append(Peak(name, phase, rows, classes, dimension, (_peak(method) - before) / 1e6, held / 1e6, method))
     return peaks

@@ -223,6 +223,9 @@ class MetricLearning(Contender):
                 self._loss.W.copy_(self.arena.problem.weight.t())
                 self._velocity.copy_(self.arena.problem.velocity.t())
 
+    def trained(self) -> Tensor:
+        return self._loss.W  # type: ignore[no-any-return]
+
     def result(self) -> Sequence[Tensor]:
         return self._loss.W.detach().t(), self._velocity.t()
 

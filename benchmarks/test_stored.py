@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import json
+import re
+import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from . import charts, gates, ours, peers, readme, report, suite
+from . import charts, gates, ours, page, peers, readme, report, suite
 from .protocol import STEPS
 from .store import KEYS, Results
 
@@ -104,18 +106,40 @@ def test_an_emulated_peer_decides_nothing(stored: Results, instructions: str) ->
 
 def test_page_charts_and_readme_table_are_made_of_them(stored: Results, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    page = report.markdown(stored.data)
-    assert all(gate.name in page for gate in gates.GATES)
+    text = report.markdown(stored.data)
+    assert all(gate.name in text for gate in gates.GATES)
     written = charts.draw(stored.data, tmp_path)
     # Labels keep their distance and stay below the title.
     assert charts._spread([0.9, 0.95, 0.97, 1.0], 0.05) == pytest.approx([0.83, 0.88, 0.93, 0.98])
     assert charts._spread([0.1, 0.11, 0.5], 0.05) == pytest.approx([0.1, 0.15, 0.5]) and charts._spread([], 0.05) == []
-    assert [p.name for p in written] == ["time_against_c_n64.png", "memory_against_c.png", "roofline.png"]
-    assert all(p.read_bytes().startswith(b"\x89PNG") for p in written)
+    assert [p.stem for p in written] == ["time_against_c_n64", "memory_against_c", "roofline", "contenders"]
+    for path in written:
+        text = path.read_text()
+        ElementTree.fromstring(text)
+        assert "prefers-color-scheme:dark" in text and not re.search("http(?!://www.w3.org/)", text)
+    both = page.write([stored.path, stored.path], tmp_path / "report.html").read_text()
+    assert both.count("<svg") == 2 * len(written) and both.count("<table") == 2 * 4  # gates, two cases, memory
+    assert "ours, HeadSGD bf16" in both and "<script" not in both
     table = readme.table(stored.data)
     assert "| recog_fast, `HeadSGD`, float32 | 200 ms (10.0x) | 200 ms (10.0x) | 9 MB |" in table
     text = f"before\n{readme.START}\nold\n{readme.END}\nafter"
     assert readme.insert(readme.insert(text, table), table) == f"before\n{readme.START}\n\n{table}\n\n{readme.END}\nafter"
+
+
+def test_charts_find_every_device_and_draw_what_leaving_out_costs(stored: Results, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    for name in ("one", "two"):
+        (tmp_path / "results" / name).mkdir(parents=True)
+        (tmp_path / "results" / name / "full.json").write_text(stored.path.read_text())
+    monkeypatch.setattr(charts.machine, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(charts.machine, "slug", lambda: "two")
+    assert [path.parent.name for path in charts.stored()] == ["two", "one"]
+    listed = _row(ours.FusedStepLists.name, 0.01)
+    listed["gate"] |= {"d_embeddings": 7e-4, "dropped_mass": 0.1}
+    stored.data["cases"][1]["rows"].append(listed)
+    picture = charts.pictures(stored.data)["skipping"]
+    assert "float32, drop_elements 2^-16: 10 ms, error 7e-04" in picture.alt
+    assert charts.main([str(tmp_path / "absent.json")]) == 1
 
 
 def test_every_contender_has_one_name_and_a_known_cost() -> None:
@@ -124,4 +148,4 @@ def test_every_contender_has_one_name_and_a_known_cost() -> None:
     names = [kind.name for kind in suite.ALL]
     assert len(set(names)) == len(names)
     assert all(not kind.cost or callable(getattr(cost_model, kind.cost)) for kind in suite.ALL)
-    assert set(charts._COLOURS) <= set(names)
+    assert set(charts._LOOKS) <= set(names)

@@ -19,8 +19,8 @@ from recipes.common import progress
 from recipes.ers_center import images as face_images
 from recog_fast.data import degradations
 from recog_fast.evaluation import class_activation, compare_qualities, figures, overlay, pair_minimum, strip
+from recog_fast.evaluation.drawing import Picture
 from recog_fast.evaluation.gallery import Gallery
-from recog_fast.evaluation.plots import Picture
 
 CONDITIONS = {"clean": "clean", "16x16": "down16", "8x8": "down8"}
 

@@ -43,3 +43,9 @@ def are_whole(value: Any, count: int | None, low: float = -math.inf) -> bool:
     """A tuple or list of `count` integers (None: one or more), each at least `low`."""
     right = isinstance(value, tuple | list) and (len(value) > 0 if count is None else len(value) == count)
     return right and all(is_whole(one, low) for one in value)
+
+
+def refusal(error: Exception) -> str:
+    """What torch.load refused, without its advice to execute the file."""
+    reason = (str(error) or "an empty file").rpartition("WeightsUnpickler error:")[2].strip()
+    return reason.partition("\n")[0].partition(" Please use")[0]

@@ -7,20 +7,28 @@ Everything heavy is imported by the command that needs it.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
-import platform
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from recog_fast import __version__
+from recog_fast.commands import bench as bench_command
+from recog_fast.commands import classes, doctor, identify, interchange, scale, warmup
 from recog_fast.commands import data as data_commands
-from recog_fast.commands import identify, interchange
+from recog_fast.commands import report as report_command
 from recog_fast.training.commands import add_commands
 
-_LIBRARIES = "numpy triton jsonargparse yaml rich tensorboard PIL simplejpeg scipy sklearn matplotlib safetensors onnx onnxruntime faiss"
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Exit code 2."""
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -32,7 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 2
     if rest and options.command not in ("train", "demo", "sweep"):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        command = f"{parser.prog} {options.command}"
+        parser.exit(2, f"{command}: error: unrecognized arguments: {' '.join(rest)} (see {command} --help)\n")
     try:
         code: int = options.run(options, rest)
         return code
@@ -42,7 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, TypeError, OSError, ArithmeticError, RuntimeError, ImportError) as error:
         if options.debug:
             raise
-        print(f"recog-fast {options.command}: error: {_one_line(error)}", file=sys.stderr)
+        message = _one_line(error).removeprefix(f"{options.command}: ")
+        print(f"recog-fast {options.command}: error: {message}", file=sys.stderr)
         return 1
 
 
@@ -55,11 +65,11 @@ def _one_line(error: BaseException) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="recog-fast", description="Recognition over very many classes: train, evaluate, look inside."
     )
     parser.add_argument("--version", action="version", version=f"recog_fast {__version__}")
-    debug = argparse.ArgumentParser(add_help=False)
+    debug = Parser(add_help=False)
     debug.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
 
@@ -104,26 +114,13 @@ def _parser() -> argparse.ArgumentParser:
     data_commands.add(commands, [debug])
     interchange.add(commands, [debug])
     identify.add(commands, [debug])
+    report_command.add(commands, [debug])
+    bench_command.add(commands, [debug])
 
     add_commands(commands, debug)
 
-    cost = commands.add_parser(
-        "estimate", parents=[debug], help="memory, messages and least time of a head on a number of devices", description=_estimate.__doc__
-    )
-    cost.add_argument("--classes", type=_count, required=True, help="number of classes, 29e6 for example")
-    cost.add_argument("--gpus", type=_count, default=1, help="devices that share the classes (1)")
-    cost.add_argument("--batch", type=_count, required=True, help="rows of a step, over all devices")
-    cost.add_argument("--dim", type=_count, default=512, help="embedding size (512)")
-    cost.add_argument("--device", default="H100", help="A100, H100 (default), H200 or B200")
-    cost.add_argument("--optimizer", default="headsgd", help="headsgd (default), sgd or adamw")
-    cost.add_argument("--no-momentum", action="store_true", help="momentum 0")
-    cost.add_argument("--float32", action="store_true", help="float32 sweeps instead of 16-bit ones")
-    cost.add_argument("--subcenters", type=_count, default=1, help="centres per class (1)")
-    cost.add_argument("--memory-steps", type=int, default=0, help="delta of a prototype memory (0: none)")
-    cost.set_defaults(run=_estimate)
-
-    doctor = commands.add_parser("doctor", parents=[debug], help="say which code path runs here and why")
-    doctor.set_defaults(run=_doctor)
+    for module in (classes, doctor, scale, warmup):
+        module.add(commands, [debug])
     return parser
 
 
@@ -157,9 +154,23 @@ def _train(options: argparse.Namespace, rest: list[str]) -> int:
     from recog_fast.training.loop import train
 
     result = train(config)
+    if result.rank:
+        return 0
     metrics = "   ".join(f"{name.removeprefix('val/')} {value:.4f}" for name, value in result.metrics.items())
     print(f"{'Finished' if result.finished else 'Stopped'} at step {result.step}: {result.output}   {metrics}".rstrip())
+    if result.finished and int(os.environ.get("RANK", "0")) == 0 and config.report:
+        _write_report(result.output)
     return 0
+
+
+def _write_report(output: Path) -> None:
+    """The run's page; a trained network is worth its exit code 0 whatever becomes of it."""
+    from recog_fast.training.run_report import report_run
+
+    try:
+        print(f"Report: {report_run(output)}")
+    except Exception as error:
+        print(f"recog-fast train: no report: {_one_line(error)}; `recog-fast report {output}` tries again", file=sys.stderr)
 
 
 def _eval(options: argparse.Namespace, _: list[str]) -> int:
@@ -183,45 +194,4 @@ def _eval(options: argparse.Namespace, _: list[str]) -> int:
                 )
     if options.json:
         print(json.dumps(report))
-    return 0
-
-
-def _count(text: str) -> int:
-    """A whole number, also written 29e6."""
-    value = float(text)
-    if value != int(value):
-        raise argparse.ArgumentTypeError(f"expected a whole number, got {text}")
-    return int(value)
-
-
-def _estimate(options: argparse.Namespace, _: list[str]) -> int:
-    """Memory of one device by item, messages and the least time of a step: bounds from data-sheet numbers, not measurements."""
-    from recog_fast.estimate import estimate, text
-
-    report = estimate(
-        options.classes, options.gpus, options.batch, dimension=options.dim, device=options.device, optimizer=options.optimizer,
-        momentum=not options.no_momentum, half=not options.float32, subcenters=options.subcenters, memory_steps=options.memory_steps,
-    )  # fmt: skip
-    print(text(report))
-    return 0
-
-
-def _doctor(_: argparse.Namespace, __: list[str]) -> int:
-    import torch
-
-    import recog_fast as rf
-
-    print(
-        f"recog_fast {__version__}   python {platform.python_version()}   torch {torch.__version__}   {platform.system()} {platform.machine()}"
-    )
-    for name, value in rf.backends().items():
-        print(f"{name:8} " + value.replace("\n", "\n" + " " * 9))
-    for name in _LIBRARIES.split():
-        if importlib.util.find_spec(name) is None:
-            print(f"{name:8} not installed")
-    d = torch.distributed
-    groups = [n for n, there in (("gloo", d.is_gloo_available), ("nccl", d.is_nccl_available)) if there()] if d.is_available() else []
-    print(f"ranks    {', '.join(groups) or 'no torch.distributed'}: MarginHead(group=) spreads classes over processes")
-    print(f"threads  {torch.get_num_threads()}")
-    print(f"package  {Path(__file__).parent}")
     return 0

@@ -16,7 +16,7 @@ from .ops._rows import RowRecords, join
 
 
 class HeadSGD(torch.optim.Optimizer):
-    """SGD with momentum for a `MarginHead`'s weight that never makes a gradient tensor.
+    """SGD with momentum for a `MarginHead`'s weight, (C, D) or (C, K, D), that never makes a gradient tensor.
 
     v <- mu v + (dW + wd W);  W <- W - lr v  (Nesterov: W <- W - lr (g + mu v)), as torch.optim.SGD without dampening, where dW is
     the sum of the gradients of all backward passes since the last step: recomputed from row records, chunk by chunk,

@@ -49,7 +49,7 @@ class NegativeRule:
 
 
 class RowStats(NamedTuple):
-    """What the forward sweep learned of each row; every field is (N,), detached.
+    """What the forward sweep learned of each row (math.md 1, 3); every field is (N,), detached.
 
     lse                 float32  logsumexp over the negatives' logits s f(c) (C = 1: -inf); unlabelled rows: plain logsumexp over all classes
     target_cosine       float32  <x^, P_y>; 0 for unlabelled rows

@@ -30,7 +30,7 @@ class Ranks:
 
     def __init__(self, most: int = MOST) -> None:
         context = mp.get_context("forkserver")
-        context.set_forkserver_preload(["ranks", "sharded_ranks"])  # torch is imported once
+        context.set_forkserver_preload(["ranks", "sharded_ranks", "training_ranks"])  # torch is imported once
         self._folder = tempfile.TemporaryDirectory()
         pipes = [context.Pipe() for _ in range(most)]
         self._pipes = [ours for ours, _ in pipes]

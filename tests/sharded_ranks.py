@@ -250,3 +250,28 @@ def cosine_steps(group: Any, problem: Problem) -> list[dict[str, Tensor]]:
             assert x.grad is not None
             out.append({"dx": x.grad, "W": head.weight.detach().clone()})
     return out
+
+
+def gradients_of_ddp(group: Any, cap: float) -> tuple[list[int], list[int]]:
+    """Bytes of every all-reduce that DistributedDataParallel makes in its second step, and of the gradients in the order they are ready."""
+    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+
+    torch.manual_seed(3)
+    layers = [torch.nn.Linear(40, 300), torch.nn.Linear(300, 200), torch.nn.Linear(200, 500), torch.nn.Linear(500, D)]
+    model = torch.nn.parallel.DistributedDataParallel(torch.nn.Sequential(*layers), process_group=group, bucket_cap_mb=cap)
+    seen: list[int] = []
+    ready: list[int] = []
+
+    def reduce(_: object, bucket: Any) -> Any:
+        seen.append(bucket.buffer().numel() * bucket.buffer().element_size())
+        return allreduce_hook(group, bucket)
+
+    reduce.__annotations__.clear()  # torch wants the classes themselves or none
+    model.register_comm_hook(None, reduce)
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(lambda p: ready.append(4 * p.numel()))
+    for step in range(2):
+        seen.clear()
+        ready.clear()
+        model(torch.randn(3, 40, generator=torch.Generator().manual_seed(step))).sum().backward()
+    return seen, ready

@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from recog_fast.data import Augmentation, Augmented, ResumableBatches, images_to_tensor
+from recog_fast.data.augment import _mixed, coins
 
 ALL = Augmentation(0.5, affine=0.5, crop=0.5, light=0.5, occlusion=0.5, motion=0.5, blur=0.5, low_resolution=0.5)
 
@@ -111,3 +112,32 @@ def test_workers_and_persistence_change_nothing() -> None:
     assert len(runs[0]) == len(runs[1]) == 6
     for (images, labels), (others, same) in zip(*runs, strict=True):
         assert torch.equal(images, others) and torch.equal(labels, same)
+
+
+def test_coins_are_splitmix64() -> None:
+    """The published outputs of SplitMix64 for seed 1234567, and coins as numbers 8 i ... 8 i + 7 of one such stream per epoch."""
+    step, word = 0x9E3779B97F4A7C15, 2**64 - 1
+    first = [_mixed((1234567 + k * step) & word) for k in (1, 2, 3)]
+    assert first == [6457827717110365317, 3203168211198807973, 9817491932198370423]
+    start = _mixed((_mixed((3 + step) & word) + 5 + step) & word)
+    expected = [(_mixed((start + (8 * 7 + k) * step) & word) >> 11) * 2.0**-53 for k in range(1, 9)]
+    assert coins(3, np.array([5]), np.array([7]))[0].tolist() == expected
+
+
+def test_coins_depend_on_seed_epoch_and_sample_alone() -> None:
+    epochs, samples = np.array([0, 1, 1, 0]), np.array([4, 4, 2, 2**40])
+    whole = coins(9, epochs, samples)
+    assert np.array_equal(whole, np.concatenate([coins(9, epochs[k : k + 1], samples[k : k + 1]) for k in range(4)]))
+    assert np.array_equal(whole[:, :3], coins(9, epochs, samples, 3)) and len(np.unique(whole)) == 32
+    many = coins(2**70 + 1, np.zeros(4096, np.int64), np.arange(4096))
+    assert 0 <= many.min() < 0.001 and 0.999 < many.max() < 1 and abs(many.mean() - 0.5) < 0.01
+    assert np.abs(np.corrcoef(many.T) - np.eye(8)).max() < 0.1
+
+
+def test_coins_of_steps_that_cannot_happen_are_not_drawn() -> None:
+    epochs, samples = np.zeros(64, np.int64), np.arange(64)
+    flips = Augmentation(flip=0.5)
+    drawn = flips.draw(1, epochs, samples)
+    assert np.array_equal(drawn[:, 0], coins(1, epochs, samples)[:, 0]) and (drawn[:, 1:] == 1).all()
+    assert not flips.goes_on(drawn).any() and Augmentation(rotation=0.1).goes_on(drawn).all()
+    assert np.array_equal(ALL.goes_on(ALL.draw(1, epochs, samples)), (coins(1, epochs, samples)[:, 1:] < 0.5).any(axis=1))

@@ -84,7 +84,9 @@ def test_what_a_path_looks_like(tmp_path: Path) -> None:
     (tmp_path / "tars").mkdir()
     (tmp_path / "tars" / "0.tar").write_bytes(b"")
     assert source_kind(tmp_path / "tars") == "tar" and source_kind(tmp_path) == "folder"
-    assert [source_kind(f"x.{s}") for s in ("rec", "csv", "jsonl", "zip", "tar")] == [
+    for suffix in ("rec", "csv", "jsonl", "zip", "tar", "lmdb"):
+        (tmp_path / f"x.{suffix}").touch()
+    assert [source_kind(tmp_path / f"x.{s}") for s in ("rec", "csv", "jsonl", "zip", "tar")] == [
         "rec",
         "list",
         "list",
@@ -92,7 +94,10 @@ def test_what_a_path_looks_like(tmp_path: Path) -> None:
         "tar",
     ]
     with pytest.raises(ValueError, match="a folder or a file ending in .rec"):
-        source_kind("x.lmdb")
+        source_kind(tmp_path / "x.lmdb")
+    for missing in ("faces", "faces.rec"):
+        with pytest.raises(ValueError, match=rf"expected path to be a folder or file, got .*{missing}, which does not exist"):
+            source_kind(tmp_path / missing)
     with pytest.raises(ValueError, match="kind in rec, folder"):
         open_dataset(tmp_path, "lmdb")
 

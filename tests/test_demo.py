@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 from pathlib import Path
 
@@ -64,13 +65,16 @@ def test_every_method_took_part(output: Path) -> None:
 
 def test_page_shows_everything_and_loads_nothing(output: Path) -> None:
     page = (output / "report.html").read_text(encoding="utf-8")
-    assert page.count("data:image/svg") == 2 * 6
-    # 12 people, 3 resolutions, 3 galleries of 6 pairs, least and most recognizable
-    assert page.count("data:image/png") == 12 + 3 + 18 + 12
+    # ROC, DET, cosines; loss, cosines, probability, accuracy, index, norm, rate; three qualities and rejection; speed, memory
+    assert page.count('<svg class="plot"') == 3 + 7 + 4 + 2
+    # least and most recognizable, 3 galleries of 6 pairs, confusions and attention, 12 people, 3 resolutions
+    assert page.count("<img ") == 12 + 18 + 12 + 12 + 3
+    assert len(page) < 3_000_000
     assert "<script" not in page
     assert "http://" not in page
     assert "https://" not in page
-    for word in (*CONDITIONS, "untrained", "Least recognizable", "qaface+uir+ri", "Same person, least alike", "Which path ran", "augment.low_resolution"):
+    for word in (*CONDITIONS, "untrained", "Least recognizable", "qaface+uir+ri", "Same person, least alike", "Confused with the nearest class", "Attention", "threshold re-estimated", "95 %",
+                 "Which path ran", "augment.low_resolution"):
         assert word in page
     assert [p.name for p in output.iterdir() if p.name.endswith(".partial")] == []
 
@@ -83,7 +87,7 @@ def test_settings_can_be_trained_again(output: Path) -> None:
 def test_second_run_starts_over_and_agrees(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = json.loads((output / "results.json").read_text())
     # The page is tested above; drawing it again is most of the time.
-    monkeypatch.setattr(demo, "write_report", lambda path, **_: path)
+    monkeypatch.setattr(demo, "report_run", lambda path: path)
     assert demo.main(["--quick", "--output", str(output)]) == 0
     again = json.loads((output / "results.json").read_text())
     assert again["trained"] == first["trained"]
@@ -137,6 +141,6 @@ def test_a_signal_during_training_leaves_no_report(
 
 
 def test_missing_matplotlib_is_said_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ImportError, match="needs matplotlib"):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match="plots need matplotlib"):
         demo.main(["--quick", "--output", str(tmp_path)])

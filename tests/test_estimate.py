@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
+import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 from paths import ROOT
 from ranks import Ranks, ranks
 from sharded import UNEVEN, D, Problem
-from sharded_ranks import messages_of, part_of_head
+from sharded_ranks import gradients_of_ddp, messages_of, part_of_head
 
 sys.path.insert(0, str(ROOT))  # benchmarks/ is no part of the installed package
 from benchmarks import cost_model
@@ -49,6 +54,34 @@ def test_messages_are_the_models(processes: Ranks, name: str) -> None:
     expected = [(m.kind, m.bytes) for m in model.messages(head_of(problem, tuple(said[0][1])))]
     for rank, (seen, _) in enumerate(said):
         assert seen == expected, rank
+
+
+@pytest.mark.skipif("RECOG_FAST_RANKS" not in os.environ, reason="set RECOG_FAST_RANKS=8 for that many processes")
+def test_messages_of_many_ranks_are_the_models() -> None:
+    """As above, with rows of every number from 0 up; dense, HeadSGD, memory, UIR, sampling, and DistributedDataParallel."""
+    world = int(os.environ["RECOG_FAST_RANKS"])
+    sizes = tuple(range(world))
+    many = Ranks(world)
+    try:
+        for name, problem in STEPS.items():
+            wide = dataclasses.replace(problem, sizes=sizes, steps=1)
+            said = many.run(world, messages_of, wide)
+            expected = [(m.kind, m.bytes) for m in model.messages(head_of(wide, tuple(said[0][1])))]
+            assert all(seen == expected for seen, _ in said), name
+        check_buckets(many, world)
+    finally:
+        many.close()
+
+
+def check_buckets(processes: Ranks, world: int) -> None:
+    for cap in (25.0, 0.4):
+        for seen, ready in processes.run(world, gradients_of_ddp, cap):
+            assert seen == [m.bytes for m in model.buckets(ready, int(cap * (1 << 20)))]
+            assert sum(seen) == sum(ready) and len(seen) == (1 if cap == 25 else 2)
+
+
+def test_all_reduces_of_the_backbone_are_the_models(processes: Ranks) -> None:
+    check_buckets(processes, 2)
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
@@ -91,9 +124,72 @@ def test_what_does_not_fit_is_said_with_what_would() -> None:
             model.estimate(**{"classes": 10, "gpus": 1, "batch": 1, **bad})  # type: ignore[arg-type]
 
 
+def test_what_was_tried_is_computed() -> None:
+    """Every option carries the bytes that an estimate of it gives; planes and sampling are said not to help."""
+    tight = model.estimate(22_000_000, 1, 128)
+    tried = {o.what: o for o in tight.options}
+    assert not tight.fits and [o.fits for o in tight.options] == sorted((o.fits for o in tight.options), reverse=True)
+    assert tried["bfloat16 momentum"].bytes == model.estimate(22_000_000, 1, 128, momentum_dtype="bfloat16").bytes
+    assert tried["bfloat16 momentum"].fits and not tried["sample_rate 0.1"].fits
+    assert tried["weight_format split"].bytes == tight.bytes
+    rows = model.estimate(10_000, 1, 8_000_000)
+    (fewer,) = (o for o in rows.options if o.what.endswith("rows a step") and o.fits)
+    most = int(fewer.what.split()[0])
+    assert model.estimate(10_000, 1, most).fits and not model.estimate(10_000, 1, most + 1).fits
+    for bad in ({"weight_format": "split", "gpus": 2}, {"weight_format": "split", "optimizer": "sgd"}, {"sample_rate": 0.0}, {"momentum_dtype": "int8"}):
+        with pytest.raises(ValueError, match="estimate: expected"):
+            model.estimate(**{"classes": 10, "gpus": 1, "batch": 1, **bad})  # type: ignore[arg-type]
+
+
+def test_formats_and_sampling_cost_what_they_hold_and_move() -> None:
+    plain, half = model.Head(1000, 64, (8,)), model.Head(1000, 64, (8,), half_momentum=True)
+    items = {i.what: i.bytes for i in model.memory(half)}
+    assert items["optimizer state of W, bfloat16"] == 2 * 1000 * 64
+    assert model.traffic(plain) - model.traffic(half) == 2 * 2 * 1000 * 64
+    sampled = dataclasses.replace(plain, sample_rate=0.1)
+    assert model.flops(sampled) == model.flops(plain) // 10
+    assert model.traffic(plain) - model.traffic(sampled) == 4 * 900 * 64  # one sweep reads a tenth; momentum moves all
+
+
+def test_stored_times_are_found_and_named(tmp_path: Path) -> None:
+    row = {"name": "ours, HeadSGD float32", "steps": {"full step": {"wall_s": {"median": 0.5}}}}
+    cases = [{"regime": "R0", "N": 64, "C": c, "D": 512, "commit": "abc", "rows": [row]} for c in (1000, 100_000)]
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "full.json").write_text(json.dumps({"environment": {"device": "Some CPU zen9, 2 cores, one thread used"}, "cases": cases}))
+    head = model.Head(200_000, 512, (64,))
+    found = model.measured(head, "Some CPU zen9", tmp_path)
+    assert isinstance(found, model.Measured) and found.seconds == 1.0
+    assert "times 2 from 100,000 classes" in found.source and "commit abc" in found.source
+    assert "times" not in model.measured(dataclasses.replace(head, classes=1000), "Some CPU zen9", tmp_path).source  # type: ignore[union-attr]
+    for other, cpu in ((dataclasses.replace(head, rows=(65,)), "Some CPU zen9"), (head, "Another"), (dataclasses.replace(head, optimizer="sgd"), "Some CPU zen9")):
+        assert isinstance(model.measured(other, cpu, tmp_path), str)
+
+
+def test_the_stored_large_heads_are_the_models() -> None:
+    """Peak memory of processes that trained heads of up to 4M classes, within 5 % of the model."""
+    stored = [entry for path in (ROOT / "benchmarks" / "results").glob("*/large_head.json") for entry in json.loads(path.read_text())]
+    assert max(e["classes"] * e["dimension"] for e in stored if (e["weight_format"], e["momentum"]) == ("float32", "float32")) == 4_000_000 * 512
+    text = (ROOT / "docs" / "scale.md").read_text()
+    for e in stored:
+        cpu = model.Device("cpu", e["host_memory"], 1.0, 1.0, 1.0, None, None, host=True)
+        said = model.estimate(e["classes"], 1, e["batch"], dimension=e["dimension"], device=cpu, half=False, weight_format=e["weight_format"], momentum_dtype=e["momentum"])
+        assert e["peak"] == pytest.approx(said.bytes, rel=0.05)
+        assert f"| {e['classes']:,} | {e['peak'] / 1e9:.2f} GB | {said.bytes / 1e9:.2f} GB |" in text
+
+
+def test_a_large_heads_tool_measures(tmp_path: Path) -> None:
+    """200k classes of 64: 102 MB beside the interpreter's own; the process is most of it, so the tolerance here is the machine's."""
+    command = [sys.executable, str(ROOT / "tools" / "large_head.py"), "--classes", "2e5", "--dim", "64", "--steps", "2", "--tolerance", "0.3", "--output", str(tmp_path)]
+    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr + done.stdout
+    (entry,) = json.loads(next(tmp_path.glob("*/large_head.json")).read_text())
+    assert entry["loss"][1] < entry["loss"][0] and entry["peak"] > 2 * 4 * 200_000 * 64
+
+
 def test_the_document_shows_the_models_numbers() -> None:
     text = (ROOT / "docs" / "scale.md").read_text()
     assert model.scale_table() in text
+    assert model.format_table() in text
     for classes, batch in ((10**5, 128), (10**6, 128), (10**7, 128), (10**8, 128), (10**6, 16)):
         found = model.crossover(classes, batch)
         assert f"| {classes:,} | {batch} | {found if found else 'beyond 1024'} |" in text
@@ -107,5 +203,14 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert "does not fit" in capsys.readouterr().out
     assert cli.main(["estimate", "--classes", "10", "--batch", "1", "--device", "abacus"]) == 1
     assert "expected device in A100" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        cli.main(["estimate", "--classes", "2.5", "--batch", "1"])
+    assert cli.main(["estimate", "--classes", "1e5", "--batch", "64", "--float32", "--device", "cpu", "--json"]) == 0
+    said: dict[str, Any] = json.loads(capsys.readouterr().out)
+    assert said["memory"]["items"]["W, float32"] == 4 * 10**5 * 512 and said["device"]["bandwidth"] > 1e8
+    assert set(said["measured"]) in ({"none"}, {"seconds", "source"})
+    assert cli.main(["estimate", "--classes", "1e5", "--batch", "64", "--device", "cpu", "--gpus", "2"]) == 1
+    assert "speed of a link" in capsys.readouterr().err
+    for bad in ("2.5", "abc", "nan", "inf", "1e999"):
+        with pytest.raises(SystemExit) as stop:
+            cli.main(["estimate", "--classes", bad, "--batch", "1"])
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and error.count("\n") == 1 and f"--classes: expected a whole number, such as 1000 or 29e6, got '{bad}'" in error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import re
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
@@ -12,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from recog_fast.evaluation import compare_qualities, figures, plots
-from recog_fast.evaluation.plots import Picture
+from recog_fast.evaluation import compare_qualities, figures
+from recog_fast.evaluation.drawing import Picture
 
 pytest.importorskip("matplotlib")
 
@@ -57,8 +56,7 @@ def test_no_text_lies_on_another(name: str, monkeypatch: pytest.MonkeyPatch) -> 
     keep = Figure.savefig
     monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (keep(self, *a, **k), drawn.append(self))[0])
     picture = DRAWN[name]()
-    for uri in (picture.light, picture.dark):
-        ElementTree.fromstring(base64.b64decode(uri.partition(",")[2]))
+    ElementTree.fromstring(picture.svg)
     assert picture.alt
     figure = drawn[0]
     canvas = FigureCanvasAgg(figure)
@@ -97,13 +95,12 @@ def test_files(suffix: str, tmp_path: Path) -> None:
 
 def test_same_numbers_give_the_same_picture() -> None:
     assert DRAWN["embedding"]() == DRAWN["embedding"]()
-    dark = base64.b64decode(DRAWN["ui_distance"]().dark.partition(",")[2]).decode()
-    assert plots.DARK.series[0] in dark and plots.LIGHT.series[0] not in dark
+    assert "var(--series0)" in DRAWN["ui_distance"]().svg
 
 
 def test_many_points_stay_a_small_picture() -> None:
     x = rng.normal(size=(2, 50_000))
-    assert len(figures.scatter_plot({"many": (x[0], x[1])}, "x", "y").light) < 400_000
+    assert len(figures.scatter_plot({"many": (x[0], x[1])}, "x", "y").svg) < 400_000
 
 
 def test_rank_correlation_is_spearmans() -> None:
@@ -125,7 +122,7 @@ def test_cluster_gallery_is_nearest_first() -> None:
 
 def test_embedding_plot_names_the_variance() -> None:
     line = np.array([[1.0, 0, 0], [0, 1, 0], [1, 1, 0], [3, 1, 0]])
-    svg = base64.b64decode(figures.embedding_plot({"line": line}).light.partition(",")[2]).decode()
+    svg = figures.embedding_plot({"line": line}).svg
     shares = re.findall(r"(\d+) %", svg)
     assert sum(map(int, shares)) in (99, 100, 101)
 

@@ -31,7 +31,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "sharding": {"reference", "rules", "margins", "ops", "memory", "head_weight"},
     "heads": {"reference", "rules", "margins", "ops", "memory", "losses", "head_weight", "sampling", "sharding"},
     "optim": {"reference", "rules", "ops", "memory", "heads", "sharding"},
-    "checkpoint": {"_version", "rules", "margins", "memory", "heads", "optim", "sharding"},
+    "checkpoint": {"_version", "rules", "margins", "ops", "memory", "heads", "optim", "sharding"},
     "compat": {"rules", "margins", "memory", "losses", "heads", "optim", "sharding", "checkpoint"},
     "recognizability": {"reference", "rules", "ops"},
     "_backends": {"_version", "native", "ops", "triton_kernels"},
@@ -46,7 +46,7 @@ USERS = {"training", "commands", "cli", "__main__"}
 LIBRARIES: dict[str, set[str]] = {
     "triton_kernels": {"triton"},
     "recognizability": {"scipy", "sklearn"},
-    "evaluation": {"scipy", "matplotlib", "faiss"},
+    "evaluation": {"scipy", "matplotlib", "faiss", "PIL"},
     "data": {"PIL", "simplejpeg", "matplotlib"},
     "models": {"safetensors", "onnx", "onnxruntime"},
     "training": {"jsonargparse", "yaml", "rich", "PIL", "matplotlib"},

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,18 +17,39 @@ import torch
 from paths import ROOT
 from training_data import make_folder, settings
 
-from recog_fast.data import Augmentation, FolderDataset, SkipCorrupt
+from recog_fast.data import Augmentation, FolderDataset, SkipCorrupt, convert_dataset
 from recog_fast.evaluation.report import read_metrics
 from recog_fast.training.data import TrainingImages, step_loader
 from recog_fast.training.loop import train
 
 
-def test_killed_and_resumed_with_workers(tmp_path: Path) -> None:
+def losses_of(output: Path) -> dict[int, float]:
+    """The loss of every step."""
+    return {row["step"]: row["loss"] for row in read_metrics(output / "metrics.jsonl") if "loss" in row}
+
+
+def source_of(kind: str, folder: Path, others: Path, tmp_path: Path) -> dict[str, Any]:
+    """The images of `folder` as a source of `kind`; streams: tars of known and of unknown people, 12 and 4 of each batch, read in order."""
+    made = {"folder": folder, "rec": tmp_path / "faces.rec", "streams": tmp_path / "faces.tar"}[kind]
+    if kind == "folder":
+        return {"kind": kind, "path": str(made)}
+    convert_dataset(FolderDataset(folder), made)
+    if kind == "rec":
+        return {"kind": kind, "path": str(made)}
+    convert_dataset(FolderDataset(others), tmp_path / "others.tar")
+    tars = [{"kind": "tar", "path": str(path)} for path in (made, tmp_path / "others.tar")]
+    return {"kind": "mixed", "shuffle_buffer": 20, "options": {"sources": tars, "unlabelled": [1], "rows": [12, 4]}}
+
+
+@pytest.mark.parametrize("kind", ["folder", "rec", "streams"])
+def test_killed_and_resumed_with_workers(tmp_path: Path, kind: str) -> None:
     """SIGKILL at a random step, two workers: the resumed run has the losses of the uninterrupted one, step by step, and so
     its sample order."""
-    folder = make_folder(tmp_path / "faces")
+    folder, others = make_folder(tmp_path / "faces"), make_folder(tmp_path / "others", identities=3, seed=1)
     (folder / "id03" / "2.png").write_bytes(b"no image")
-    changes = {"num_epoch": 3, "num_workers": 2, "save_interval": 2}
+    changes: dict[str, Any] = {"num_epoch": 3, "num_workers": 2, "save_interval": 2}
+    source = {**source_of(kind, folder, others, tmp_path), "size": 32}
+    changes |= {"data": source, **({"unknown_weight": 0.1} if kind == "streams" else {})}
     whole = train(settings(tmp_path, folder, output=str(tmp_path / "whole"), **changes))
     config = settings(tmp_path, folder, **changes)
     stop = int(np.random.default_rng(os.getpid()).integers(3, 10))
@@ -41,13 +63,32 @@ def test_killed_and_resumed_with_workers(tmp_path: Path) -> None:
         process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL, f"stopped at step {stop}"
     resumed = train(dataclasses.replace(config, resume=True))
-    losses = [
-        {row["step"]: row["loss"] for row in read_metrics(result.output / "metrics.jsonl") if "loss" in row}
-        for result in (whole, resumed)
-    ]
-    assert losses[0] == losses[1] and len(losses[0]) == 12, f"stopped at step {stop}"
+    losses = [losses_of(result.output) for result in (whole, resumed)]
+    assert losses[0] == losses[1] and len(losses[0]) == (15 if kind == "streams" else 12), f"stopped at step {stop}"
     rows = [json.loads(line) for line in (resumed.output / "quarantine.jsonl").read_text().splitlines()]
-    assert {Path(row["source"]).name for row in rows} == {"2.png"}
+    assert len(rows) == 1 and ("2.png" in rows[0]["source"]) == (kind != "rec")
+
+
+def test_streams_have_their_rows_and_their_own_epochs(tmp_path: Path) -> None:
+    """Rows of each source in every micro-batch, the labelled ones once an epoch; rows that do not add up are refused."""
+    folder, others = make_folder(tmp_path / "faces"), make_folder(tmp_path / "others", identities=3, seed=1)
+    data = {**source_of("streams", folder, others, tmp_path), "size": 32}
+    config = settings(tmp_path, folder, data=data, gradient_acc=2, unknown_weight=0.1, num_workers=2)
+    position, loader = step_loader(TrainingImages(config), config, pin_memory=False)
+    assert position.batches_per_epoch == len(position) == 70 // 12 // 2
+    batches = list(position.track(loader))
+    for batch in batches:
+        assert [int((part.labels < 0).sum()) for part in batch.split(16)] == [4, 4] and len(batch.labels) == 32
+    known = [sample for batch in batches for sample in batch.samples if sample < 70]
+    assert len(known) == len(set(known)) == 48
+    unknown = [sample for batch in batches for sample in batch.samples if sample >= 70]
+    assert len(unknown) == 16 and len(set(unknown[:12])) == 12  # 3 micro-batches are an epoch of their 15
+    assert position.state_dict()["done"] == 4 and len(position) == 2
+    options = config.data.options
+    for wrong, message in (([12, 5], "add up to batch_size 16"), ([16], "as 2 numbers"), ([16, 0], ">= 1"), (3, "got 3")):
+        broken = dataclasses.replace(config.data, options={**options, "rows": wrong})
+        with pytest.raises(ValueError, match=message):
+            step_loader(TrainingImages(config), dataclasses.replace(config, data=broken), pin_memory=False)
 
 
 def test_the_order_is_one_permutation_whatever_the_workers(tmp_path: Path) -> None:
@@ -103,6 +144,6 @@ def test_several_sources_in_one_run(tmp_path: Path) -> None:
 def test_no_augmentation_draws_nothing(tmp_path: Path) -> None:
     config = settings(tmp_path, make_folder(tmp_path / "faces", identities=2, images=2))
     plain = TrainingImages(dataclasses.replace(config, augment=Augmentation(flip=0.0)))
-    assert not plain.augmented and np.array_equal(plain[0, 1][0], plain[5, 1][0])
+    assert np.array_equal(plain[0, 1][0], plain[5, 1][0])
     mirrored = TrainingImages(dataclasses.replace(config, augment=Augmentation(flip=1.0)))
     assert np.array_equal(mirrored[0, 1][0], plain[0, 1][0][:, ::-1])

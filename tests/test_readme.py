@@ -41,4 +41,14 @@ def test_measured_table_is_that_of_stored_results() -> None:
     from benchmarks import readme
 
     tables = [readme.table(json.loads(path.read_text())) for path in (ROOT / "benchmarks" / "results").glob("*/full.json")]
-    assert any(readme.insert(TEXT, made) == TEXT for made in tables)
+    page = readme.PAGE.read_text()
+    assert any(readme.insert(page, made) == page for made in tables)
+
+
+def test_comparison_with_others_is_that_of_stored_results() -> None:
+    sys.path.insert(0, str(ROOT))
+    from benchmarks import readme
+
+    tables = [readme.peers_table(json.loads(path.read_text())) for path in (ROOT / "benchmarks" / "results").glob("*/peers.json")]
+    assert any(readme.insert(TEXT, made, readme.PEERS_START, readme.PEERS_END) == TEXT for made in tables)
+    assert all(name in tables[0] for name in ("InsightFace", "pytorch-metric-learning", "cut-cross-entropy", "linear_cross_entropy", "recog_fast"))

@@ -10,6 +10,7 @@ import pytest
 from torch.utils.data import DataLoader
 
 from recog_fast.data import ResumableBatches
+from recog_fast.data.sampler import shuffled
 
 
 def run(batches: ResumableBatches, count: int) -> list[list[tuple[int, int]]]:
@@ -127,3 +128,34 @@ def test_what_is_refused() -> None:
         batches.set_epoch(-1)
     with pytest.raises(ValueError, match="ended 4 batches early"):
         list(batches.track([[(0, 0)]]))
+
+
+@pytest.mark.parametrize(("length", "buffer"), [(1000, 64), (1000, 100), (7, 3), (5, 5), (5, 9), (3, 1)])
+def test_a_shuffle_buffer_is_one_permutation_read_nearly_in_sequence(length: int, buffer: int) -> None:
+    """Every place once; blocks of `buffer` neighbours in random order, each place less than `buffer` places from where its block has it."""
+    order = shuffled(length, (3, 1), buffer)
+    assert sorted(order.tolist()) == list(range(length))
+    assert np.array_equal(order, shuffled(length, (3, 1), buffer))
+    assert length < 6 or not np.array_equal(order, shuffled(length, (3, 2), buffer))
+    assert np.array_equal(shuffled(length, (3, 1)), np.random.default_rng((3, 1)).permutation(length))
+    if buffer < length:
+        blocks = order // buffer
+        places = np.arange(length)
+        # A block's images lie within its own stretch of `buffer` places, widened by less than `buffer` at both ends.
+        assert all(np.ptp(places[blocks == block]) < 3 * buffer for block in np.unique(blocks))
+    if length == 1000:
+        starts = [int(np.median(places[blocks == block])) for block in range(10)]
+        assert starts != sorted(starts) and np.any(np.diff(order) < 0)
+
+
+def test_a_buffer_resumes_and_belongs_to_the_state() -> None:
+    whole = list(ResumableBatches(100, 8, seed=2, buffer=16))
+    first = ResumableBatches(100, 8, seed=2, buffer=16)
+    head = list(itertools.islice(first.track(first), 5))
+    second = ResumableBatches(100, 8, seed=2, buffer=16)
+    second.load_state_dict(first.state_dict())
+    assert head + list(second) == whole
+    with pytest.raises(ValueError, match="a state of buffer 0, got 16"):
+        ResumableBatches(100, 8, seed=2).load_state_dict(first.state_dict())
+    with pytest.raises(ValueError, match="expected buffer >= 0, got -1"):
+        ResumableBatches(100, 8, buffer=-1)

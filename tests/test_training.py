@@ -155,6 +155,7 @@ def test_accumulation_is_one_large_batch(tmp_path: Path, folder: Path) -> None:
         )
         torch.manual_seed(0)
         run.backbone = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 16))
+        starts = (run.backbone[1].weight.detach().clone(), run.head.weight.detach().clone())
         run.optimizer = torch.optim.SGD(run.backbone.parameters(), lr=0.1)
         for batch, _ in zip(run.position.track(run.loader), range(3), strict=False):
             assert (batch.labels < 0).any()
@@ -162,9 +163,9 @@ def test_accumulation_is_one_large_batch(tmp_path: Path, folder: Path) -> None:
             loop.train_step(run, batch, 0.1, 0.1)
             run.step += 1
         weights.append((run.backbone[1].weight.detach(), run.head.weight.detach()))
-    for one, two in zip(*weights, strict=True):
-        # Two float32 summation orders over three steps.
-        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-6)
+    for one, two, start in zip(*weights, starts, strict=True):
+        # Two float32 summation orders over three steps: a logit's rounding (6e-8 of s = 64) is 4e-6 of a probability and so of a step.
+        assert (one - two).abs().max() <= 3 * 4e-6 * (one - start).abs().max()
 
 
 @pytest.mark.parametrize("change", [{"head_optimizer": "sgd"}, {}, {"weight_format": "split", "momentum_dtype": "bfloat16"}], ids=["sgd", "headsgd", "split"])

@@ -105,6 +105,19 @@ ALTERNATIVES: dict[str, dict[tuple[int, str, torch.dtype, str], Tile]] = {
     "4 stages": {(90, kernel, _HALF, "large"): Tile(128, 128, 64, stages=4, tma=True) for kernel in ("negative_logsumexp", "class_gradient")},
 }
 _chosen: dict[tuple[int, str, torch.dtype, str], Tile] = {}
+_pretended: list[int] = []  # the last one is the architecture that CPU tensors are compiled for
+
+
+@contextlib.contextmanager
+def pretend(arch: int) -> Iterator[None]:
+    """Within it CPU tensors take the entries of an architecture, in every thread: for who compiles and does not launch."""
+    if arch not in ARCHITECTURES:
+        raise ValueError(f"configs: expected an architecture in {ARCHITECTURES}, got {arch}")
+    _pretended.append(arch)
+    try:
+        yield
+    finally:
+        _pretended.pop()
 
 
 @contextlib.contextmanager
@@ -125,11 +138,16 @@ def architecture(device: torch.device) -> int:
     Compute capability 8.6, 8.7 and 12.x have the shared memory of 8.9 and take its entries.
     """
     if device.type != "cuda":
-        return INTERPRETER
+        return _pretended[-1] if _pretended else INTERPRETER
     major, minor = torch.cuda.get_device_capability(device)
     if (major, minor) == (8, 0):
         return 80
     return {8: 89, 9: 90, 10: 100}.get(major, 89)
+
+
+def _compiled(device: torch.device) -> bool:
+    """Whether kernels on its tensors are compiled; else they are interpreted."""
+    return device.type == "cuda" or bool(_pretended)
 
 
 def choose(kernel: str, x: Tensor, heavy: bool) -> Tile:
@@ -162,12 +180,12 @@ def operands(x: Tensor, p: Tensor, tile: Tile) -> tuple[Any, Any, dict[str, Any]
 def row_block(dimension: int, device: torch.device) -> RowBlock:
     """About 4096 elements to a program of 4 warps, whole rows."""
     padded = max(triton.next_power_of_2(dimension), 16)
-    rows = max(4096 // padded, 1) if device.type == "cuda" else 64
+    rows = max(4096 // padded, 1) if _compiled(device) else 64
     return RowBlock(rows, padded, 4)
 
 
 def merge_block(numel: int, device: torch.device) -> MergeBlock:
     """Row sums have few elements and many partials, pulls the other way round. The interpreter pays by the program."""
-    if device.type != "cuda":
+    if not _compiled(device):
         return MergeBlock(ROW_PADDING if numel <= 8 * ROW_PADDING else 4096, 16)
     return MergeBlock(32, 64) if numel <= 1 << 16 else MergeBlock(1024, 1)

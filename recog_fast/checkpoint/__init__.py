@@ -5,6 +5,7 @@ no tensor, and where each tensor belongs) and `manifest.json` (size and CRC-32 o
 their own classes into one folder; it loads on any number of ranks, and one process's does too.
 """
 
+from .editing import add_classes, merge_classes
 from .errors import CheckpointError
 from .files import checkpoint_path, latest_checkpoint, prune_checkpoints
 from .loading import load_checkpoint, read_checkpoint
@@ -12,9 +13,11 @@ from .saving import save_checkpoint, save_checkpoint_async
 
 __all__ = [
     "CheckpointError",
+    "add_classes",
     "checkpoint_path",
     "latest_checkpoint",
     "load_checkpoint",
+    "merge_classes",
     "prune_checkpoints",
     "read_checkpoint",
     "save_checkpoint",

@@ -109,17 +109,22 @@ def _nothing() -> None:
 
 def _write_tensors(folder: Path, tensors: Mapping[str, Tensor], ranks: ShardGroup | None) -> dict[str, dict[str, int]]:
     """This rank's files by torch.distributed.checkpoint, synced; their sizes and hashes."""
+    from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.filesystem import FileSystemWriter
     from torch.distributed.checkpoint.state_dict_saver import save
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        save(
-            dict(tensors),
-            storage_writer=FileSystemWriter(folder),
-            process_group=None if ranks is None else ranks.hosts,
-            no_dist=ranks is None,
-        )
+        try:
+            save(
+                dict(tensors),
+                storage_writer=FileSystemWriter(folder),
+                process_group=None if ranks is None else ranks.hosts,
+                no_dist=ranks is None,
+            )
+        except CheckpointException as error:  # a BaseException, on every rank
+            reasons = "; ".join(f"rank {rank}: {failure[0]}" for rank, failure in error.failures.items())
+            raise CheckpointError(f"save_checkpoint: {folder} could not be written: {reasons}") from error
     own = folder.iterdir() if ranks is None else folder.glob(f"__{ranks.rank}_*")
     return {p.name: _entry(p) for p in sorted(own)}
 

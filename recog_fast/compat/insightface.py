@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recog_fast._arguments import are_numbers, is_number, is_whole
+from recog_fast._arguments import are_numbers, is_number, is_whole, refusal
 from recog_fast.heads import MarginHead
 from recog_fast.margins import ArcFace, CosFace, InterclassFilter
 
@@ -152,7 +152,7 @@ def _shard_weight(path: Path) -> Tensor:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
         raise ValueError(
-            f"import_head: expected {path} to be a torch.save file of tensors only, got: {error}"
+            f"import_head: expected {path} to be a torch.save file of tensors only, got: {refusal(error)}"
         ) from error
     if isinstance(content, Mapping):
         content = content.get("state_dict_softmax_fc", content)

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from .mixed import MixedDataset as MixedDataset
     from .mixed import StreamBatches as StreamBatches
     from .opening import open_dataset as open_dataset
+    from .opening import register_source as register_source
     from .protocols import read_ijb_landmarks as read_ijb_landmarks
     from .protocols import read_ijb_media as read_ijb_media
     from .protocols import read_ijb_pairs as read_ijb_pairs
@@ -78,6 +79,7 @@ _HOME = {
     "read_records": "records",
     "read_survface_pairs": "protocols",
     "read_tinyface": "protocols",
+    "register_source": "opening",
     "resize_image": "images",
     "unpack_record": "records",
     "write_identities": "records",

@@ -4,10 +4,13 @@ resumed run."""
 from __future__ import annotations
 
 import dataclasses
+import functools
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from recog_fast._arguments import are_numbers, is_number, is_whole
@@ -16,6 +19,7 @@ from . import degradations
 from .images import Image, LabelledImages, images_to_tensor, resize_image
 from .wrappers import Wrapper, checked_sides
 
+COINS = 8  # what decides which steps happen to an image
 Key = int | tuple[int, int]  # index, or (epoch, index) as ResumableBatches yields it
 
 
@@ -49,7 +53,7 @@ class Augmentation:
     degrees: float = 20.0
 
     def __post_init__(self) -> None:
-        for name in (*(field.name for field in dataclasses.fields(self)[:8]), "rotation"):
+        for name in (*(field.name for field in dataclasses.fields(self)[:COINS]), "rotation"):
             value = getattr(self, name)
             if not is_number(value, 0.0, 1.0):
                 raise ValueError(f"Augmentation: expected {name} in [0, 1], got {value!r}")
@@ -60,18 +64,44 @@ class Augmentation:
             name, value = ("degrees", self.degrees) if is_whole(self.smallest, 1) else ("smallest", self.smallest)
             raise ValueError(f"Augmentation: expected {name} {'>= 0' if name == 'degrees' else 'as an integer >= 1'}, got {value!r}")
 
+    @functools.cached_property
+    def _chances(self) -> tuple[float, ...]:
+        return tuple(getattr(self, field.name) for field in dataclasses.fields(self)[:COINS])
+
     @property
     def steps(self) -> bool:
         """Whether any step can happen."""
-        return self.rotation > 0 or any(getattr(self, field.name) > 0 for field in dataclasses.fields(self)[:8])
+        return self.rotation > 0 or any(self._chances)
 
     def __call__(self, image: Image, rng: np.random.Generator) -> Image:
         """(H, W, 3) uint8 -> (H, W, 3) uint8; the input is left alone."""
-        coin = rng.random(8)
+        coin = rng.random(COINS)
         if coin[0] < self.flip:
             # Pixels of three bytes are NumPy's slowest copy: torch mirrors them four times as fast.
             image = torch.flip(torch.from_numpy(np.ascontiguousarray(image)), (1,)).numpy()
-        # Its coin comes after the others and only where it is asked for: runs without it keep their pixels.
+        return self.after_flip(image, rng, coin)
+
+    def draw(self, seed: int, epochs: NDArray[np.int64], samples: NDArray[np.int64]) -> NDArray[np.float64]:
+        """(N, 8) `coins` of samples (N,) in epochs (N,); 1, which is never below a probability, from the last step in use on."""
+        used = max((k + 1 for k, chance in enumerate(self._chances) if chance > 0), default=0)
+        if used == COINS:
+            return coins(seed, epochs, samples)
+        found = np.ones((len(samples), COINS))
+        if used:
+            found[:, :used] = coins(seed, epochs, samples, used)
+        return found
+
+    def goes_on(self, coins: NDArray[np.float64]) -> NDArray[np.bool_]:
+        """(N,) bool: whether `after_flip` may change an image with coins (N, 8)."""
+        if not any(self._chances[1:]) and not self.rotation:
+            return np.zeros(len(coins), bool)
+        if self.rotation:
+            return np.ones(len(coins), bool)
+        return np.asarray((coins[:, 1:] < self._chances[1:]).any(axis=1))
+
+    def after_flip(self, image: Image, rng: np.random.Generator, coin: NDArray[np.float64]) -> Image:
+        """The steps after the first: `coin` (8,) in [0, 1) says which of them, `rng` with what parameters."""
+        # Rotation's coin comes after the others and only where it is asked for: runs without it keep their pixels.
         if self.rotation and rng.random() < self.rotation:
             image = degradations.rotate(image, rng.uniform(-self.degrees, self.degrees))
         if coin[1] < self.affine:
@@ -89,6 +119,40 @@ class Augmentation:
         if coin[7] < self.low_resolution:
             image = degradations.low_resolution(image, rng, self.smallest)
         return image
+
+
+_GOLDEN, _WORD = 0x9E3779B97F4A7C15, (1 << 64) - 1
+
+
+def _mixed(x: Any) -> Any:
+    """The output function of SplitMix64, a bijection of 64 bits, of an array of uint64 or of a Python number (whose bits above 64
+    are the caller's to cut)."""
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
+    x = x & _WORD if isinstance(x, int) else x
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB
+    x = x & _WORD if isinstance(x, int) else x
+    return x ^ (x >> 31)
+
+
+@functools.lru_cache(maxsize=64)
+def _start(seed: int, epoch: int) -> int:
+    return int(_mixed((_mixed((seed + _GOLDEN) & _WORD) + epoch + _GOLDEN) & _WORD))
+
+
+def coins(seed: int, epochs: NDArray[np.int64], samples: NDArray[np.int64], count: int = COINS) -> NDArray[np.float64]:
+    """(N, count) uniform numbers in [0, 1) of samples (N,) in epochs (N,), count <= 8: a function of (seed, epoch, sample) alone.
+
+    Counter-based, so that a whole batch is drawn at once where a generator for each image would cost a tenth of its decoding:
+    numbers 8 sample ... 8 sample + 7 of SplitMix64 (Steele, Lea, Flood 2014) started at mix(mix(seed + g) + epoch + g),
+    g = 2^64 / golden ratio; the upper 53 bits of each.
+    """
+    present = set(epochs.tolist())
+    starts: Any = _start(seed, present.pop()) if len(present) == 1 else None
+    if starts is None:
+        starts = np.array([_start(seed, epoch) for epoch in epochs.tolist()], np.uint64)[:, None]
+    places = samples.astype(np.uint64)[:, None] * COINS + np.arange(1, count + 1, dtype=np.uint64)
+    drawn: NDArray[np.float64] = (_mixed(starts + places * _GOLDEN) >> 11) * 2.0**-53
+    return drawn
 
 
 class Augmented(Wrapper):

@@ -105,7 +105,7 @@ class DataReport:
                 ", ..." if len(self.sizes) > 4 else ""
             )
             formats = ", ".join(f"{name} {n}" for name, n in self.formats)
-            lines.append(f"{self.checked} read: {formats}; {sizes}; {self.grey} grey")
+            lines.append(f"{self.checked} read: " + (f"{formats}; {sizes}; {self.grey} grey" if sizes else "no image in them"))
             if self.mean:
                 lines.append(f"mean {_numbers(self.mean)}, std {_numbers(self.std)} (RGB, of 1)")
         return "\n".join(

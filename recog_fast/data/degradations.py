@@ -12,6 +12,7 @@ import functools
 import math
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from .images import Image
@@ -35,7 +36,9 @@ def _quantise(batch: Floats) -> Floats:
 
 def _resample(rows: Floats, batch: Floats, columns: Floats) -> Floats:
     """rows (h, H) and columns (w, W) applied to the last two axes of (..., H, W) -> (..., h, w)."""
-    resampled: Floats = np.matmul(np.matmul(rows, batch), columns.T)
+    # torch, not NumPy: a DataLoader worker has one thread of torch, while NumPy's BLAS would start one for every core there.
+    left, middle, right = (torch.from_numpy(part) for part in (rows, batch, columns))
+    resampled: Floats = torch.matmul(torch.matmul(left, middle), right.T).numpy()
     return resampled
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ from torch.utils.data import Dataset, Sampler
 
 from recog_fast._arguments import is_whole
 
-from .images import LabelledImages, checked_index
+from .images import Image, LabelledImages, checked_index, read_many
 from .sampler import ResumableBatches
 
 
@@ -48,17 +48,55 @@ class MixedDataset(Dataset[tuple[Any, int]]):
 
     @property
     def paths(self) -> list[str]:
+        """Where each image comes from, source after source."""
         return [path for dataset in self.datasets for path in dataset.paths]
 
     def __len__(self) -> int:
         return int(self.starts[-1])
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
+        part, place = self._place(index)
+        image, label = self.datasets[part][place]
+        return image, self._label(part, label)
+
+    def read_many(self, indices: Sequence[int], rows: Sequence[Image], mirrored: Sequence[bool]) -> list[int]:
+        """See `images.read_many`."""
+        places = [checked_index(index, len(self)) for index in indices]
+        return read_parts(self.datasets, self.starts, self._label, places, rows, mirrored)
+
+    def _place(self, index: int) -> tuple[int, int]:
         place = checked_index(index, len(self))
         part = int(np.searchsorted(self.starts, place, side="right")) - 1
-        image, label = self.datasets[part][place - int(self.starts[part])]
+        return part, place - int(self.starts[part])
+
+    def _label(self, part: int, label: int) -> int:
         shift = self._shift[part]
-        return image, -1 if shift is None or label < 0 else label + shift
+        return -1 if shift is None or label < 0 else label + shift
+
+
+def read_parts(
+    datasets: Sequence[Any],
+    starts: NDArray[np.int64],
+    relabel: Callable[[int, int], int],
+    indices: Sequence[int],
+    rows: Sequence[Image],
+    mirrored: Sequence[bool],
+) -> list[int]:
+    """`images.read_many` over datasets that follow one another, dataset by dataset; relabel(dataset, label) is returned.
+
+    starts (S + 1,): where each begins, and the end; every index lies in [0, starts[-1]).
+    """
+    parts = np.searchsorted(starts, indices, side="right") - 1
+    labels = [0] * len(rows)
+    for part in np.unique(parts).tolist():
+        chosen = np.flatnonzero(parts == part).tolist()
+        first = int(starts[part])
+        found = read_many(
+            datasets[part], [indices[k] - first for k in chosen], [rows[k] for k in chosen], [mirrored[k] for k in chosen]
+        )
+        for k, label in zip(chosen, found, strict=True):
+            labels[k] = relabel(part, label)
+    return labels
 
 
 def _shifted(labels: NDArray[np.int64], shift: int | None) -> NDArray[np.int64]:
@@ -69,7 +107,7 @@ class StreamBatches(Sampler[list[tuple[int, int]]]):
     """Batches of a fixed number of images from each of several streams, e.g. 96 labelled and 32 unlabelled ones.
 
     lengths (S,): images of each stream, in the order of a `MixedDataset`; counts (S,): how many of a batch come from each,
-    per rank. Every stream is shuffled by itself, epoch by epoch, as `ResumableBatches` does with seed + its number, and
+    per rank. Every stream is shuffled by itself, epoch by epoch, as `ResumableBatches` does with seed + its number (and buffer), and
     starts again when it is through: short streams repeat. Yields `steps` batches of keys (epoch of the stream, index into
     the mixture), without end for steps=None. state_dict counts the batches that `track` handed out. Raises ValueError as
     `ResumableBatches`, and for lengths and counts that do not match.
@@ -83,6 +121,7 @@ class StreamBatches(Sampler[list[tuple[int, int]]]):
         rank: int = 0,
         world_size: int = 1,
         steps: int | None = None,
+        buffer: int = 0,
     ) -> None:
         for name, value in (("lengths", lengths), ("counts", counts)):
             if not isinstance(value, Sequence) or isinstance(value, str | bytes) or not all(is_whole(one) for one in value):
@@ -95,10 +134,12 @@ class StreamBatches(Sampler[list[tuple[int, int]]]):
             raise ValueError(f"StreamBatches: expected world_size >= 1 and rank in [0, world_size), got {world_size!r} and {rank!r}")
         if steps is not None and not is_whole(steps, 0):
             raise ValueError(f"StreamBatches: expected steps as an integer >= 0 or None, got {steps!r}")
+        if not is_whole(buffer, 0):
+            raise ValueError(f"StreamBatches: expected buffer as an integer >= 0, got {buffer!r}")
         self.steps = steps
         self.starts = np.cumsum([0, *lengths[:-1]]).tolist()
         self.streams = [
-            ResumableBatches(length, count, seed + k, rank, world_size)
+            ResumableBatches(length, count, seed + k, rank, world_size, buffer=buffer)
             for k, (length, count) in enumerate(zip(lengths, counts, strict=True))
         ]
         self.done = 0
@@ -128,7 +169,8 @@ class StreamBatches(Sampler[list[tuple[int, int]]]):
 
     def state_dict(self) -> dict[str, Any]:
         """Batches handed out, and what the order depends on."""
-        return {"done": self.done, "streams": [[s.length, s.batch_size, s.seed, s.world_size] for s in self.streams]}
+        streams = [[s.length, s.batch_size, s.seed, s.world_size] + [s.buffer] * (s.buffer > 0) for s in self.streams]
+        return {"done": self.done, "streams": streams}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go to a saved position; lengths, counts, seed and ranks must be the same: ValueError."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,18 @@ from .record_dataset import RecordDataset
 KINDS: dict[str, Any] = {
     "rec": RecordDataset, "folder": FolderDataset, "list": ListDataset, "zip": ZipDataset, "tar": TarDataset,
 }  # fmt: skip
+_OWN = ("synthetic", "mixed")  # kinds of the training script that are no format
 _SUFFIXES = {".rec": "rec", ".csv": "list", ".jsonl": "list", ".zip": "zip", ".tar": "tar"}
 
 
 def source_kind(path: str | os.PathLike[str]) -> str:
     """ "rec", "folder", "list", "zip" or "tar": by the suffix; a folder with tars and no folder in it is of tars.
 
-    Raises ValueError for anything else.
+    Raises ValueError for anything else and for a path that does not exist.
     """
     place = Path(path)
+    if not place.exists():
+        raise ValueError(f"open_dataset: expected path to be a folder or file, got {place}, which does not exist")
     if place.is_dir():
         return "tar" if any(place.glob("*.tar")) and not any(p.is_dir() for p in place.iterdir()) else "folder"
     kind = _SUFFIXES.get(place.suffix.lower())
@@ -30,8 +34,25 @@ def source_kind(path: str | os.PathLike[str]) -> str:
     return kind
 
 
+def register_source(kind: str, reader: Callable[..., Any]) -> None:
+    """Makes `kind` a name for `open_dataset(path, kind)` and for `data.kind` of a training run in this process.
+
+    reader: (path, **options) -> a dataset of (image (H, W, 3) uint8 RGB, label int) with `__len__`, `num_classes`, `paths` and `labels`
+    (N,) int64, -1 where nobody knows; usually its class. Registering the same reader again changes nothing.
+
+    Raises ValueError for a name that is taken or no identifier, TypeError for a reader that cannot be called.
+    """
+    if not kind.isidentifier():
+        raise ValueError(f"register_source: expected kind to be one word of letters and digits, got {kind!r}")
+    if not callable(reader):
+        raise TypeError(f"register_source: expected a callable reader, got {reader!r}")
+    if kind in _OWN or KINDS.get(kind, reader) is not reader:
+        raise ValueError(f"register_source: expected a kind that is not taken ({', '.join((*KINDS, *_OWN))}), got {kind!r}")
+    KINDS[kind] = reader
+
+
 def open_dataset(path: str | os.PathLike[str], kind: str | None = None, **options: Any) -> EncodedDataset:
-    """The dataset at `path`: `kind` ("rec", "folder", "list", "zip", "tar") or what it looks like; InsightFace's folders
+    """The dataset at `path`: `kind` ("rec", "folder", "list", "zip", "tar", or one of `register_source`) or what it looks like; InsightFace's folders
     open by their train.rec. options: of the dataset, e.g. decode=False.
 
     Raises ValueError for a kind or source that is none.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -132,3 +133,9 @@ class RecordDataset(EncodedDataset):
     def encoded(self, index: int) -> tuple[bytes, int]:
         record = self._record(index)
         return record.image, self._class(record, index)
+
+    def stored(self, indices: Sequence[int]) -> Iterator[tuple[bytes | memoryview, int]]:
+        places = np.asarray(indices, np.int64)
+        labels: list[int] = self.labels[places].tolist()
+        for index, image, label in zip(indices, self.file.images(self.offsets[places]), labels, strict=True):
+            yield self.encoded(index) if image is None else (image, label)

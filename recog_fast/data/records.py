@@ -24,6 +24,7 @@ EXACT = 1 << 24  # float32 counts exactly up to here
 _MAGIC_BYTES = struct.pack("<I", MAGIC)
 _PART = struct.Struct("<II")
 _HEADER = struct.Struct("<IfQQ")
+_WHOLE = struct.Struct("<III")  # magic, length of an unsplit record, flag
 _LENGTH_MASK = (1 << 29) - 1
 _HEAD = np.dtype([("magic", "<u4"), ("word", "<u4"), ("flag", "<u4"), ("label", "<f4")])
 HEADER_BYTES = _HEADER.size
@@ -82,6 +83,7 @@ class RecordFile:
     def __init__(self, path: PathLike) -> None:
         self.path = os.fspath(path)
         self._map: mmap.mmap | None = None
+        self._view: memoryview | None = None  # of the map
         if not os.path.isfile(self.path):
             raise ValueError(f"read_records: expected a .rec file, got {self.path}, which is no file")
         self.size = os.path.getsize(self.path)
@@ -89,7 +91,7 @@ class RecordFile:
             raise ValueError(f"read_records: expected records in {self.path}, got an empty file")
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path, "size": self.size, "_map": None}
+        return {"path": self.path, "size": self.size, "_map": None, "_view": None}
 
     def _bytes(self) -> mmap.mmap:
         if self._map is None:
@@ -132,6 +134,19 @@ class RecordFile:
         spans, _ = self._spans(offset)
         data = self._bytes()
         return _MAGIC_BYTES.join([data[start:end] for start, end in spans])
+
+    def images(self, offsets: Int64) -> list[memoryview | None]:
+        """The image bytes of each record, in the map itself; None where it is split, broken or no image record: `read` says why."""
+        data = self._bytes()
+        view = self._view = memoryview(data) if self._view is None else self._view
+        last, head = self.size - _PART.size - _HEADER.size, _PART.size + _HEADER.size
+        found: list[memoryview | None] = []
+        for offset in offsets.tolist():
+            magic, word, flag = _WHOLE.unpack_from(data, offset) if 0 <= offset <= last else (0, 0, 0)
+            start, end = offset + head + 4 * flag, offset + _PART.size + word
+            whole = magic == MAGIC and word <= _LENGTH_MASK and start <= end <= self.size - (-word & 3)
+            found.append(view[start:end] if whole else None)
+        return found
 
     def scan(self) -> Iterator[int]:
         """Offsets of all records in file order, without an .idx."""

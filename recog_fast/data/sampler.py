@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sized
 from typing import Any, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 from torch.utils.data import Sampler
 
 from recog_fast._arguments import is_whole
@@ -14,11 +15,28 @@ from recog_fast._arguments import is_whole
 T = TypeVar("T")
 
 
+def shuffled(length: int, seed: int | tuple[int, ...], buffer: int = 0) -> NDArray[np.int64]:
+    """(length,) int64: default_rng(seed)'s permutation of 0 ... length - 1, or with buffer > 0 an order that reads files nearly in
+    sequence, as a shuffle buffer over shuffled shards does.
+
+    Blocks of `buffer` consecutive places come in random order; then every place moves by less than `buffer` places (sorted by
+    position + uniform(0, buffer)). Unlike a real buffer it is known without reading anything.
+    """
+    rng = np.random.default_rng(seed)
+    if buffer <= 0 or buffer >= length:
+        return rng.permutation(length)
+    starts = rng.permutation(-(-length // buffer)) * buffer
+    blocks = (starts[:, None] + np.arange(buffer)).ravel()
+    order = blocks[blocks < length]
+    moved: NDArray[np.int64] = order[np.argsort(np.arange(length) + rng.random(length) * buffer, kind="stable")]
+    return moved
+
+
 class ResumableBatches(Sampler[list[tuple[int, int]]]):
     """Batch sampler over `length` images (a number or anything with a length) for one rank of `world_size`.
 
     Yields lists of (epoch, index) keys, which `Augmented` understands: so the epoch reaches persistent workers. Epoch e
-    visits default_rng((seed, e)).permutation(length) in global batches of batch_size * world_size, cut into ranks.
+    visits default_rng((seed, e)).permutation(length), or `shuffled` with a buffer, in global batches of batch_size * world_size, cut into ranks.
     drop_last=False keeps the last, shorter global batch, wrapping around to the epoch's start where it does not divide
     by world_size, so that all ranks make the same number of steps.
 
@@ -43,6 +61,7 @@ class ResumableBatches(Sampler[list[tuple[int, int]]]):
         rank: int = 0,
         world_size: int = 1,
         drop_last: bool = True,
+        buffer: int = 0,
     ) -> None:
         if not is_whole(length) and not isinstance(length, Sized):
             raise TypeError(f"ResumableBatches: expected length as an integer or anything with one, got {length!r}")
@@ -52,6 +71,7 @@ class ResumableBatches(Sampler[list[tuple[int, int]]]):
             ("batch_size", batch_size, 1),
             ("world_size", world_size, 1),
             ("seed", seed, 0),
+            ("buffer", buffer, 0),
         ):
             if not is_whole(value, low):
                 raise ValueError(f"ResumableBatches: expected {name} >= {low}, got {value!r}")
@@ -63,7 +83,7 @@ class ResumableBatches(Sampler[list[tuple[int, int]]]):
                 f"got {self.length} < {batch_size * world_size}"
             )
         self.batch_size, self.seed, self.drop_last = batch_size, seed, drop_last
-        self.rank, self.world_size = rank, world_size
+        self.rank, self.world_size, self.buffer = rank, world_size, buffer
         self.epoch = 0
         self.done = 0
 
@@ -82,7 +102,7 @@ class ResumableBatches(Sampler[list[tuple[int, int]]]):
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         epoch, step = self.epoch, self.batch_size * self.world_size
-        order = np.random.default_rng((self.seed, epoch)).permutation(self.length)
+        order = shuffled(self.length, (self.seed, epoch), self.buffer)
         for start in range(self.done, self.done + len(self) * step, step):
             whole = order[start : start + step]
             short = -len(whole) % self.world_size
@@ -118,12 +138,13 @@ class ResumableBatches(Sampler[list[tuple[int, int]]]):
 
     def state_dict(self) -> dict[str, int]:
         """Seed, length, epoch and the number of its images that were handed out, over all ranks."""
-        return {"seed": self.seed, "length": self.length, "epoch": self.epoch, "done": self.done}
+        place = {"seed": self.seed, "length": self.length, "epoch": self.epoch, "done": self.done}
+        return {**place, "buffer": self.buffer} if self.buffer else place
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go to a saved position; seed and length must be the same, else the order is another: ValueError."""
-        for name in ("seed", "length"):
-            if state.get(name) != getattr(self, name):
+        """Go to a saved position; seed, length and buffer must be the same, else the order is another: ValueError."""
+        for name in ("seed", "length", "buffer"):
+            if state.get(name, 0 if name == "buffer" else None) != getattr(self, name):
                 raise ValueError(
                     f"ResumableBatches: expected a state of {name} {getattr(self, name)}, got {state.get(name)}"
                 )

@@ -6,9 +6,9 @@ import json
 import os
 import tempfile
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +16,9 @@ from torch.utils.data import Dataset
 
 from recog_fast._arguments import are_whole, is_whole
 
-from .images import CorruptImage, LabelledImages, checked_index, resize_image
+from .images import CorruptImage, Image, LabelledImages, checked_index, read_many, resize_image
+
+T = TypeVar("T")
 
 
 class Wrapper(Dataset[tuple[Any, int]]):
@@ -109,10 +111,24 @@ class SkipCorrupt(Wrapper):
         self._noted.add(error.source)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
+        return self._readable(index, self.dataset.__getitem__)
+
+    def read_many(self, indices: Sequence[int], rows: Sequence[Image], mirrored: Sequence[bool]) -> list[int]:
+        """See `images.read_many`; a batch with a corrupt image is read again image by image."""
+        try:
+            return read_many(self.dataset, indices, rows, mirrored)
+        except CorruptImage:
+            return [self._read_one(*one) for one in zip(indices, rows, mirrored, strict=True)]
+
+    def _read_one(self, index: int, row: Image, mirror: bool) -> int:
+        return self._readable(index, lambda place: read_many(self.dataset, [place], [row], [mirror])[0])
+
+    def _readable(self, index: int, read: Callable[[int], T]) -> T:
+        """What `read` gives for the first place from `index` on where it can."""
         place = checked_index(index, len(self))
         for _ in range(len(self)):
             try:
-                return self.dataset[place]
+                return read(place)
             except CorruptImage as error:
                 self._note(error)
                 place = (place + 1) % len(self)

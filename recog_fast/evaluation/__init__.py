@@ -5,6 +5,7 @@ Stands alone: NumPy and torch only; matplotlib is imported when a plot is drawn.
 """
 
 from recog_fast.evaluation.activation import class_activation, overlay
+from recog_fast.evaluation.drawing import require_plots
 from recog_fast.evaluation.embed import (
     VerificationResult,
     embed_images,
@@ -21,7 +22,13 @@ from recog_fast.evaluation.erc import (
     error_versus_reject,
     pair_minimum,
 )
-from recog_fast.evaluation.gallery import Gallery, GalleryItem, pair_galleries, png_data_uri, strip
+from recog_fast.evaluation.gallery import (
+    Gallery,
+    GalleryItem,
+    pair_galleries,
+    png_data_uri,
+    strip,
+)
 from recog_fast.evaluation.histograms import ScoreHistograms, all_pairs
 from recog_fast.evaluation.identification import (
     cumulative_match,
@@ -72,6 +79,7 @@ __all__ = [
     "pair_minimum",
     "png_data_uri",
     "post_processing",
+    "require_plots",
     "resize",
     "robustness",
     "roc_curve",

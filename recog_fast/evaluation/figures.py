@@ -6,27 +6,29 @@ Every function takes plain numbers and draws nothing that was not given to it; m
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
 from recog_fast.evaluation._arrays import FloatArray, floats, unit_rows
-from recog_fast.evaluation.erc import QualityComparison
-from recog_fast.evaluation.gallery import Gallery, GalleryItem
-from recog_fast.evaluation.plots import (
+from recog_fast.evaluation.drawing import (
     HEIGHT,
     WIDTH,
     Picture,
     Theme,
-    _axes,
-    _legend,
-    _percent_ticks,
-    _picture,
-    _series,
-    _style,
+    axes_of,
+    bare,
+    dashes,
+    legend,
+    percent_ticks,
+    picture,
+    series_colour,
+    style,
 )
+from recog_fast.evaluation.erc import QualityComparison
+from recog_fast.evaluation.gallery import Gallery, GalleryItem
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -48,18 +50,18 @@ def ui_distance_plot(distances: Mapping[str, Values], threshold: float | None = 
     edges = np.linspace(min(0.0, float(everything.min())), float(everything.max()) + 1e-6, 49)
 
     def draw(figure: Figure, theme: Theme) -> None:
-        axes = _axes(figure, theme)
+        axes = axes_of(figure, theme)
         axes.stairs(_share(everything, edges), edges, color=theme.muted, fill=True, alpha=0.18, lw=0, label="all")
         for i, (name, values) in enumerate(groups.items()):
             share = _share(values, edges) * len(values) / len(everything)
-            axes.stairs(share, edges, color=_series(theme, i), lw=1.5, label=name)
+            axes.stairs(share, edges, color=series_colour(theme, i), lw=1.5, ls=dashes(i), label=name)
         _threshold(axes, theme, threshold)
         axes.set_xlabel("distance to the UI centre")
         axes.set_ylabel("share of all images")
         axes.set_xlim(edges[0], edges[-1])
-        _legend(figure, axes, theme)
+        legend(figure, axes, theme)
 
-    return _picture(draw, HEIGHT, f"Histogram of the distance to the UI centre: {', '.join(groups)}.")
+    return picture(draw, HEIGHT, f"Histogram of the distance to the UI centre: {', '.join(groups)}.")
 
 
 def quality_histograms(stages: Mapping[str, Mapping[str, Values]], xlabel: str = "recognizability") -> Picture:
@@ -78,22 +80,23 @@ def quality_histograms(stages: Mapping[str, Mapping[str, Values]], xlabel: str =
     def draw(figure: Figure, theme: Theme) -> None:
         panels = figure.subplots(len(rows), 1, sharex=True, squeeze=False)[:, 0]
         for axes, (stage, groups) in zip(panels, rows.items(), strict=True):
-            _style(axes, theme)
+            style(axes, theme)
             for i, (name, values) in enumerate(groups.items()):
                 share = _share(values, edges)
-                axes.stairs(share, edges, color=_series(theme, i), fill=True, alpha=0.2, lw=0)
-                axes.stairs(share, edges, color=_series(theme, i), lw=1.3, label=name)
-            _bare(axes)
+                axes.stairs(share, edges, color=series_colour(theme, i), fill=True, alpha=0.2, lw=0)
+                axes.stairs(share, edges, color=series_colour(theme, i), lw=1.3, ls=dashes(i), label=name)
+            bare(axes)
             axes.set_ylim(0, None)
             # Above the panel, where no hump can run through it.
             if len(rows) > 1:
                 axes.set_title(stage, loc="left", fontsize="medium", color=theme.text, pad=2)
         panels[-1].set_xlim(edges[0], edges[-1])
         panels[-1].set_xlabel(xlabel)
-        _legend(figure, panels[0], theme)
+        figure.supylabel("share of the images (linear)", color=theme.muted, fontsize="medium")
+        legend(figure, panels[0], theme)
 
     alt = f"Histograms of {xlabel} by resolution at {', '.join(rows)}."
-    return _picture(draw, 1.0 + 1.15 * max(len(rows), 1.4), alt)
+    return picture(draw, 1.0 + 1.15 * max(len(rows), 1.4), alt)
 
 
 def scatter_plot(
@@ -119,10 +122,10 @@ def scatter_plot(
     rho = rank_correlation(allx, ally) if correlation and len(allx) > 2 else None
 
     def draw(figure: Figure, theme: Theme) -> None:
-        axes = _axes(figure, theme)
+        axes = axes_of(figure, theme)
         for i, (name, (x, y)) in enumerate(checked.items()):
             axes.scatter(
-                x, y, s=9 if len(allx) > _MANY else 16, color=_series(theme, i), alpha=0.45 if len(allx) > _MANY else 0.75,
+                x, y, s=9 if len(allx) > _MANY else 16, color=series_colour(theme, i), alpha=0.45 if len(allx) > _MANY else 0.75,
                 lw=0, label=name, rasterized=len(allx) > _MANY, zorder=3,
             )  # fmt: skip
         if diagonal:
@@ -131,13 +134,13 @@ def scatter_plot(
         axes.set_xlabel(xlabel)
         axes.set_ylabel(ylabel)
         if len(checked) > 1:
-            _legend(figure, axes, theme)
+            legend(figure, axes, theme)
         if rho is not None:
             # In the title's row, right: the legend keeps the left.
             axes.set_title(f"rank correlation {rho:+.2f}", loc="right", fontsize="medium", color=theme.muted)
 
     words = f" Rank correlation {rho:+.2f}." if rho is not None else ""
-    return _picture(draw, HEIGHT + 0.4, f"{ylabel} against {xlabel}: {', '.join(checked)}.{words}")
+    return picture(draw, HEIGHT + 0.4, f"{ylabel} against {xlabel}: {', '.join(checked)}.{words}")
 
 
 def norm_against_center_plot(groups: Mapping[str, tuple[Values, Values]]) -> Picture:
@@ -200,19 +203,19 @@ def embedding_plot(groups: Mapping[str, Values], center: Values | None = None) -
         )
     everything = np.concatenate(list(rows.values()))
     mean = everything.mean(axis=0)
-    _, singular, axes_of = np.linalg.svd(everything - mean, full_matrices=False)
-    plane = axes_of[:2].T
+    _, singular, principal = np.linalg.svd(everything - mean, full_matrices=False)
+    plane = principal[:2].T
     # A principal axis has no sign of its own: its largest entry is made positive, on every machine.
     plane = plane * np.sign(plane[np.abs(plane).argmax(axis=0), [0, 1]])
     share = singular[:2] ** 2 / (singular**2).sum()
     place = None if center is None else (unit_rows(floats(where, "center", center, 1)[None])[0] - mean) @ plane
 
     def draw(figure: Figure, theme: Theme) -> None:
-        axes = _axes(figure, theme)
+        axes = axes_of(figure, theme)
         for i, (name, x) in enumerate(rows.items()):
             at = (x - mean) @ plane
             axes.scatter(
-                at[:, 0], at[:, 1], s=9, color=_series(theme, i), alpha=0.5, lw=0, label=name,
+                at[:, 0], at[:, 1], s=9, color=series_colour(theme, i), alpha=0.5, lw=0, label=name,
                 rasterized=len(everything) > _MANY, zorder=3,
             )  # fmt: skip
         if place is not None:
@@ -220,33 +223,33 @@ def embedding_plot(groups: Mapping[str, Values], center: Values | None = None) -
         axes.set_xlabel(f"first principal component ({100 * share[0]:.0f} % of the variance)")
         axes.set_ylabel(f"second ({100 * share[1]:.0f} %)")
         axes.set_aspect("equal", adjustable="datalim")
-        _legend(figure, axes, theme)
+        legend(figure, axes, theme)
 
-    return _picture(draw, HEIGHT + 1.0, f"Embeddings in two principal components: {', '.join(rows)}.")
+    return picture(draw, HEIGHT + 1.0, f"Embeddings in two principal components: {', '.join(rows)}.")
 
 
 def erc_plot(comparison: QualityComparison) -> Picture:
-    """Error-versus-reject curves of several quality measures under one protocol, which is under the axis; random dashed."""
+    """Error-versus-reject curves of several quality measures under one protocol, which is under the axis; random dotted."""
 
     def draw(figure: Figure, theme: Theme) -> None:
-        axes = _axes(figure, theme)
+        axes = axes_of(figure, theme)
         for i, (name, curve) in enumerate(comparison.curves.items()):
             chance = name == "random"
             axes.plot(
-                comparison.reject, curve, color=theme.baseline if chance else _series(theme, i), lw=1.2 if chance else 1.8,
-                ls=(0, (4, 2)) if chance else "-", label=f"{name} {comparison.areas[name]:.3f}", zorder=2 if chance else 3,
+                comparison.reject, curve, color=theme.baseline if chance else series_colour(theme, i), lw=1.2 if chance else 1.8,
+                ls=":" if chance else dashes(i), label=f"{name} {comparison.areas[name]:.3f}", zorder=2 if chance else 3,
             )  # fmt: skip
         axes.set_xlim(0, comparison.reject[-1])
         axes.set_ylim(0, None)
         axes.set_ylabel("false non-match rate")
-        axes.xaxis.set_major_formatter(_percent_ticks())
-        axes.yaxis.set_major_formatter(_percent_ticks())
+        axes.xaxis.set_major_formatter(percent_ticks())
+        axes.yaxis.set_major_formatter(percent_ticks())
         protocol, _, quality = comparison.protocol.partition(", pair quality")
-        axes.set_xlabel(f"pairs rejected\n{protocol},\npair quality{quality}; area beside the name")
-        _legend(figure, axes, theme)
+        axes.set_xlabel(f"pairs rejected\n{protocol.replace(', ', ',' + chr(10), 1)},\npair quality{quality}; area by name")
+        legend(figure, axes, theme)
 
     areas = ", ".join(f"{name} area {area:.3f}" for name, area in comparison.areas.items())
-    return _picture(draw, HEIGHT + 0.7, f"Error-versus-reject curves. {comparison.protocol}. {areas}.")
+    return picture(draw, HEIGHT + 0.7, f"Error-versus-reject curves. {comparison.protocol}. {areas}.")
 
 
 def template_weights_plot(templates: Sequence[tuple[Sequence[Image], Values]]) -> Picture:
@@ -275,19 +278,19 @@ def template_weights_plot(templates: Sequence[tuple[Sequence[Image], Values]]) -
                 top.imshow(image)
                 top.axis("off")
             below = figure.add_subplot(grid[2 * r + 1, :])
-            _style(below, theme)
+            style(below, theme)
             below.bar(range(len(images)), share, width=0.62, color=theme.genuine, alpha=0.85)
             below.axhline(1 / len(images), color=theme.muted, lw=1.0, ls=(0, (3, 2)))
             below.set_xlim(-0.5, columns - 0.5)
             below.set_ylim(0, 1.15 * max(float(share.max()), 1 / len(images)))
-            _bare(below)
+            bare(below)
             # Under the bars: a number on a bar meets the dashed line sooner or later.
             below.set_xticks(range(len(images)), [f"{value:.2f}" for value in share])
             below.tick_params(axis="x", length=0, colors=theme.text)
-        below.set_xlabel("share of the template's sum: ERS (bars), plain average (dashed)")
+        below.set_xlabel("share of the sum: ERS (bars), plain average (dashed)")
 
     alt = f"Weights of the images of {len(rows)} templates by ERS against the plain average."
-    return _picture(draw, 0.5 + len(rows) * 1.65 * min(1.0, 5 / columns), alt, WIDTH)
+    return picture(draw, 0.5 + len(rows) * 1.65 * min(1.0, 5 / columns), alt, WIDTH)
 
 
 def ui_cluster_gallery(images: Sequence[Image], embeddings: Values, center: Values, count: int = 12) -> Gallery:
@@ -318,10 +321,3 @@ def _share(values: FloatArray, edges: FloatArray) -> FloatArray:
 def _threshold(axes: Axes, theme: Theme, threshold: float | None) -> None:
     if threshold is not None:
         axes.axvline(threshold, color=theme.muted, lw=1.0, ls=(0, (3, 2)), label=f"threshold {threshold:g}")
-
-
-def _bare(axes: Any) -> None:
-    """No y axis: heights are relative."""
-    axes.set_yticks([])
-    axes.spines["left"].set_visible(False)
-    axes.grid(False)

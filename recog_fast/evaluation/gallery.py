@@ -1,9 +1,11 @@
-"""Pictures of images for the report: PNG data URIs, strips, galleries of the pairs a model is surest and least sure
+"""Pictures of images for the report: data URIs, strips, galleries of the pairs a model is surest and least sure
 of."""
 
 from __future__ import annotations
 
 import base64
+import importlib.util
+import io
 import struct
 import zlib
 from collections.abc import Sequence
@@ -31,12 +33,11 @@ class GalleryItem:
 
 @dataclass(frozen=True)
 class Gallery:
-    """A titled group of pictures; `note` says how they were chosen, `wide` that they are strips of several images."""
+    """A titled group of pictures; `note` says how they were chosen. A page sets wide ones in fewer columns."""
 
     title: str
     note: str
     items: Sequence[GalleryItem]
-    wide: bool = False
 
 
 def png_data_uri(image: Image) -> str:
@@ -58,6 +59,28 @@ def png_data_uri(image: Image) -> str:
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows.tobytes(), 9)) + chunk(b"IEND", b"")
     return "data:image/png;base64," + base64.b64encode(b"\x89PNG\r\n\x1a\n" + body).decode()
+
+
+def image_data_uri(image: Image, largest: int = 192, quality: int = 85) -> str:
+    """(H, W, 3) uint8 RGB -> a small WebP (or JPEG) data URI, at most `largest` rows high; PNG at its own size where Pillow
+    is missing.
+
+    Raises ValueError for another shape or dtype.
+    """
+    if importlib.util.find_spec("PIL") is None:
+        return png_data_uri(image)
+    from PIL import Image as Pillow
+    from PIL import features
+
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
+        raise ValueError(f"image_data_uri: expected image uint8 of shape (H, W, 3), got {image.dtype} {image.shape}")
+    picture = Pillow.fromarray(np.ascontiguousarray(image))
+    if picture.height > largest:
+        picture = picture.resize((max(1, round(picture.width * largest / picture.height)), largest), Pillow.Resampling.LANCZOS)
+    kind = "webp" if features.check("webp") else "jpeg"
+    out = io.BytesIO()
+    picture.save(out, format=kind, quality=quality)
+    return f"data:image/{kind};base64," + base64.b64encode(out.getvalue()).decode()
 
 
 def strip(images: Sequence[Image]) -> Image:

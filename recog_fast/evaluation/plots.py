@@ -1,138 +1,33 @@
-"""Plots as SVG data URIs, each in a light and a dark version (matplotlib's object interface; no global state is left
-changed)."""
+"""Plots of a run: cosines of its pairs, and curves over its training steps."""
 
 from __future__ import annotations
 
-import base64
-import io
-import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from recog_fast.evaluation._arrays import FloatArray
+from recog_fast.evaluation.drawing import (
+    HEIGHT,
+    Picture,
+    Theme,
+    axes_of,
+    bare,
+    dashes,
+    legend,
+    percent_ticks,
+    picture,
+    series_colour,
+    style,
+)
 from recog_fast.evaluation.embed import VerificationResult
-from recog_fast.evaluation.verification import roc_curve
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 Metrics = Sequence[Mapping[str, Any]]  # rows of a metrics.jsonl
-
-# Width is one column of the report; 9 point then reads as about 13 px on a desktop and 9 px on a phone.
-WIDTH, HEIGHT, FONT = 4.6, 3.0, 9.0
-FONT_STACK = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
-
-
-@dataclass(frozen=True)
-class Theme:
-    """Colours of one appearance; the report's style sheet uses the same ones."""
-
-    text: str
-    muted: str
-    grid: str
-    background: str
-    surface: str
-    series: tuple[str, ...]  # conditions in order: full size, 16x16, 8x8, ...
-    genuine: str
-    impostor: str
-    baseline: str
-
-
-LIGHT = Theme(
-    text="#1b2430",
-    muted="#5a6675",
-    grid="#e2e7ed",
-    background="#ffffff",
-    surface="#f6f8fa",
-    series=("#1f5fbf", "#0f8a80", "#c2780c", "#8a4fb0", "#5a6675"),
-    genuine="#1f5fbf",
-    impostor="#c4532b",
-    baseline="#98a2ae",
-)
-DARK = Theme(
-    text="#e7ebf0",
-    muted="#9ba7b4",
-    grid="#2c353f",
-    background="#11151a",
-    surface="#191f26",
-    series=("#74abff", "#43c6b8", "#ecb24c", "#c79be6", "#9ba7b4"),
-    genuine="#74abff",
-    impostor="#f28f63",
-    baseline="#6d7884",
-)
-
-
-@dataclass(frozen=True)
-class Picture:
-    """One plot: data URIs for a light and a dark page, what it shows in words, and `save` for a file of its own."""
-
-    light: str
-    dark: str
-    alt: str
-    render: Callable[[str, float], bytes] | None = field(
-        default=None, repr=False, compare=False
-    )  # (format, dpi) -> file
-
-    def save(self, path: str | Path, dpi: float = 150) -> Path:
-        """Writes the light version; the suffix is the format: .png, .pdf or .svg. Raises ValueError for another one."""
-        target = Path(path)
-        kind = target.suffix.lstrip(".").lower()
-        if kind not in ("png", "pdf", "svg") or self.render is None:
-            raise ValueError(f"Picture.save: expected a path ending in .png, .pdf or .svg, got {target}")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(self.render(kind, dpi))
-        return target
-
-
-def roc_plot(
-    results: Mapping[str, VerificationResult],
-    baseline: Mapping[str, VerificationResult] | None = None,
-    baseline_name: str = "untrained",
-) -> Picture:
-    """True accept rate over false accept rate (log), one curve a condition; baselines dashed, chance dotted."""
-    lowest = min(0.5, *(1.0 / np.count_nonzero(~r.same) for r in results.values()))
-    grid = np.geomspace(lowest, 1, 600)
-
-    def draw(figure: Figure, theme: Theme) -> None:
-        axes = _axes(figure, theme)
-        for i, (name, result) in enumerate(results.items()):
-            axes.step(grid, _tar_on(grid, result), where="post", color=_series(theme, i), lw=1.8, label=name, zorder=3)
-        for i, (_, result) in enumerate((baseline or {}).items()):
-            label = baseline_name if i == 0 else None
-            axes.step(
-                grid,
-                _tar_on(grid, result),
-                where="post",
-                color=theme.baseline,
-                lw=1.0,
-                ls=(0, (4, 2)),
-                label=label,
-                zorder=2,
-            )
-        axes.plot(grid[::6], grid[::6], color=theme.baseline, lw=1.0, ls=":", label="chance", zorder=1)
-        axes.set_xscale("log")
-        axes.set_xlim(lowest, 1)
-        axes.set_ylim(0, 1.02)
-        axes.set_xlabel("false accept rate")
-        axes.set_ylabel("true accept rate")
-        axes.xaxis.set_major_formatter(_percent_ticks())
-        axes.yaxis.set_major_formatter(_percent_ticks())
-        _legend(figure, axes, theme)
-
-    names = ", ".join(f"{name}: EER {_percent(r.eer)}" for name, r in results.items())
-    return _picture(draw, HEIGHT + 0.4, f"ROC curves, true accept rate over false accept rate. {names}.")
-
-
-def _tar_on(grid: FloatArray, result: VerificationResult) -> FloatArray:
-    """TAR at the last operating point with FAR <= grid: a curve of millions of pairs stays a small picture."""
-    far, tar, _ = roc_curve(result.scores, result.same)
-    on_grid: FloatArray = tar[np.searchsorted(far, grid * (1 + 1e-12), side="right") - 1]
-    return on_grid
+POINTS = 300  # drawn of a curve
 
 
 def cosine_plot(results: Mapping[str, VerificationResult]) -> Picture:
@@ -143,7 +38,7 @@ def cosine_plot(results: Mapping[str, VerificationResult]) -> Picture:
     def draw(figure: Figure, theme: Theme) -> None:
         rows = figure.subplots(len(results), 1, sharex=True, squeeze=False)[:, 0]
         for axes, (name, result) in zip(rows, results.items(), strict=True):
-            _style(axes, theme)
+            style(axes, theme)
             for mask, colour, label in (
                 (result.same, theme.genuine, "same person"),
                 (~result.same, theme.impostor, "different people"),
@@ -153,35 +48,47 @@ def cosine_plot(results: Mapping[str, VerificationResult]) -> Picture:
                 axes.stairs(share, edges, color=colour, lw=1.4, label=label)
             axes.axvline(result.threshold, color=theme.muted, lw=1.0, ls=(0, (3, 2)))
             axes.text(0.012, 0.86, name, transform=axes.transAxes, color=theme.text, va="top")
-            axes.set_yticks([])
-            axes.spines["left"].set_visible(False)
+            bare(axes)
             axes.set_ylim(0, None)
-            axes.grid(False)
         rows[-1].set_xlim(edges[0], 1.0)
-        rows[-1].set_xlabel("cosine of the two embeddings  (dashed: threshold of equal error)")
-        _legend(figure, rows[0], theme)
+        rows[-1].set_xlabel("cosine of the two embeddings")
+        figure.supylabel("share of the pairs (linear)", color=theme.muted, fontsize="medium")
+        legend(figure, rows[0], theme)
 
-    return _picture(draw, HEIGHT + 0.4, f"Histograms of cosines of same and different people: {', '.join(results)}.")
-
-
-def loss_plot(metrics: Metrics) -> Picture | None:
-    """Training loss over steps, raw and smoothed; None where the log has no loss."""
-    return _history(metrics, {"loss": ("loss", 0)}, "loss", "Training loss over steps.")
+    return picture(draw, HEIGHT + 0.4, f"Histograms of cosines of same and different people: {', '.join(results)}.")
 
 
-def cosines_plot(metrics: Metrics) -> Picture | None:
-    """Mean target and nearest-negative cosine over steps: the gap between them is what the margin opens."""
-    lines = {"target_cosine": ("target class", 0), "nearest_cosine": ("nearest other class", -1)}
-    return _history(
-        metrics, lines, "cosine", "Mean cosine to the target class and to the nearest other class over steps."
-    )
+# name -> keys of the log with their labels, name of the y axis, what the curve shows in words
+_HISTORIES: dict[str, tuple[dict[str, str], str, str]] = {
+    "loss": ({"loss": "loss"}, "loss (nats)", "Training loss over steps."),
+    "cosines": (
+        {"target_cosine": "target class", "nearest_cosine": "nearest other class"},
+        "cosine",
+        "Mean cosine to the target class and to the nearest other class over steps.",
+    ),
+    "probability": (
+        {"target_probability": "p_y, known people", "unknown_max_probability": "p_max, unknown people"},
+        "mean probability",
+        "Mean probability of the true class over steps, and largest one of unlabelled rows.",
+    ),
+    "lr": ({"lr": "learning rate"}, "learning rate", "Learning rate over steps."),
+    "norm": ({"feature_norm": "feature norm"}, "mean feature norm", "Mean norm of the embeddings over steps."),
+    "index": (
+        {"recognizability/index": "index", "recognizability/predicted": "predicted"},
+        "recognizability index",
+        "Mean recognizability index and its prediction over steps.",
+    ),
+    "speed": ({"images_per_second": "images"}, "images per second", "Training images per second over steps."),
+    "memory": ({"peak_memory_mb": "peak"}, "peak memory (MB)", "Peak memory of the training process over steps."),
+}
 
 
-def probability_plot(metrics: Metrics) -> Picture | None:
-    """Mean p_y over steps: the probability the margin softmax gives the true class."""
-    return _history(
-        metrics, {"target_probability": ("p_y", 0)}, "mean p_y", "Mean probability of the true class over steps."
-    )
+def history_plot(metrics: Metrics, name: str) -> Picture | None:
+    """A curve of the log over steps, raw pale and smoothed: loss, cosines (target and nearest negative: the gap is what the
+    margin opens), probability, lr, norm, index, speed or memory; None where the log has none of its keys."""
+    lines, ylabel, alt = _HISTORIES[name]
+    colours = {"nearest_cosine": -1}
+    return _history(metrics, {k: (label, colours.get(k, i)) for i, (k, label) in enumerate(lines.items())}, ylabel, alt)
 
 
 def accuracy_plot(metrics: Metrics) -> Picture | None:
@@ -218,30 +125,52 @@ def _history(
     verification: bool = False,  # few points, in percent
 ) -> Picture | None:
     found = {key: series_of(metrics, key) for key in lines}
-    if not any(len(steps) for steps, _ in found.values()):
+    found = {key: _thin(*points) for key, points in found.items() if len(points[0])}
+    if not found:
         return None
 
     def draw(figure: Figure, theme: Theme) -> None:
-        axes = _axes(figure, theme)
+        axes = axes_of(figure, theme)
         for key, (steps, values) in found.items():
             label, index = lines[key]
-            colour = theme.impostor if index < 0 else _series(theme, index)
+            colour = theme.impostor if index < 0 else series_colour(theme, index)
+            ls = dashes(abs(index))
             if verification or len(values) < 40:
-                axes.plot(
-                    steps, values, color=colour, lw=1.8, marker="o" if verification else None, ms=3.5, label=label
-                )
+                marker = "o" if verification or len(values) == 1 else None
+                axes.plot(steps, values, color=colour, lw=1.8, ls=ls, marker=marker, ms=3.5, label=label)
             else:
-                axes.plot(steps, values, color=colour, lw=0.8, alpha=0.3)
-                axes.plot(steps, _smooth(values), color=colour, lw=1.8, label=label)
-        axes.set_xlabel("step")
+                axes.plot(steps, values, color=colour, lw=0.8, alpha=0.35)
+                axes.plot(steps, _smooth(values), color=colour, lw=1.8, ls=ls, label=label)
+        axes.set_xlabel("optimizer step")
         axes.set_ylabel(ylabel)
         axes.margins(x=0.01)
+        # The last tick label of a long run would leave the picture.
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axes.xaxis.set_major_formatter(FuncFormatter(_short))
         if verification:
-            axes.yaxis.set_major_formatter(_percent_ticks())
-        if len(lines) > 1:
-            _legend(figure, axes, theme)
+            axes.yaxis.set_major_formatter(percent_ticks())
+        if len(found) > 1:
+            legend(figure, axes, theme)
 
-    return _picture(draw, HEIGHT - 0.4, alt)
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    return picture(draw, HEIGHT, alt)
+
+
+def _short(value: float, _: int = 0) -> str:
+    """1500000 -> 1.5M, 20000 -> 20k."""
+    for size, letter in ((1e6, "M"), (1e4, "k")):
+        if abs(value) >= size:
+            return f"{value / (1e3 if letter == 'k' else size):g}{letter}"
+    return f"{value:g}"
+
+
+def _thin(steps: FloatArray, values: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """At most POINTS points, each the mean of neighbours: a run of millions of steps stays a small picture."""
+    if len(steps) <= POINTS:
+        return steps, values
+    parts = np.array_split(np.arange(len(steps)), POINTS)
+    return steps[[part[-1] for part in parts]], np.array([values[part].mean() for part in parts])
 
 
 def _smooth(values: FloatArray) -> FloatArray:
@@ -252,98 +181,3 @@ def _smooth(values: FloatArray) -> FloatArray:
     first = np.maximum(np.arange(len(values)) - half, 0)
     smoothed: FloatArray = (total[last] - total[first]) / (last - first)
     return smoothed
-
-
-def _series(theme: Theme, i: int) -> str:
-    return theme.series[i % len(theme.series)]
-
-
-def _percent(value: float) -> str:
-    return f"{100 * value:.1f} %"
-
-
-def _percent_ticks() -> Any:
-    from matplotlib.ticker import FuncFormatter
-
-    return FuncFormatter(lambda value, _: f"{100 * value:g} %")
-
-
-def _axes(figure: Figure, theme: Theme) -> Axes:
-    axes = figure.subplots()
-    _style(axes, theme)
-    return axes
-
-
-def _style(axes: Axes, theme: Theme) -> None:
-    axes.set_facecolor("none")
-    axes.grid(True, color=theme.grid, lw=0.8)
-    axes.set_axisbelow(True)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    for side in ("left", "bottom"):
-        axes.spines[side].set_color(theme.baseline)
-        axes.spines[side].set_linewidth(0.8)
-    axes.tick_params(which="both", colors=theme.muted, width=0.8, length=3)
-    axes.tick_params(which="minor", length=0)
-    axes.xaxis.label.set_color(theme.muted)
-    axes.yaxis.label.set_color(theme.muted)
-
-
-def _legend(figure: Figure, axes: Axes, theme: Theme) -> None:
-    """One row above the plot, where it can hide no curve."""
-    handles, labels = axes.get_legend_handles_labels()
-    figure.legend(
-        handles,
-        labels,
-        loc="outside upper left",
-        ncols=len(labels),
-        frameon=False,
-        labelcolor=theme.text,
-        handlelength=1.4,
-        handletextpad=0.5,
-        columnspacing=1.3,
-        borderaxespad=0.1,
-    )
-
-
-def _picture(draw: Callable[[Figure, Theme], None], height: float, alt: str, width: float = WIDTH) -> Picture:
-    """Drawn once: layout is most of the time, and the dark version differs in colours only."""
-    light = _svg(draw, height, width)
-
-    def render(kind: str, dpi: float) -> bytes:
-        return _file(draw, (width, height), kind, dpi)
-
-    return Picture(_data_uri(light), _data_uri(_darkened(light)), alt, render)
-
-
-def _file(draw: Callable[[Figure, Theme], None], size: tuple[float, float], kind: str, dpi: float) -> bytes:
-    """The drawing in light colours as a file; the same drawing gives the same bytes: no date, fixed element ids."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    # rc_context puts every setting back; a bare Figure never registers with pyplot, so no window system is touched.
-    with matplotlib.rc_context({"font.size": FONT, "svg.fonttype": "none", "svg.hashsalt": "recog_fast"}):
-        figure = Figure(figsize=size, layout="constrained")
-        draw(figure, LIGHT)
-        out = io.BytesIO()
-        metadata = {"svg": {"Date": None, "Creator": None}, "pdf": {"CreationDate": None}}.get(kind)
-        figure.savefig(out, format=kind, dpi=dpi, transparent=kind == "svg", metadata=metadata)
-    return out.getvalue()
-
-
-def _svg(draw: Callable[[Figure, Theme], None], height: float, width: float = WIDTH) -> str:
-    # Text stays text and takes the reader's own interface font instead of matplotlib's.
-    text = _file(draw, (width, height), "svg", 150).decode("utf-8")
-    return re.sub(r"font-family: [^;\"]+", "font-family: " + FONT_STACK, text)
-
-
-def _darkened(svg: str) -> str:
-    """Every colour of the light theme becomes its partner of the dark one."""
-    names = ("text", "muted", "grid", "genuine", "impostor", "baseline")
-    partners = {getattr(LIGHT, name): getattr(DARK, name) for name in names}
-    partners.update(zip(LIGHT.series, DARK.series, strict=True))
-    return re.sub("|".join(partners), lambda found: partners[found.group()], svg)
-
-
-def _data_uri(svg: str) -> str:
-    return "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode()

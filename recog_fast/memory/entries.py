@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class Injection(NamedTuple):
-    """What the class sweeps take; no C x D tensor."""
+    """What the class sweeps take: rows (S, D), strength (S,) and slot (C,) int32; no C x D tensor."""
 
     rows: Tensor  # (S, D) the ring itself
     strength: Tensor  # (S,) lam of each slot at the step asked for; 0 = stale, never written or not started
@@ -16,7 +16,7 @@ class Injection(NamedTuple):
 
 
 class Entries(NamedTuple):
-    """The stored entries by global class id, ascending: what a checkpoint of any world size holds."""
+    """The E stored entries by global class id, ascending: ids (E,), rows (E, D), strength (E,), stamp (E,); what a checkpoint of any world size holds."""
 
     ids: Tensor  # (E,) int64
     rows: Tensor  # (E, D)

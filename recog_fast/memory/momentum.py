@@ -12,7 +12,7 @@ from .._arguments import is_number
 
 
 class MomentumEncoder(nn.Module):
-    """A slowly moving copy of the backbone, which makes the keys a `PrototypeMemory` stores.
+    """A slowly moving copy of the backbone, which makes the keys a `PrototypeMemory` stores (QAFace; math.md 2).
 
     theta_k <- gamma theta_k + (1 - gamma) theta_q for parameters, buffers copied, at every `update`; call it before the
     key forward. `key` is the copy: its parameters need no gradient and are part of state_dict under "key.". It keeps

@@ -81,7 +81,7 @@ class VPL:
 
 @dataclass(frozen=True)
 class QAFace:
-    """Quality-aware sample-to-sample comparison: the strength of a sample falls with its norm.
+    """Quality-aware sample-to-sample comparison (QAFace): the strength of a sample falls with its norm (math.md 2).
 
     n^ = (|x| - mu) / sigma and strength = `inject_scale` e^{-n^}, or 0 (rejected: too poor to be recognised) where n^ <
     -`tau`. mu and the unbiased sigma are those of the labelled rows: the first batch as it is (sigma = 1 when it has

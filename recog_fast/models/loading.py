@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from recog_fast._arguments import refusal
+
 from .adaface import BGR, adaface_state, is_adaface
 
 # Wrappers that put their own name in front of every key: DistributedDataParallel, torch.compile.
@@ -85,7 +87,9 @@ def _read(path: str) -> object:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, EOFError) as error:
-        raise ValueError(f"load_backbone: expected {path} to be a torch.save file of tensors only, got: {error}") from error
+        raise ValueError(
+            f"load_backbone: expected {path} to be a torch.save file of tensors only, got: {refusal(error)}"
+        ) from error
 
 
 def _tensors(content: object, source: str) -> dict[str, Tensor]:

@@ -23,7 +23,7 @@ from .ui_center import unrecognizable_center
 
 
 class RecognizabilityTerms(NamedTuple):
-    """The terms of a batch, each a sum over the rows given (divide by their number over the whole step)."""
+    """The terms of a batch, 0-dim, each a sum over the rows given (divide by their number over the whole step); true and predicted index (N,)."""
 
     total: Tensor  # () weighted: what is added to the classification loss
     regression: Tensor  # () detached
@@ -138,7 +138,7 @@ class RecognizabilityModel(nn.Module):
     """Inference: images (N, 3, H, W) -> (embeddings (N, D), quality (N,)).
 
     backbone: any module with forward_features (images -> map) and embed (map -> embeddings), as recog_fast.models have;
-    branches: `RecognizabilityBranches` trained with it.
+    branches: `RecognizabilityBranches` trained with it. Images and maps that do not fit raise the ValueError of the part that takes them. Source: Recognizability Index (math.md 4).
     """
 
     def __init__(self, backbone: nn.Module, branches: RecognizabilityBranches) -> None:

@@ -66,7 +66,7 @@ def pair_decision(
     """Scores (P,) of pairs, -1 (no match at any threshold above it) where min(e1, e2) < gamma or is NaN.
 
     gamma: 0.60 for faces, 0.70 for persons (re-ID), the paper's choices; `threshold_table` shows others.
-    Raises ValueError for shapes that differ and a gamma that is not finite.
+    Raises ValueError for shapes that differ and a gamma that is not finite. Source: Harnessing Unrecognizable Faces (math.md 5).
     """
     where = "pair_decision"
     s = _checks.as_tensor(scores, where, "scores")
@@ -84,7 +84,7 @@ def pair_decision(
 
 
 class ThresholdRow(NamedTuple):
-    """What one gamma does to a pair set."""
+    """What one gamma does to a set of pairs with scores (P,): shares rejected and FRR at each FAR."""
 
     gamma: float
     rejected_genuine: float  # share of genuine pairs whose less recognizable image lies below gamma
@@ -100,7 +100,7 @@ def threshold_table(
     gammas: Sequence[float] = _GRID,
     fars: Sequence[float] = (1e-2, 1e-3),
 ) -> list[ThresholdRow]:
-    """The table gamma is selected from: what each gamma rejects, and FRR at each FAR after `pair_decision`.
+    """The table gamma is selected from: what each gamma rejects, and FRR at each FAR after `pair_decision`. scores, same, e1, e2 (P,).
 
     The match threshold is set anew for every gamma, on all impostor pairs, rejected ones included (they score -1): accept
     scores above the (k+1)-th highest impostor, k = floor(FAR n_impostors) (math.md 6). A rejected genuine pair counts as

@@ -57,7 +57,7 @@ def regression_loss(
 ) -> Tensor:
     """Smooth L1 of predicted against true index: d^2 / (2 beta) where |d| < beta, |d| - beta / 2 beyond; 0 of no rows.
 
-    Raises ValueError for shapes that differ or beta <= 0. Source: Recognizability Index, eq. 4.
+    Both (N,); reduction "none" gives (N,). Raises ValueError for shapes that differ or beta <= 0. Source: Recognizability Index, eq. 4.
     """
     where = "regression_loss"
     _checks.check_vector(_checks.expect_tensor(index, where, "index"), _checks.expect_tensor(predicted, where, "predicted").numel(), where, "index")
@@ -141,7 +141,7 @@ def attention_loss(
 ) -> Tensor:
     """Squared error between v_attn and v' of each row, averaged (or, as printed, summed: D times larger) over its elements.
 
-    reduction is over rows. Raises ValueError for shapes that differ. Source: Recognizability Index, eq. 7.
+    Both (N, D); reduction is over rows, "none" gives (N,). Raises ValueError for shapes that differ. Source: Recognizability Index, eq. 7.
     """
     where = "attention_loss"
     _checks.check_embeddings(attended, where, "attended")

@@ -69,7 +69,7 @@ def cluster_labels(embeddings: Any, threshold: float = 1.0) -> Labels:
     Clusters are numbered by size, the largest first, then by their lowest row. A cut of single linkage at t is the
     partition into connected components of the graph "distance <= t", so both ways are exact: up to 10,000 rows SciPy's
     hierarchical clustering, beyond it the components by tiles of the distance matrix (float64; N^2 D flops, memory of one
-    tile). Raises ValueError for a threshold outside [0, 2].
+    tile). embeddings (N, D). Raises ValueError for a threshold outside [0, 2]. Source: Harnessing Unrecognizable Faces.
     """
     where = "cluster_labels"
     _checks.expect(is_number(threshold, 0, 2), where, "threshold in [0, 2] (distance of unit vectors)", repr(threshold))
@@ -124,7 +124,7 @@ def components(unit: Tensor, threshold: float, tile: int = _TILE) -> Labels:
 
 
 class ClusterRow(NamedTuple):
-    """One threshold of the grid."""
+    """One threshold of `cluster_table`: the clusters of the (N, D) embeddings at it, how many rows the largest has, how far it is from the direct centre (D,)."""
 
     threshold: float
     clusters: int
@@ -138,7 +138,10 @@ def cluster_table(
     direct: Any = None,  # (D,) centre of corrupted faces
 ) -> list[ClusterRow]:
     """The grid (steps of 0.1) a clustering threshold is chosen from: number of clusters, size of the largest, and the cosine
-    distance of its centre from the `direct` one (the paper found 0.0135 at 1.0)."""
+    distance of its centre from the `direct` one (D,) (the paper found 0.0135 at 1.0). embeddings (N, D).
+
+    Raises ValueError for embeddings that are no matrix and a threshold outside [0, 2]. Source: Harnessing Unrecognizable Faces.
+    """
     unit, _ = _unit(embeddings, "cluster_table")
     given = None if direct is None else unit_center(direct, unit.shape[1], "cluster_table").to(unit)
     rows = []

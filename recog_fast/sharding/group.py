@@ -6,6 +6,7 @@ import hashlib
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, NoReturn
 
 import torch
@@ -44,6 +45,7 @@ class ShardGroup:
         self.size, self.rank = dist.get_world_size(group), dist.get_rank(group)
         self.hosts = _host_group(group)
         self._saver: ShardGroup | None = None
+        self.timeout: timedelta | None = None  # of the saver's group; None: torch's own
 
     def spread(self, num_classes: int) -> tuple[int, int]:
         """Takes the classes to share; (first, last + 1) of this rank."""
@@ -63,7 +65,7 @@ class ShardGroup:
         None for a part of all ranks: the others would have to take part in making it.
         """
         if self._saver is None and self.size == dist.get_world_size():
-            made = dist.new_group(backend="gloo")
+            made = dist.new_group(backend="gloo", timeout=self.timeout)
             assert isinstance(made, dist.ProcessGroup)
             self._saver = ShardGroup(made)
             self._saver.spread(self.num_classes)
@@ -94,7 +96,7 @@ class ShardGroup:
         refusal: Exception | None = None
         try:
             check()
-        except (ValueError, TypeError, RuntimeError) as error:
+        except Exception as error:
             refusal = error
         said = {"call": where} | {name: _plain(value) for name, value in facts.items()}
         digest = int.from_bytes(hashlib.blake2b(repr(said).encode(), digest_size=8).digest(), "big", signed=True)

@@ -51,6 +51,7 @@ class Shard:
 
     @property
     def own(self) -> slice:
+        """This rank's rows among all ranks'."""
         return self.group.own(self.admission.sizes)
 
     @property
@@ -64,9 +65,11 @@ class Shard:
         return torch.where(here, ids - self.group.start, torch.where(ids < 0, ids, torch.full_like(ids, -2)))
 
     def scatter(self, rows: Tensor) -> Tensor:
+        """Sum over ranks of rows (N, ...), of which each rank gets its own (n, ...)."""
         return self.group.scatter_sum(rows, self.admission.sizes)
 
     def gather(self, columns: list[Tensor]) -> list[Tensor]:
+        """All ranks' rows (N, ...) of each of the tensors (n, ...)."""
         return self.group.gather(columns, self.admission.sizes)
 
 

@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from recog_fast.data import Augmentation
+from recog_fast.data.opening import KINDS
 
 
 @dataclass(frozen=True)
 class DataConfig:
     """Where images come from. The number of classes is counted, never typed."""
 
-    kind: Literal["rec", "folder", "list", "zip", "tar", "synthetic", "mixed"] = "synthetic"
+    kind: str = "synthetic"  # rec, folder, list, zip, tar, synthetic, mixed, or a kind of `recog_fast.data.register_source`
     path: str = ""
     size: int = 112  # images are resized to size x size
     min_images: int = 1  # identities with fewer images are left out
@@ -30,7 +31,10 @@ class DataConfig:
     )
     cache: bool = False  # decode and resize all images once, into memory
     max_corrupt: int = 100  # so many unreadable images are replaced and listed; one more ends the run
-    # Further arguments of the dataset; mixed: {sources: [{kind: ..., path: ...}, ...], share_classes: false, unlabelled: [1]}
+    # 0: images in any order. > 0: nearly in the order they are stored in, as a shuffle buffer of so many images gives (slow disks)
+    shuffle_buffer: int = 0
+    # Further arguments of the dataset; mixed: {sources: [{kind: ..., path: ...}, ...], share_classes: false, unlabelled: [1],
+    # rows: [96, 32]}, where rows are so many of each batch from each source (batch_size in all), each with epochs of its own
     options: dict[str, Any] = field(default_factory=dict)
     keep: str = ""  # a list of `recog-fast filter-overlap`: only its images are used
 
@@ -82,9 +86,10 @@ class TrainConfig:
     margin_ramp: float = 0.0  # epochs over which the margin grows from 0 to full
     scale: float = 64.0
     subcenters: int = 1
-    sample_rate: float = 1.0  # share of the classes that are negatives of a step (Partial FC)
     unknown_weight: float | None = None  # w of the UIR excess; null: as the method wants it (0.1), else 0
     unknown_start: float = 0.0  # epochs of supervised training alone before it counts
+    sample_rate: float = 1.0  # share of the classes that are a step's negatives (Partial FC)
+    unsampled: Literal["dense", "sparse"] = "dense"  # momentum and decay of the other classes; sparse (HeadSGD): left alone
     # Of the CPU kernels, and not exact: MarginHead's keep_exponentials (float32 is exact), drop_mass and drop_elements, one of them;
     # the log shows the share dropped.
     keep_exponentials: Literal["float32", "bfloat16"] | None = None
@@ -98,8 +103,9 @@ class TrainConfig:
     )
     recognizability: RecognizabilityConfig | None = None
 
-    batch_size: int = 128
+    batch_size: int = 128  # rows of one forward over all ranks (torchrun): a run is the same for any number of them
     gradient_acc: int = 1  # one step sees batch_size * gradient_acc images
+    drop_last: bool = True  # the images of an epoch that fill no step; false: a shorter last step
     num_epoch: int = 20
     max_steps: int = 0  # end (the schedule too) after this many steps whatever num_epoch says; 0: no limit
     optimizer: Literal["sgd", "adamw"] = "sgd"
@@ -119,7 +125,12 @@ class TrainConfig:
     nonfinite: Literal["raise", "skip"] = "raise"
 
     device: str = "auto"
-    precision: Literal["auto", "float32", "bf16"] = "auto"  # auto: bf16 autocast on CUDA, float32 on the CPU
+    # auto: bf16 autocast on CUDA, float32 on the CPU; fp16: with a gradient scaler (not with head_optimizer headsgd)
+    precision: Literal["auto", "float32", "bf16", "fp16"] = "auto"
+    # Over several ranks the head's classes are spread; the backbone: a copy each (ddp), or its weights spread too (fsdp2)
+    parallel: Literal["ddp", "fsdp2"] = "ddp"
+    sync_batchnorm: bool = False  # batch statistics of all ranks' rows instead of each rank's own
+    timeout: float = 600.0  # seconds a rank waits for another in a step or a save before the run ends with an error
     num_workers: int = 2
     num_threads: int = 0  # of torch on the CPU; 0: torch's own choice
     seed: int = 2048
@@ -132,7 +143,9 @@ class TrainConfig:
     output: str = "runs/train"
     save_interval: int = 0  # steps between checkpoints; 0: once per epoch
     keep_last: int = 2
+    async_save: bool = False  # checkpoints are written by a thread while training goes on; costs a copy in memory
     resume: bool = False
+    report: bool = True  # `recog-fast train` measures the finished network and writes output/report.html
 
     def __post_init__(self) -> None:
         _check(self)
@@ -271,11 +284,13 @@ def _check(config: TrainConfig) -> None:
         _check_recognizability(config.recognizability)
         sources.append(("recognizability.ui", config.recognizability.ui))
     for label, data in sources:
+        if data is not None:
+            _check_kind(label, data.kind)
         if data is not None and data.kind not in ("synthetic", "mixed") and not data.path:
             raise ValueError(f"train: expected {label}.path with {label}.kind = {data.kind!r}, got none")
-        if data is not None and (data.size < 8 or min(data.min_images - 1, data.holdout_classes, data.max_corrupt) < 0):
+        if data is not None and (data.size < 8 or min(data.min_images - 1, data.holdout_classes, data.max_corrupt, data.shuffle_buffer) < 0):
             raise ValueError(
-                f"train: expected {label}.size >= 8, min_images >= 1, holdout_classes >= 0 and max_corrupt >= 0, got {data}"
+                f"train: expected {label}.size >= 8, min_images >= 1, holdout_classes >= 0, max_corrupt >= 0 and shuffle_buffer >= 0, got {data}"
             )
     for name in ("drop_mass", "drop_elements"):
         if not 0 <= getattr(config, name) < 1:
@@ -285,12 +300,25 @@ def _check(config: TrainConfig) -> None:
             raise ValueError(f"train: expected head_optimizer 'headsgd' with {name} = {getattr(config, name)!r}, got {config.head_optimizer!r}")
     if not 0 < config.sample_rate <= 1:
         raise ValueError(f"train: expected sample_rate in (0, 1], got {config.sample_rate}")
+    if config.head_optimizer != "headsgd" and config.unsampled == "sparse":
+        raise ValueError(f"train: expected head_optimizer 'headsgd' with unsampled 'sparse', got {config.head_optimizer!r}")
+    if config.head_optimizer == "headsgd" and config.precision == "fp16":
+        raise ValueError("train: expected head_optimizer sgd or adamw with precision fp16 (HeadSGD has no gradient to unscale; bf16 needs no scaler), got 'headsgd'")
+    if not config.timeout > 0:
+        raise ValueError(f"train: expected timeout > 0 seconds, got {config.timeout}")
     if not config.scale > 0:
         raise ValueError(f"train: expected scale > 0, got {config.scale}")
     if not config.warmup_epoch < config.num_epoch:
         raise ValueError(f"train: expected warmup_epoch < num_epoch, got {config.warmup_epoch} and {config.num_epoch}")
     if "holdout" in config.val_targets and not config.data.holdout_classes:
         raise ValueError("train: expected data.holdout_classes > 0 with the val target 'holdout', got 0")
+
+
+def _check_kind(label: str, kind: str) -> None:
+    known = (*KINDS, "synthetic", "mixed")
+    if kind not in known:
+        near = difflib.get_close_matches(kind, known, n=1)
+        raise ValueError(f"train: expected {label}.kind in {', '.join(known)}, got {kind!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
 
 
 def _check_recognizability(config: RecognizabilityConfig) -> None:

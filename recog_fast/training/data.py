@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import signal
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +18,16 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
 from recog_fast import data as sources
-from recog_fast.training.batches import PREFETCH, Image, Item, StepBatches, collate
+from recog_fast.data.images import read_many
+from recog_fast.data.mixed import read_parts
+from recog_fast.data.opening import KINDS
+from recog_fast.sharding import World
+from recog_fast.training.batches import PREFETCH, Image, Item, StepBatches, StepImages, as_it_is
 from recog_fast.training.config import DataConfig, TrainConfig
 from recog_fast.training.kept import read_kept
-from recog_fast.training.mixing import MixedBatches
+from recog_fast.training.mixing import MixedBatches, StreamEpochs
 
-_READERS = {
-    "rec": "RecordDataset",
-    "folder": "FolderDataset",
-    "list": "ListDataset",
-    "zip": "ZipDataset",
-    "tar": "TarDataset",
-    "synthetic": "SyntheticIdentities",
-}
+Indices = NDArray[np.int64]
 
 
 class Split(Dataset[tuple[Image, int]]):
@@ -55,6 +53,13 @@ class Split(Dataset[tuple[Image, int]]):
     def __getitem__(self, index: int) -> tuple[Image, int]:
         return self.source[int(self.indices[index])][0], int(self.labels[index])
 
+    def read_many(self, indices: Sequence[int], rows: Sequence[Image], mirrored: Sequence[bool]) -> list[int]:
+        """As the source's, with the labels here."""
+        places = np.asarray(indices, np.int64)
+        read_many(self.source, self.indices[places].tolist(), rows, mirrored)
+        labels: list[int] = self.labels[places].tolist()
+        return labels
+
 
 def open_source(config: DataConfig, label: str = "data") -> Any:
     """The dataset of `recog_fast.data` that `config.kind` names, restricted to `config.keep`; `label` names it in errors.
@@ -63,7 +68,7 @@ def open_source(config: DataConfig, label: str = "data") -> Any:
     """
     if config.kind == "mixed":
         return _mixed(config)
-    reader = getattr(sources, _READERS[config.kind])
+    reader: Any = sources.SyntheticIdentities if config.kind == "synthetic" else KINDS[config.kind]
     if config.path and not Path(config.path).exists():
         raise FileNotFoundError(f"train: {label}.path {config.path} does not exist")
     arguments: dict[str, Any] = dict(config.options)
@@ -89,13 +94,14 @@ def _mixed(config: DataConfig) -> Any:
     listed = options.pop("sources", None)
     if not isinstance(listed, list) or not listed or not all(isinstance(one, dict) and set(one) <= fields for one in listed):
         raise ValueError(f"train: expected data.options.sources as a list of kind, path and options with kind mixed, got {listed!r}")
+    options.pop("rows", None)  # `_streams` takes them
     unknown = sorted(set(options) - {"share_classes", "unlabelled"})
     if unknown:
-        raise ValueError(f"train: unknown key 'data.options.{unknown[0]}'; mixed takes: sources, share_classes, unlabelled")
+        raise ValueError(f"train: unknown key 'data.options.{unknown[0]}'; mixed takes: sources, share_classes, unlabelled, rows")
     parts = [DataConfig(size=config.size, cache=config.cache, **one) for one in listed]
     for part in parts:
-        if part.kind not in _READERS:
-            raise ValueError(f"train: expected kind of a source in {', '.join(_READERS)}, got {part.kind!r}")
+        if part.kind not in (*KINDS, "synthetic"):
+            raise ValueError(f"train: expected kind of a source in {', '.join((*KINDS, 'synthetic'))}, got {part.kind!r}")
     return sources.MixedDataset([open_source(part) for part in parts], **options)
 
 
@@ -130,7 +136,6 @@ class TrainingImages(Dataset[Item]):
     def __init__(self, config: TrainConfig) -> None:
         self.size, self.seed = config.data.size, config.seed
         self.augment = config.augment
-        self.augmented = config.augment.steps
         labelled, self.held = split_classes(open_source(config.data), config.data, config.seed)
         self.num_classes = labelled.num_classes
         parts = [(labelled, config.data, "quarantine")]
@@ -153,11 +158,26 @@ class TrainingImages(Dataset[Item]):
         return int(self.starts[-1])
 
     def __getitem__(self, key: tuple[int, int]) -> Item:
-        epoch, i = key
-        image, label = self._decode(i) if self.cached is None else self.cached[i]
-        if not self.augmented:
-            return image, label, i
-        return self.augment(image, np.random.default_rng((self.seed, epoch, i))), label, i
+        out = np.empty((1, self.size, self.size, 3), np.uint8)
+        labels, samples = self.fill([key], out)
+        return out[0], labels.item(0), samples.item(0)
+
+    def fill(self, keys: Sequence[tuple[int, int]], out: Image) -> tuple[Indices, Indices]:
+        """Images of keys (epoch, i), decoded and augmented in `out` (N, S, S, 3); their labels and samples, both (N,)."""
+        epochs, samples = np.array(keys, np.int64).reshape(-1, 2).T
+        coins = self.augment.draw(self.seed, epochs, samples)
+        labels = self._read(samples.tolist(), list(out), (coins[:, 0] < self.augment.flip).tolist())
+        for row in np.flatnonzero(self.augment.goes_on(coins)).tolist():
+            rng = np.random.default_rng((self.seed, int(epochs[row]), int(samples[row])))
+            out[row] = self.augment.after_flip(out[row], rng, coins[row])
+        return np.array(labels, np.int64), samples
+
+    def _read(self, samples: list[int], rows: list[Image], mirrored: list[bool]) -> list[int]:
+        if self.cached is not None:
+            return read_many(self.cached, samples, rows, mirrored)
+        if len(self.parts) == 1:
+            return self.parts[0].read_many(samples, rows, mirrored)
+        return read_parts(self.parts, self.starts, lambda _, label: label, samples, rows, mirrored)
 
     def clean(self, i: int) -> Image:
         """Sample i resized, without augmentation."""
@@ -195,6 +215,11 @@ class _Unlabelled(Dataset[tuple[Image, int]]):
     def __getitem__(self, index: int) -> tuple[Image, int]:
         return self.source[index][0], -1
 
+    def read_many(self, indices: Sequence[int], rows: Sequence[Image], mirrored: Sequence[bool]) -> list[int]:
+        """As the source's, with label -1."""
+        read_many(self.source, indices, rows, mirrored)
+        return [-1] * len(rows)
+
 
 def read_image(source: Any, index: int, size: int) -> Image | None:
     """Image `index` of a source as (size, size, 3) uint8, None when it is corrupt."""
@@ -205,8 +230,27 @@ def read_image(source: Any, index: int, size: int) -> Image | None:
         return None
 
 
-def step_batches(images: TrainingImages, config: TrainConfig) -> sources.ResumableBatches:
-    """The order of images: one pool, or with `unlabelled_share` so many labelled and unlabelled rows in every micro-batch.
+def _streams(images: TrainingImages, config: TrainConfig) -> StreamEpochs:
+    """The order of a mixture with `rows`: so many rows of each of its sources in every micro-batch."""
+    rows = config.data.options["rows"]
+    mixed = images.splits[0].source
+    count = len(mixed.datasets)
+    if not isinstance(rows, list) or len(rows) != count or min(rows) < 1 or sum(rows) != config.batch_size:
+        raise ValueError(
+            f"train: expected data.options.rows as {count} numbers >= 1 that add up to batch_size {config.batch_size}, got {rows!r}"
+        )
+    if not config.drop_last:
+        raise ValueError("train: expected drop_last with data.options.rows (whole shares of every source), got false")
+    if config.unlabelled is not None:
+        raise ValueError("train: expected unlabelled images among data.options.sources with data.options.rows, got unlabelled")
+    # Identities that are left out leave gaps; what stays of a source is one stretch all the same.
+    lengths = np.diff(np.searchsorted(images.splits[0].indices, mixed.starts)).tolist()
+    streams = sources.StreamBatches(lengths, rows, config.seed, buffer=config.data.shuffle_buffer)
+    return StreamEpochs(streams, config.gradient_acc)
+
+
+def step_batches(images: TrainingImages, config: TrainConfig) -> sources.ResumableBatches | StreamEpochs:
+    """The order of images: one pool, the streams of a mixture with `rows`, or with `unlabelled_share` so many labelled and unlabelled rows in every micro-batch.
 
     Raises ValueError for fewer images than a step takes, and where unlabelled rows are wanted and there are none.
     """
@@ -217,12 +261,17 @@ def step_batches(images: TrainingImages, config: TrainConfig) -> sources.Resumab
             f"labels of -1 in data), got none with method {config.method!r}, unknown_weight {config.unknown_weight}"
         )
     per_step = config.batch_size * config.gradient_acc
+    buffer = config.data.shuffle_buffer
+    if config.data.kind == "mixed" and config.data.options.get("rows") is not None:
+        return _streams(images, config)
     if not config.unlabelled_share:
         if len(images) < per_step:
             raise ValueError(
                 f"train: expected batch_size * gradient_acc <= the {len(images)} training images, got {per_step}"
             )
-        return sources.ResumableBatches(len(images), per_step, seed=config.seed)
+        return sources.ResumableBatches(len(images), per_step, seed=config.seed, drop_last=config.drop_last, buffer=buffer)
+    if not config.drop_last:
+        raise ValueError(f"train: expected drop_last with unlabelled_share = {config.unlabelled_share} (whole shares of both kinds), got false")
     labelled = np.flatnonzero(images.labels >= 0)
     others = round(config.unlabelled_share * config.batch_size)
     rows = config.batch_size - others
@@ -231,22 +280,23 @@ def step_batches(images: TrainingImages, config: TrainConfig) -> sources.Resumab
             f"train: expected unlabelled_share * batch_size to leave rows of both kinds and at most {len(labelled)} labelled ones a "
             f"step, got {rows} labelled and {others} unlabelled, {config.gradient_acc} times a step"
         )
-    return MixedBatches(labelled, unlabelled, rows, others, config.gradient_acc, config.seed)
+    return MixedBatches(labelled, unlabelled, rows, others, config.gradient_acc, config.seed, buffer)
 
 
-def step_loader(images: TrainingImages, config: TrainConfig, pin_memory: bool) -> tuple[StepBatches, DataLoader[Any]]:
-    """(position, loader): each batch holds the rows of one optimizer step; iterate with `position.track(loader)`.
+def step_loader(images: TrainingImages, config: TrainConfig, pin_memory: bool, world: World | None = None) -> tuple[StepBatches, DataLoader[Any]]:
+    """(position, loader): each batch holds this rank's rows of one optimizer step; iterate with `position.track(loader)`.
 
     The global random state is left alone.
     """
-    rows = config.batch_size * config.gradient_acc
-    position = StepBatches(step_batches(images, config), rows, config.num_workers, images.size, pin_memory)
+    position = StepBatches(
+        step_batches(images, config), config.batch_size, config.gradient_acc, world or World(), config.num_workers, images.size, pin_memory
+    )
     loader: DataLoader[Any] = DataLoader(
-        images,
+        StepImages(images, position.pool),
         batch_sampler=position,
         num_workers=config.num_workers,
         prefetch_factor=PREFETCH if config.num_workers else None,
-        collate_fn=collate if position.pool is None else position.pool.fill,
+        collate_fn=as_it_is,
         pin_memory=pin_memory and not config.num_workers,
         persistent_workers=config.num_workers > 0,
         worker_init_fn=_leave_signals_to_the_parent,

@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.util
 import json
-import platform
 import shutil
 import sys
 import time
@@ -32,15 +30,21 @@ from torch import nn
 import recog_fast as rf
 from recog_fast import data as sources
 from recog_fast import evaluation
-from recog_fast.evaluation import Gallery, GalleryItem, pair_galleries, strip, write_report
+from recog_fast.evaluation import Gallery, GalleryItem, strip
 from recog_fast.recognizability import RecognizabilityModel
+from recog_fast.sharding import one_process
 from recog_fast.training.config import DataConfig, RecognizabilityConfig, TrainConfig
-from recog_fast.training.demo_quality import quality_gallery, quality_report
+from recog_fast.training.data import TrainingImages
+from recog_fast.training.demo_quality import quality_report
+from recog_fast.training.findings import Findings
 from recog_fast.training.loop import train
+from recog_fast.training.measure import Network, confusions, measure_pairs
 from recog_fast.training.methods import apply_method
 from recog_fast.training.model import build_backbone
+from recog_fast.training.run_report import FINDINGS, costs, environment, report_run, versions
 from recog_fast.training.saved import load_quality_model, load_run
 from recog_fast.training.unknown import max_probabilities, unknown_statistics
+from recog_fast.training.verification import PairSet
 
 Images = NDArray[np.uint8]  # (N, S, S, 3)
 Results = dict[str, evaluation.VerificationResult]
@@ -95,6 +99,16 @@ class TestSet:
     quality: NDArray[np.float32]  # (N,) of the drawing
     sharpest: NDArray[np.int64]  # a picture each of six people, of the best true quality
 
+    @property
+    def owners(self) -> NDArray[np.int64]:
+        """(N,) whose picture each is."""
+        return np.repeat(np.arange(self.people), len(self.images) // self.people)
+
+    @property
+    def pairs(self) -> PairSet:
+        """As the training script's verification has them."""
+        return PairSet("drawn people", list(self.images), self.first, self.second, self.same)
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the demo; returns 0, or 1 when a signal stopped the training. Bad options exit with code 2.
@@ -102,8 +116,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises ImportError at once, not after the training, where matplotlib is missing.
     """
     options = _options(argv)
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ImportError("demo: the report needs matplotlib (pip install recog_fast[train])")
+    one_process("demo")
+    evaluation.require_plots()
     size, seed = _size(options), options.seed
     config = demo_config(size, options.output, seed, options.threads)
     if options.threads:
@@ -119,10 +133,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("demo: stopped by a signal; no report written")
         return 1
     model, _ = load_quality_model(config.output)
-    trained = evaluate(model.backbone, test)
-    quality, learned = measure_quality(config, model, test, seed)
+    network = Network(model.backbone, model.branches, 100)
+    found = measure_pairs(network, test.pairs, [down for down in CONDITIONS.values() if down], seed, test.owners)
+    trained, found.baseline = found.results, untrained
+    quality = measure_quality(config, model, test, seed)
+    found.galleries += galleries(config, test)
     seconds = time.monotonic() - began
-    report = write_results(config, size, test, trained, untrained, (quality, learned), seconds)
+    report = write_results(config, size, test, found, quality, seconds)
     print(f"{'':20}{'accuracy':>10}{'EER':>8}{'untrained':>12}")
     for name, result in trained.items():
         print(f"{name:20}{result.accuracy:>10.1%}{result.eer:>8.1%}{untrained[name].accuracy:>12.1%}")
@@ -235,14 +252,13 @@ def evaluate(backbone: nn.Module, test: TestSet) -> Results:
 
 def measure_quality(
     config: TrainConfig, model: RecognizabilityModel, test: TestSet, seed: int
-) -> tuple[dict[str, Any], NDArray[np.float64]]:
-    """(`quality_report` and what is known of strangers' p_max, learned quality (N,) of the test pictures)."""
+) -> dict[str, Any]:
+    """`quality_report` and what is known of strangers' p_max."""
     levels = {name: degraded(test.images, down) for name, down in CONDITIONS.items()}
-    people = np.repeat(np.arange(test.people), len(test.images) // test.people)
-    report, learned = quality_report(model, levels, people, test.quality, seed)
+    report = quality_report(model, levels, test.owners, test.quality, seed)
     _, backbone, head = load_run(config.output)
     report["strangers"] = unknown_statistics(max_probabilities(backbone, head, test.images, 100), head)
-    return report, learned
+    return report
 
 
 def degraded(images: Images, down: int) -> Images:
@@ -250,8 +266,10 @@ def degraded(images: Images, down: int) -> Images:
     return np.stack([sources.degradations.down_up(image, down) for image in images]) if down else images
 
 
-def galleries(config: TrainConfig, test: TestSet, result: evaluation.VerificationResult) -> list[Gallery]:
-    """What the network trains on, what the low resolutions look like, and the pairs to look at."""
+def galleries(config: TrainConfig, test: TestSet) -> list[Gallery]:
+    """What the network confuses and looks at, what it trains on, and what the low resolutions look like."""
+    _, backbone, head = load_run(config.output)
+    images = TrainingImages(dataclasses.replace(config, data=dataclasses.replace(config.data, cache=False), unlabelled=None))
     options = config.data.options
     each = min(6, options["images_per_identity"])
     people = sources.SyntheticIdentities(12, each, size=config.data.size, seed=options["seed"])
@@ -259,41 +277,23 @@ def galleries(config: TrainConfig, test: TestSet, result: evaluation.Verificatio
     sheet = [GalleryItem(strip(list(shown[each * k : each * (k + 1)])), f"person {k}") for k in range(12)]
     samples = test.images[test.sharpest]
     levels = [GalleryItem(strip(list(degraded(samples, down))), name) for name, down in CONDITIONS.items()]
-    pairs = [image for a, b in zip(test.first, test.second, strict=True) for image in (test.images[a], test.images[b])]
     return [
-        Gallery(
-            "Drawn people",
-            "Pose, light, expression, occlusion, blur and resolution change; the person does not.",
-            sheet,
-            wide=True,
-        ),
-        Gallery(
-            "Three resolutions",
-            "Six sharp test pictures as the network sees them under each condition.",
-            levels,
-            wide=True,
-        ),
-        *pair_galleries(pairs, result),
+        *confusions(Network(backbone), head, images.clean, images.labels, config.seed),
+        Gallery("Drawn people", "Pose, light, expression, occlusion, blur and resolution change; the person does not.", sheet),
+        Gallery("Three resolutions", "Six sharp test pictures as the network sees them under each condition.", levels),
     ]
 
 
 def write_results(
-    config: TrainConfig,
-    size: Size,
-    test: TestSet,
-    trained: Results,
-    untrained: Results,
-    quality: tuple[dict[str, Any], NDArray[np.float64]],
-    seconds: float,
+    config: TrainConfig, size: Size, test: TestSet, found: Findings, quality: dict[str, Any], seconds: float
 ) -> Path:
-    """Writes results.json and report.html beside the training folder; returns the report's path."""
-    report, learned = quality
+    """Writes results.json, findings.npz and report.html beside the training folder; returns the report's path."""
     output = Path(config.output).parent
     backends = rf.backends()
     numbers: dict[str, Any] = {
-        "trained": {name: result.summary() for name, result in trained.items()},
-        "untrained": {name: result.summary() for name, result in untrained.items()},
-        "quality": report,
+        "trained": {name: result.summary() for name, result in found.results.items()},
+        "untrained": {name: result.summary() for name, result in found.baseline.items()},
+        "quality": quality,
         "seconds": round(seconds, 1),
         "config": dataclasses.asdict(config),
         "backends": backends,
@@ -303,36 +303,18 @@ def write_results(
     partial.write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
     partial.replace(output / "results.json")
     parameters = sum(p.numel() for p in build_backbone(config).parameters())
-    summary = (
+    found.title = "recog_fast demo"
+    found.summary = (
         f"A network of {parameters / 1e6:.2f} M parameters learned {size.identities:,} drawn people from {size.images} "
         f"pictures of each ({size.pixels}x{size.pixels} pixels), from random weights, and is tested on {test.people} "
         "people it has never seen. It trained margin softmax with a quality-aware memory (QAFace), unlabelled pictures of "
         f"{size.strangers} strangers (UIR) and, from the middle on, a head for the quality of a picture (RI). "
         f"Everything, drawing included, took {_duration(seconds)}."
     )
-    return write_report(
-        output / "report.html",
-        title="recog_fast: demo",
-        summary=summary,
-        config=numbers["config"],
-        metrics_jsonl=Path(config.output) / "metrics.jsonl",
-        results=trained,
-        baseline=untrained,
-        galleries=[*quality_gallery(test.images, learned), *galleries(config, test, next(iter(trained.values())))],
-        versions=numbers["versions"],
-        backends=backends,
-    )
-
-
-def versions() -> dict[str, Any]:
-    """Versions of what computes."""
-    return {
-        "recog_fast": rf.__version__,
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "python": platform.python_version(),
-        "machine": f"{platform.system()} {platform.machine()}",
-    }
+    _, backbone, head = load_run(config.output)
+    found.facts = costs(config, backbone, head, size.identities * size.images) | environment()
+    found.save(output / FINDINGS)
+    return report_run(output)
 
 
 def _duration(seconds: float) -> str:

@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from recog_fast import evaluation
-from recog_fast.evaluation import Gallery, GalleryItem
 from recog_fast.recognizability import (
     RecognizabilityModel,
     embedding_recognizability,
@@ -42,8 +41,8 @@ def quality_report(
     people: NDArray[np.int64],  # (N,)
     true_quality: NDArray[np.float32],  # (N,) of the drawing, before any condition
     seed: int,
-) -> tuple[dict[str, Any], Floats]:
-    """(numbers, learned quality (N,) of the whole pictures).
+) -> dict[str, Any]:
+    """What stands under "quality" in results.json.
 
     For each condition the mean of learned quality, ERS and feature norm; rank correlation of each with resolution, and of
     the learned quality with the drawing's; FNMR at FMR 1e-2 over all pairs of the mix, threshold re-estimated, after rejecting
@@ -82,7 +81,7 @@ def quality_report(
     report["frr_of_ers"] = {
         n: float(1 - evaluation.tar_at_far(s, same, [FMR])[0]) for n, s in (("all", cosine), ("gamma 0.6", decided))
     }
-    return report, scores["learned"][0].double().numpy()
+    return report
 
 
 def _curve(cosine: Tensor, same: NDArray[np.bool_], quality: Tensor) -> list[float]:
@@ -101,19 +100,3 @@ def _rank_correlation(a: NDArray[Any], b: NDArray[Any]) -> float:
     x, y = ranks(a), ranks(b)
     return float(np.corrcoef(x, y)[0, 1]) if x.std() > 0 and y.std() > 0 else 0.0
 
-
-def quality_gallery(images: Images, quality: Floats, count: int = 6) -> list[Gallery]:
-    """The test pictures the learned quality puts last and first."""
-    order = np.argsort(quality, kind="stable")
-
-    def items(chosen: NDArray[np.int64]) -> list[GalleryItem]:
-        return [GalleryItem(images[i], f"quality {quality[i]:.2f}") for i in chosen]
-
-    return [
-        Gallery(
-            "Least recognizable",
-            "Test pictures with the lowest learned quality (recognizability index).",
-            items(order[:count]),
-        ),
-        Gallery("Most recognizable", "Test pictures with the highest learned quality.", items(order[::-1][:count])),
-    ]

@@ -14,6 +14,8 @@ from typing import Any
 
 from torch import Tensor
 
+from recog_fast.sharding import World
+
 logger = logging.getLogger("recog_fast.training")
 
 
@@ -29,11 +31,18 @@ class Meter:
             before = self.state.get(name, (0.0, 0.0))
             self.state[name] = (before[0] + total, before[1] + count)
 
-    def flush(self) -> dict[str, float]:
-        """Means since the last flush; what was never counted is left out."""
-        means = {name: total / count for name, (total, count) in self.state.items() if count}
+    def total(self, world: World) -> dict[str, tuple[float, float]]:
+        """The sums of all ranks; every rank calls it."""
+        whole = Meter()
+        for state in world.exchange(self.state):
+            whole.add(state)
+        return whole.state
+
+    def flush(self, world: World | None = None) -> dict[str, float]:
+        """Means over all ranks since the last flush; what was never counted is left out."""
+        state = self.state if world is None else self.total(world)
         self.state = {}
-        return means
+        return {name: total / count for name, (total, count) in state.items() if count}
 
 
 def dropped_share(labels: Tensor, stats: Any) -> dict[str, tuple[float, float]]:
@@ -99,6 +108,30 @@ class Log:
             f"Training: {stamp}-Speed {speed:.2f} samples/sec   Loss {loss:.4f}   LearningRate {lr:.6f}   Epoch: {epoch}   "
             f"Global Step: {step}   Required: {required:.2f} hours"
         )
+
+
+class SilentLog(Log):
+    """What ranks other than 0 have: writes and says nothing."""
+
+    def __init__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        pass
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Nothing."""
+
+    def line(self, text: str) -> None:
+        """Nothing."""
+
+    def advance(self, step: int) -> None:
+        """Nothing."""
+
+    def training_line(self, step: int, epoch: int, speed: float, loss: float, lr: float) -> None:
+        """Nothing."""
 
 
 def _truncate(path: Path, step: int) -> None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+from torch.utils.data import Sampler
 
-from recog_fast.data import ResumableBatches
+from recog_fast.data import ResumableBatches, StreamBatches
+from recog_fast.data.sampler import shuffled
 
 Indices = NDArray[np.int64]
+T = TypeVar("T")
 
 
 class MixedBatches(ResumableBatches):
@@ -29,6 +32,7 @@ class MixedBatches(ResumableBatches):
         unlabelled_rows: int,
         parts: int = 1,
         seed: int = 0,
+        buffer: int = 0,
     ) -> None:
         for name, found, rows in (("labelled", labelled, labelled_rows), ("unlabelled", unlabelled, unlabelled_rows)):
             if len(found) < 1 or rows < 1:
@@ -37,11 +41,11 @@ class MixedBatches(ResumableBatches):
                 )
         self.labelled, self.unlabelled = labelled, unlabelled
         self.rows, self.unlabelled_rows, self.parts = labelled_rows, unlabelled_rows, parts
-        super().__init__(len(labelled), labelled_rows * parts, seed=seed)
+        super().__init__(len(labelled), labelled_rows * parts, seed=seed, buffer=buffer)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         epoch, step = self.epoch, self.batch_size
-        order = self.labelled[np.random.default_rng((self.seed, epoch)).permutation(self.length)]
+        order = self.labelled[shuffled(self.length, (self.seed, epoch), self.buffer)]
         others = self._others(epoch)
         for start in range(self.done, self.done + len(self) * step, step):
             keys: list[int] = []
@@ -58,7 +62,7 @@ class MixedBatches(ResumableBatches):
         needed = self.batches_per_epoch * self.parts * self.unlabelled_rows
         rounds = -(-needed // len(self.unlabelled))
         shuffles = [
-            np.random.default_rng((self.seed, epoch, turn, 0x0B5E)).permutation(self.unlabelled)
+            self.unlabelled[shuffled(len(self.unlabelled), (self.seed, epoch, turn, 0x0B5E), self.buffer)]
             for turn in range(rounds)
         ]
         others: Indices = np.concatenate(shuffles)[:needed]
@@ -75,3 +79,42 @@ class MixedBatches(ResumableBatches):
                 f"MixedBatches: expected a state of {len(self.unlabelled)} unlabelled images, got {state.get('unlabelled')}"
             )
         super().load_state_dict(state)
+
+
+class StreamEpochs(Sampler[list[tuple[int, int]]]):
+    """`StreamBatches` as the training loop takes it: a step is `parts` micro-batches, an epoch one pass over the first stream."""
+
+    def __init__(self, streams: StreamBatches, parts: int = 1) -> None:
+        self.streams, self.parts = streams, parts
+        self.batches_per_epoch = streams.streams[0].batches_per_epoch // parts
+        if not self.batches_per_epoch:
+            raise ValueError(
+                f"train: expected as many images in the first stream as a step takes of it, got {streams.streams[0].length} images"
+            )
+
+    @property
+    def _steps(self) -> int:
+        return self.streams.done // self.parts
+
+    def __len__(self) -> int:
+        return self.batches_per_epoch - self._steps % self.batches_per_epoch
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        """The steps left in this epoch; the position stays."""
+        batches = iter(self.streams)
+        for _ in range(len(self)):
+            yield [key for _ in range(self.parts) for key in next(batches)]
+
+    def track(self, loader: Iterable[T]) -> Iterator[T]:
+        """Iterate over `loader`, counting each step as it is handed out."""
+        for batch in loader:
+            self.streams.done += self.parts
+            yield batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """That of the streams."""
+        return self.streams.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes to a saved position of the same streams."""
+        self.streams.load_state_dict(state)

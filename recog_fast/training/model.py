@@ -123,22 +123,28 @@ def build_branches(config: TrainConfig, backbone: Backbone) -> rf.recognizabilit
         )
 
 
-def build_head(config: TrainConfig, num_classes: int, steps_per_epoch: int = 1) -> rf.MarginHead:
-    """MarginHead with the margin and memory of the settings."""
+def build_encoder(config: TrainConfig, backbone: nn.Module) -> rf.MomentumEncoder | None:
+    """The momentum encoder that makes the memory's keys, where the settings want one."""
+    return rf.MomentumEncoder(backbone, config.memory_momentum) if config.memory is not None and config.memory_momentum else None
+
+
+def build_head(config: TrainConfig, num_classes: int, steps_per_epoch: int = 1, group: Any = None) -> rf.MarginHead:
+    """MarginHead with the margin and memory of the settings, its classes spread over the ranks of `group`."""
     return rf.MarginHead(
         num_classes,
         config.embedding_size,
         margin=named(config.margin, MARGINS, "margin"),
         scale=config.scale,
         subcenters=config.subcenters,
-        sample_rate=config.sample_rate,
-        sample_seed=config.seed,
         memory=build_memory(config, num_classes, steps_per_epoch),
         unknown_weight=config.unknown_weight or 0.0,
         keep_exponentials=False if config.keep_exponentials is None else _DTYPES[config.keep_exponentials],
         drop_mass=config.drop_mass,
         drop_elements=config.drop_elements,
         weight_format=config.weight_format,
+        sample_rate=config.sample_rate,
+        sample_seed=config.seed,
+        group=group,
     )
 
 
@@ -153,8 +159,9 @@ def build_optimizers(
     if branches is not None:
         first.add_param_group({"params": list(branches.parameters())})
     if config.head_optimizer == "headsgd":
-        dtype = _DTYPES[config.momentum_dtype]
-        return first, rf.HeadSGD(head, lr=head_lr, momentum=config.momentum, weight_decay=head_decay, momentum_dtype=dtype)
+        return first, rf.HeadSGD(
+            head, lr=head_lr, momentum=config.momentum, weight_decay=head_decay, momentum_dtype=_DTYPES[config.momentum_dtype], unsampled=config.unsampled
+        )
     return first, _torch_optimizer(config.head_optimizer, head, head_lr, config.momentum, head_decay)
 
 

@@ -11,6 +11,7 @@ from torch import nn
 
 import recog_fast as rf
 from recog_fast.checkpoint import latest_checkpoint, read_checkpoint
+from recog_fast.checkpoint.state import restore_head
 from recog_fast.training.config import TrainConfig, read_config
 from recog_fast.training.methods import apply_method
 from recog_fast.training.model import build_backbone, build_branches, build_head
@@ -36,7 +37,7 @@ def load_run(path: str | Path) -> tuple[TrainConfig, nn.Module, rf.MarginHead]:
     backbone = build_backbone(config)
     backbone.load_state_dict(saved["model"])
     head = build_head(config, len(saved["head"]["weight"]), saved.get("steps_per_epoch", 1))
-    head.load_state_dict(saved["head"])
+    restore_head(head, saved["head"], str(checkpoint))
     return config, backbone.eval(), head.eval()
 
 

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from recog_fast.sharding import one_process
 from recog_fast.training.config import TrainConfig, read_config
 from recog_fast.training.loop import train
 
@@ -83,8 +84,9 @@ def sweep(path: str | Path, output: str | Path, overrides: Sequence[str] = ()) -
     """Runs every point of the sweep file `path` below `output`; one entry {"point", "changes", "seed", "metrics", "step"} per run.
 
     All settings are read before the first run, so a mistake in the last one costs nothing. Results: output/sweep.json.
-    Raises what `read_sweep`, `read_config` and `train` raise, and ValueError for overrides of output or resume.
+    Raises what `read_sweep`, `read_config` and `train` raise, and ValueError for overrides of output or resume and under several ranks.
     """
+    one_process("sweep")
     for argument in overrides:
         if argument.split("=", 1)[0] in ("--output", "--resume", "--seed"):
             raise ValueError(f"sweep: expected settings other than output, resume and seed, got {argument}")

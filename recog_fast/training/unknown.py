@@ -137,4 +137,4 @@ def data_of(kind: str, path: str, options: str) -> DataConfig:
         raise ValueError(f"expected --options as a JSON object, got {options!r} ({error})") from error
     if kind != "synthetic" and not path:
         raise ValueError(f"expected --path with --kind {kind}, got none")
-    return DataConfig(kind=kind, path=path, options=given)  # type: ignore[arg-type]
+    return DataConfig(kind=kind, path=path, options=given)

@@ -100,9 +100,10 @@ def refresh_center(run: Run) -> None:
         run.backbone, run.prepare, run.ui, run.device, run.config.batch_size, own.statistics == "images"
     )
     run.branches.refresh(embeddings, features)
+    run.world.copy_first(run.branches.buffers())  # running statistics of the networks differ
 
 
-def norms_by_resolution(run: Run, count: int = 64) -> dict[str, float]:
+def norms_by_resolution(run: Run, count: int = 64, backbone: nn.Module | None = None) -> dict[str, float]:
     """Mean feature norm of `count` training images at full size and taken down to 16 and 8 pixels and up again, and the
     correlation of norm and log2 size over all of them (0 where the norms are all the same).
 
@@ -112,7 +113,7 @@ def norms_by_resolution(run: Run, count: int = 64) -> dict[str, float]:
     clean = [run.images.clean(int(i)) for i in chosen]
     side = run.config.data.size
     sizes = sorted({side, *(small for small in (16, 8) if small < side)}, reverse=True)
-    network = run.backbone if run.encoder is None else run.encoder.key
+    network = (backbone or run.backbone) if run.encoder is None else run.encoder.key
     norms = []
     for size in sizes:
         images = clean if size == side else [sources.degradations.down_up(image, size) for image in clean]

@@ -1,0 +1,77 @@
+"""`recog-fast estimate`: what a head costs, before anybody rents machines for it."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+
+def add(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
+    """Adds the command to the subparsers `commands`."""
+    cost = commands.add_parser(
+        "estimate", parents=parents, help="memory, messages and least time of a head on a number of devices", description=_estimate.__doc__
+    )
+    cost.add_argument("--classes", type=count, required=True, help="number of classes, 29e6 for example")
+    cost.add_argument("--gpus", type=count, default=1, help="devices that share the classes (1)")
+    cost.add_argument("--batch", type=count, required=True, help="rows of a step, over all devices")
+    cost.add_argument("--dim", type=count, default=512, help="embedding size (512)")
+    cost.add_argument("--device", default="H100", help="A100, H100 (default), H200, B200, or cpu: this host, measured now")
+    cost.add_argument("--optimizer", default="headsgd", help="headsgd (default), sgd or adamw")
+    cost.add_argument("--weight-format", default="float32", help="float32 (default) or split: two 16-bit planes")
+    cost.add_argument("--momentum-dtype", default="float32", help="float32 (default) or bfloat16")
+    cost.add_argument("--no-momentum", action="store_true", help="momentum 0")
+    cost.add_argument("--sample-rate", type=float, default=1.0, help="share of the classes that are a step's negatives (1)")
+    cost.add_argument("--float32", action="store_true", help="float32 sweeps instead of 16-bit ones")
+    cost.add_argument("--subcenters", type=count, default=1, help="centres per class (1)")
+    cost.add_argument("--memory-steps", type=int, default=0, help="delta of a prototype memory (0: none)")
+    cost.add_argument("--link", type=float, help="GB/s of a device's link in one direction, instead of the data sheet's")
+    cost.add_argument("--results", type=Path, help="folder of stored measurements (default: benchmarks/results of a source checkout)")
+    cost.add_argument("--json", action="store_true", help="print one JSON object: bytes, flops, seconds")
+    cost.set_defaults(run=_estimate)
+
+
+def count(text: str) -> int:
+    """A whole number, also written 29e6; ArgumentTypeError for anything else."""
+    try:
+        value = float(text)
+        if value == int(value):
+            return int(value)
+    except (ValueError, OverflowError):
+        pass
+    raise argparse.ArgumentTypeError(f"expected a whole number, such as 1000 or 29e6, got {text!r}")
+
+
+def _estimate(options: argparse.Namespace, _: list[str]) -> int:
+    """Memory of one device by item, messages and the least time of a step: bounds from data-sheet numbers (cpu: from what this host
+    was measured at), and beside them a stored measurement of such a step where there is one."""
+    from recog_fast import estimate as model
+    from recog_fast.commands.host import cpu_name, host_device
+
+    link = None if options.link is None else options.link * 1e9
+    if options.link is not None and not options.link > 0:
+        raise ValueError(f"estimate: expected link > 0 GB/s, got {options.link}")
+    device: Any = options.device
+    if device == "cpu":
+        device = host_device(link)
+    elif device not in model.DEVICES:
+        raise ValueError(f"estimate: expected device in {', '.join(model.DEVICES)}, cpu, got {device!r}")
+    elif link is not None:
+        device = dataclasses.replace(model.DEVICES[device], node_link=link, network=link)
+    report = model.estimate(
+        options.classes, options.gpus, options.batch, dimension=options.dim, device=device, optimizer=options.optimizer,
+        momentum=not options.no_momentum, half=not options.float32, subcenters=options.subcenters, memory_steps=options.memory_steps,
+        weight_format=options.weight_format, momentum_dtype=options.momentum_dtype, sample_rate=options.sample_rate,
+    )  # fmt: skip
+    found: model.Measured | str = f"none of {report.device.name}"
+    if report.device.host:
+        results = options.results or Path(__file__).parents[2] / "benchmarks" / "results"
+        found = model.measured(report.head, cpu_name(), results)
+    if options.json:
+        stored = {"none": found} if isinstance(found, str) else dataclasses.asdict(found)
+        print(json.dumps(report.plain() | {"measured": stored}))
+    else:
+        print(model.text(report, found))
+    return 0
