@@ -7,7 +7,7 @@ SOURCES := pyproject.toml constraints.txt setup.py CMakeLists.txt recog_fast/_ve
 export PYTHON
 unexport PYTHONPATH PYTHONHOME
 
-.PHONY: help demo test docs sanitize bench bench-full bench-charts check-kernels lint build wheel sdist check-wheel clean
+.PHONY: help demo test docs sanitize sanitize-threads bench bench-full bench-charts check-kernels lint build wheel sdist check-wheel clean
 
 help:
 	@echo "make demo    train and evaluate on synthetic identities (2 minutes), write runs/demo/report.html"
@@ -15,6 +15,7 @@ help:
 	@echo "make docs    the documents as a site in build/docs, its links checked"
 	@echo "make bench-full    the real sizes, in pieces        make bench-charts    charts and a page of all stored results"
 	@echo "make sanitize   the operations' tests on kernels built with the address and undefined-behaviour sanitizers"
+	@echo "make sanitize-threads   the kernels' own threads under the thread sanitizer (4 minutes)"
 	@echo "make check-kernels   compile the Triton kernels for every architecture; registers, spills, shared memory"
 	@echo "make lint    ruff and mypy --strict   make build   .venv with the built package"
 	@echo "make wheel   dist/*.whl               make sdist   dist/*.tar.gz"
@@ -33,6 +34,9 @@ docs: build
 
 sanitize: build
 	@PY=$(PY) sh tools/sanitize.sh $(ARGS)
+
+sanitize-threads: build
+	@PY=$(PY) sh tools/sanitize_threads.sh
 
 bench: build
 	$(PY) -m pytest benchmarks $(ARGS)
