@@ -47,7 +47,7 @@ if [ ! -e $venv/.packages ] || [ -n "$(find pyproject.toml constraints.txt tools
   if ! "$py" -c 'import importlib.metadata as m; m.version("triton")' 2>/dev/null; then
     $pip install --no-deps --constraint constraints.txt triton || echo "No triton for this platform: its tests are skipped"
   fi
-  echo "Installing packages into $venv: build tools, training, development"
+  echo "Installing packages into $venv: build tools, training, development (minutes)"
   "$py" -c 'import tomllib
 with open("pyproject.toml", "rb") as file: settings = tomllib.load(file)
 extras = settings["project"]["optional-dependencies"]
@@ -58,7 +58,7 @@ print(*settings["build-system"]["requires"], "wheel", *settings["project"]["depe
   rm $venv/.unfinished
 fi
 
-echo "Building the kernels"
+echo "Building the kernels (a minute or two; with those for CUDA, where nvcc is found, some more: RECOG_FAST_CUDA=off leaves them out)"
 $pip install --no-build-isolation --no-deps --editable .
 "$py" tools/check_venv.py
 touch $venv/.installed

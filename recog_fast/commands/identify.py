@@ -34,8 +34,8 @@ def add(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
 
 
 def _identify(options: argparse.Namespace, _: list[str]) -> int:
-    """Embeds a gallery and probe images (flip sum) and prints, for each probe, the nearest gallery images or people. The
-    gallery comes by in blocks: what is held is the probes and their matches (with --faiss or --per-person also the index
+    """Embeds a gallery and probe images (flip sum) and prints, for each probe, the classes of the nearest gallery images (--json names the
+    images too) or people. The gallery comes by in blocks: what is held is the probes and their matches (with --faiss or --per-person also the index
     or a vector per person). Where both have classes of the same names, rank-1 accuracy is printed too; with --fpir the
     open-set threshold and the share of known people found above it."""
     from recog_fast.data import open_dataset
