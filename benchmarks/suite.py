@@ -29,7 +29,6 @@ from .peers import PEERS, Compiled, CompiledBF16, Eager, EagerAutocast, PartialF
 from .problems import MARGIN, Problem, make_problem
 from .protocol import (
     STEPS,
-    Spread,
     Times,
     TooSlow,
     Yardsticks,
@@ -232,8 +231,3 @@ def row_of(case: dict[str, Any], name: str) -> dict[str, Any]:
                 return dict(row)
             raise LookupError(f"{name}: {row['skipped']}")
     raise LookupError(f"{name} did not run at N={case['N']}, C={case['C']}")
-
-
-def ratio_of(case: dict[str, Any], name: str, step: str) -> Spread:
-    """Paired ratio to the baseline of a measured row; LookupError where the row has no times."""
-    return Spread(**row_of(case, name)["steps"][step]["ratio"])

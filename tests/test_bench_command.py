@@ -59,8 +59,9 @@ def test_bad_sizes(classes: str) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
 def test_a_device_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["bench", "--device", "cuda"]) == 1
-    assert "expected a CUDA device" in capsys.readouterr().err
+    for device, said in (("cuda", "expected a CUDA device"), ("meta", "expected device cpu or cuda, got 'meta'")):
+        assert main(["bench", "--device", device]) == 1
+        assert said in capsys.readouterr().err
 
 
 def test_extra_memory_of_eager_holds_its_cosines_and_gradient() -> None:

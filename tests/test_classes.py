@@ -187,6 +187,7 @@ def test_what_cannot_be_edited_is_refused(tmp_path: Path) -> None:
         (lambda: merge_classes(path, target, [[3, 3]]), "two or more classes"),
         (lambda: merge_classes(path, target, [[3, C]]), "classes in [0, 40)"),
         (lambda: merge_classes(path, target, [[1, 2]], counts=torch.zeros(C)), "counts of 0"),
+        (lambda: merge_classes(path, target, [[1, 2]], counts=torch.full((C,), torch.inf)), "finite counts"),
         (lambda: merge_classes(path, target, [[1, 2]], counts=torch.ones(3)), "shape (40,)"),
     ):
         with pytest.raises(ValueError) as refused:

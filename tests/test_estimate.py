@@ -119,7 +119,7 @@ def test_what_does_not_fit_is_said_with_what_would() -> None:
     assert model.estimate(100_000_000, 8, 1024).fits
     assert "HeadSGD instead of an optimizer that needs dW" in model.estimate(10_000_000, 1, 128, optimizer="adamw").advice
     assert "momentum 0 for the head" in model.estimate(30_000_000, 1, 128).advice
-    for bad in ({"gpus": 0}, {"device": "abacus"}, {"optimizer": "lion"}):
+    for bad in ({"gpus": 0}, {"memory_steps": -1}, {"device": "abacus"}, {"optimizer": "lion"}):
         with pytest.raises(ValueError, match="estimate: expected"):
             model.estimate(**{"classes": 10, "gpus": 1, "batch": 1, **bad})  # type: ignore[arg-type]
 
@@ -209,8 +209,8 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert set(said["measured"]) in ({"none"}, {"seconds", "source"})
     assert cli.main(["estimate", "--classes", "1e5", "--batch", "64", "--device", "cpu", "--gpus", "2"]) == 1
     assert "speed of a link" in capsys.readouterr().err
-    for bad in ("2.5", "abc", "nan", "inf", "1e999"):
+    for bad in ("2.5", "abc", "nan", "inf", "1e999", "0", "-5"):
         with pytest.raises(SystemExit) as stop:
             cli.main(["estimate", "--classes", bad, "--batch", "1"])
         error = capsys.readouterr().err
-        assert stop.value.code == 2 and error.count("\n") == 1 and f"--classes: expected a whole number, such as 1000 or 29e6, got '{bad}'" in error
+        assert stop.value.code == 2 and error.count("\n") == 1 and f"--classes: expected a whole number from 1 on, such as 1000 or 29e6, got '{bad}'" in error

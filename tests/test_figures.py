@@ -147,3 +147,10 @@ def test_embedding_plot_names_the_variance() -> None:
 def test_bad_input_is_a_clear_error(call: Callable[[], Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_names_are_shown_as_they_are_written() -> None:
+    for name in ("a$b$c", r"un$\frac$", "<script>"):
+        for drawn in (figures.ui_distance_plot({name: NORMS["clean"]}), figures.quality_histograms({name: NORMS, "other": NORMS}, name)):
+            texts = [text.text for text in ElementTree.fromstring(drawn.svg).iter() if text.tag.endswith("text")]
+            assert name in texts

@@ -22,6 +22,9 @@ from recog_fast.training.sweep import sweep
         ({"WORLD_SIZE": "2"}, "got WORLD_SIZE=2 without RANK, MASTER_ADDR, MASTER_PORT"),
         ({"WORLD_SIZE": "2", "RANK": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}, r"RANK in \[0, WORLD_SIZE\).*got WORLD_SIZE=2 RANK=2"),
         ({"WORLD_SIZE": "0"}, "expected WORLD_SIZE >= 1"),
+        ({"WORLD_SIZE": "\u00b2"}, "expected WORLD_SIZE in the environment as a whole number"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "99999"}, "expected MASTER_PORT .* below 65536, got '99999'"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "one"}, "expected MASTER_PORT .* below 65536, got 'one'"),
     ],
 )
 def test_an_environment_that_does_not_fit_is_named(variables: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch) -> None:

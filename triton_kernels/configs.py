@@ -95,7 +95,7 @@ def _entries() -> dict[tuple[int, str, torch.dtype, str], Tile]:
 
 TABLE = _entries()
 
-# Tiles to measure against the table's (benchmarks/gpu_suite.py), by name; compiled by check.py as the table is.
+# Tiles that may be better than the table's, by name: compiled by check.py as the table is; benchmarks/gpu_tuning.py measures such.
 ALTERNATIVES: dict[str, dict[tuple[int, str, torch.dtype, str], Tile]] = {
     # 25 % less L2 traffic than 128 x 128, but one program to a processor: nothing runs under its epilogue; slopes of that size spill
     "128x256": {(90, "negative_logsumexp", _HALF, "large"): Tile(128, 256, 64, tma=True)},
@@ -104,7 +104,6 @@ ALTERNATIVES: dict[str, dict[tuple[int, str, torch.dtype, str], Tile]] = {
     # deeper pipeline: longer waits for L2 are hidden, one program less may fit
     "4 stages": {(90, kernel, _HALF, "large"): Tile(128, 128, 64, stages=4, tma=True) for kernel in ("negative_logsumexp", "class_gradient")},
 }
-_chosen: dict[tuple[int, str, torch.dtype, str], Tile] = {}
 _pretended: list[int] = []  # the last one is the architecture that CPU tensors are compiled for
 
 
@@ -118,18 +117,6 @@ def pretend(arch: int) -> Iterator[None]:
         yield
     finally:
         _pretended.pop()
-
-
-@contextlib.contextmanager
-def alternative(name: str) -> Iterator[None]:
-    """Within it `choose` prefers the tiles of ALTERNATIVES[name], in every thread; KeyError for another name."""
-    before = dict(_chosen)
-    _chosen.update(ALTERNATIVES[name])
-    try:
-        yield
-    finally:
-        _chosen.clear()
-        _chosen.update(before)
 
 
 def architecture(device: torch.device) -> int:
@@ -154,7 +141,7 @@ def choose(kernel: str, x: Tensor, heavy: bool) -> Tile:
     """The tile of `kernel` for rows x (N, D) of this device and dtype; heavy: with a negative rule or sub-centers."""
     shape = "small" if x.shape[0] <= SMALL else "large"
     key = architecture(x.device), kernel, x.dtype, f"{shape} heavy" if heavy else shape
-    return _chosen.get(key, TABLE[key])
+    return TABLE[key]
 
 
 def takes_descriptors(tile: Tile, dimension: int, subcenters: int, itemsize: int, *addresses: int) -> bool:

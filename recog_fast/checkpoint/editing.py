@@ -86,8 +86,8 @@ def merge_classes(
     """
     classes, _ = _sizes(Path(source), subcenters=False)
     weights = torch.ones(classes, dtype=torch.float64) if counts is None else counts.double()
-    if tuple(weights.shape) != (classes,) or not bool((weights >= 0).all()):
-        raise ValueError(f"merge_classes: expected counts >= 0 of shape {(classes,)}, got {tuple(weights.shape)}")
+    if tuple(weights.shape) != (classes,) or not bool((torch.isfinite(weights) & (weights >= 0)).all()):
+        raise ValueError(f"merge_classes: expected finite counts >= 0 of shape {(classes,)}, got {tuple(weights.shape)}")
     together = _united(groups, classes)
     first = torch.arange(classes)
     for members in together:

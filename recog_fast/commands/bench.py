@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import platform
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from recog_fast.commands.scale import count
 
 if TYPE_CHECKING:
     from recog_fast.commands.head_bench import Measured
@@ -27,28 +28,18 @@ def add(commands: Commands, parents: list[argparse.ArgumentParser]) -> None:
         "needs the repository: `python -m benchmarks` in a checkout.",
     )
     bench.add_argument("--classes", type=_sizes, default=[10_000, 100_000], help="numbers of classes, 1e4,1e5 for example (10000,100000)")
-    bench.add_argument("--rows", type=_count, default=64, help="rows of a step (%(default)s)")
-    bench.add_argument("--dim", type=_count, default=512, help="embedding size (%(default)s)")
-    bench.add_argument("--rounds", type=_count, default=5, help="measured steps of each contender (%(default)s)")
-    bench.add_argument("--threads", type=_count, default=1, help="of torch on the CPU (%(default)s)")
+    bench.add_argument("--rows", type=count, default=64, help="rows of a step (%(default)s)")
+    bench.add_argument("--dim", type=count, default=512, help="embedding size (%(default)s)")
+    bench.add_argument("--rounds", type=count, default=5, help="measured steps of each contender (%(default)s)")
+    bench.add_argument("--threads", type=count, default=1, help="of torch on the CPU (%(default)s)")
     bench.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     bench.add_argument("--output", type=Path, help="folder for bench.json and report.html (the page needs matplotlib)")
     bench.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     bench.set_defaults(run=_bench)
 
 
-def _count(text: str) -> int:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.5
-    if not value.is_integer() or value < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text}")
-    return int(value)
-
-
 def _sizes(text: str) -> list[int]:
-    return [_count(part) for part in text.split(",")]
+    return [count(part) for part in text.split(",")]
 
 
 def _bench(options: argparse.Namespace, _: list[str]) -> int:
@@ -56,7 +47,10 @@ def _bench(options: argparse.Namespace, _: list[str]) -> int:
 
     import recog_fast as rf
     from recog_fast.commands.head_bench import bench
+    from recog_fast.commands.host import cpu_name
 
+    if options.device.partition(":")[0] not in ("cpu", "cuda"):
+        raise ValueError(f"bench: expected device cpu or cuda, got {options.device!r}")
     device = torch.device(options.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("bench: expected a CUDA device for --device cuda, got none that torch sees")
@@ -71,7 +65,7 @@ def _bench(options: argparse.Namespace, _: list[str]) -> int:
         machine = {
             "recog_fast": rf.__version__,
             "torch": str(torch.__version__),
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu(),
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
             "threads": options.threads,
             "path": rf.backends()["cuda" if device.type == "cuda" else "cpu"],
         }
@@ -93,16 +87,6 @@ def _bench(options: argparse.Namespace, _: list[str]) -> int:
     if options.output is not None:
         print(f"Report: {page}")
     return 0
-
-
-def _cpu() -> str:
-    """The processor's brand, where the system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(named, platform.processor() or platform.machine())
 
 
 def _table(found: Sequence[Measured]) -> tuple[list[str], list[list[str]]]:

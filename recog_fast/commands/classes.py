@@ -121,15 +121,18 @@ def _directions(options: argparse.Namespace) -> Any:
 
     if options.embeddings is not None and options.images is not None:
         raise ValueError("classes add: expected one of --embeddings and --images, got both")
+    if options.labels is not None and options.embeddings is None:
+        raise ValueError(f"classes add: expected --embeddings with --labels {options.labels}, got none")
     if options.embeddings is not None:
         rows = torch.from_numpy(np.load(options.embeddings, allow_pickle=False)).float()
-        labels = torch.arange(len(rows)) if options.labels is None else torch.from_numpy(np.load(options.labels, allow_pickle=False)).long()
+        labels = torch.arange(len(rows)) if options.labels is None else torch.from_numpy(np.load(options.labels, allow_pickle=False))
     elif options.images is not None:
         rows, labels = _embedded(options)
     else:
         return None
-    if rows.dim() != 2 or labels.shape != rows.shape[:1] or not len(rows):
-        raise ValueError(f"classes add: expected embeddings (M, D) with labels (M,), got {tuple(rows.shape)} and {tuple(labels.shape)}")
+    if labels.is_floating_point() or rows.dim() != 2 or labels.shape != rows.shape[:1] or not len(rows):
+        raise ValueError(f"classes add: expected embeddings (M, D) with integer labels (M,), got {tuple(rows.shape)} and {labels.dtype} {tuple(labels.shape)}")
+    labels = labels.long()
     count = int(labels.max()) + 1
     if int(labels.min()) < 0 or len(labels.unique()) != count:
         raise ValueError(f"classes add: expected labels 0 .. A - 1 with no gap, got {len(labels.unique())} from {int(labels.min())} to {count - 1}")

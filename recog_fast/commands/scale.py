@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +35,14 @@ def add(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
 
 
 def count(text: str) -> int:
-    """A whole number, also written 29e6; ArgumentTypeError for anything else."""
+    """A whole number from 1 on, also written 29e6; ArgumentTypeError for anything else."""
     try:
         value = float(text)
-        if value == int(value):
+        if value == int(value) >= 1:
             return int(value)
     except (ValueError, OverflowError):
         pass
-    raise argparse.ArgumentTypeError(f"expected a whole number, such as 1000 or 29e6, got {text!r}")
+    raise argparse.ArgumentTypeError(f"expected a whole number from 1 on, such as 1000 or 29e6, got {text!r}")
 
 
 def _estimate(options: argparse.Namespace, _: list[str]) -> int:
@@ -51,7 +52,7 @@ def _estimate(options: argparse.Namespace, _: list[str]) -> int:
     from recog_fast.commands.host import cpu_name, host_device
 
     link = None if options.link is None else options.link * 1e9
-    if options.link is not None and not options.link > 0:
+    if options.link is not None and not 0 < options.link < math.inf:
         raise ValueError(f"estimate: expected link > 0 GB/s, got {options.link}")
     device: Any = options.device
     if device == "cpu":

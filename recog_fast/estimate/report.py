@@ -71,12 +71,14 @@ def estimate(
 ) -> Report:  # fmt: skip
     """Cost of a head of `classes` on `gpus` devices with `batch` rows of all of them a step; memory_steps: a prototype memory's delta.
 
-    device: a name of DEVICES, or a Device. Raises ValueError for sizes below 1, unknown names, and what `MarginHead` and `HeadSGD`
+    device: a name of DEVICES, or a Device. Raises ValueError for sizes below 1, memory_steps below 0, unknown names, and what `MarginHead` and `HeadSGD`
     refuse: formats without HeadSGD, planes on several devices, a sample_rate outside (0, 1].
     """
     for name, value in (("classes", classes), ("gpus", gpus), ("batch", batch), ("dimension", dimension), ("subcenters", subcenters)):
         if value < 1:
             raise ValueError(f"estimate: expected {name} >= 1, got {value}")
+    if memory_steps < 0:
+        raise ValueError(f"estimate: expected memory_steps >= 0, got {memory_steps}")
     _check_choices(optimizer, weight_format, momentum_dtype)
     if not 0 < sample_rate <= 1:
         raise ValueError(f"estimate: expected sample_rate in (0, 1], got {sample_rate}")

@@ -130,10 +130,21 @@ def _file(draw: Callable[[Figure, Theme], None], size: tuple[float, float], kind
     with matplotlib.rc_context({"font.size": FONT, "svg.fonttype": "none", "svg.hashsalt": "recog_fast"}):
         figure = Figure(figsize=size, layout="constrained")
         draw(figure, LIGHT)
+        _as_written(figure)
         out = io.BytesIO()
         metadata = {"svg": {"Date": None, "Creator": None}, "pdf": {"CreationDate": None}}.get(kind)
         figure.savefig(out, format=kind, dpi=dpi, transparent=kind == "svg", metadata=metadata)
     return out.getvalue()
+
+
+def _as_written(figure: Figure) -> None:
+    """Names may hold dollar signs: only numbers of an axis (powers of ten) are formulas."""
+    for axes in figure.axes:
+        for text in (*axes.texts, axes.title, axes.xaxis.label, axes.yaxis.label):
+            text.set_parse_math(False)
+    for named in (*figure.legends, *(axes.get_legend() for axes in figure.axes)):
+        for text in named.get_texts() if named is not None else ():
+            text.set_parse_math(False)
 
 
 def inline(svg: str, alt: str) -> str:

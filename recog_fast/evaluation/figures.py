@@ -89,7 +89,7 @@ def quality_histograms(stages: Mapping[str, Mapping[str, Values]], xlabel: str =
             axes.set_ylim(0, None)
             # Above the panel, where no hump can run through it.
             if len(rows) > 1:
-                axes.set_title(stage, loc="left", fontsize="medium", color=theme.text, pad=2)
+                axes.set_title(stage, loc="left", parse_math=False, fontsize="medium", color=theme.text, pad=2)
         panels[-1].set_xlim(edges[0], edges[-1])
         panels[-1].set_xlabel(xlabel)
         figure.supylabel("share of the images (linear)", color=theme.muted, fontsize="medium")

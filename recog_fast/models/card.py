@@ -21,10 +21,6 @@ from .registry import build_model
 WEIGHTS, CARD, README = "model.safetensors", "card.json", "README.md"
 FORMAT = 1
 _UNSTATED = "not stated"
-# The five-point template of ArcFace on 112 x 112: eyes, nose, mouth corners (x, y).
-ARCFACE_TEMPLATE = (
-    (38.2946, 51.6963), (73.5318, 51.5014), (56.0252, 71.7366), (41.5493, 92.3655), (70.7299, 92.2041),
-)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -172,14 +172,6 @@ def loop_graphs(wanted: bool) -> Iterator[None]:
         _state.wanted = before
 
 
-def release_graphs() -> None:
-    """Frees the captured loops of every stream and their memory; they are captured anew when needed."""
-    with _LOCK:
-        for graphs in _STREAMS.values():
-            graphs.clear()
-        _STREAMS.clear()
-
-
 def _graphs_here(device: torch.device) -> LoopGraphs:
     stream = torch.cuda.current_stream(device)
     place = (stream.device_index, stream.cuda_stream)

@@ -176,7 +176,7 @@ def environment() -> tuple[int, int, int]:
     values = {}
     for name, default in (("WORLD_SIZE", "1"), ("RANK", "0"), ("LOCAL_RANK", os.environ.get("RANK", "0"))):
         text = os.environ.get(name, default)
-        if not text.isdigit():
+        if not (text.isascii() and text.isdigit()):
             raise ValueError(f"train: expected {name} in the environment as a whole number >= 0, got {text!r}")
         values[name] = int(text)
     size = values["WORLD_SIZE"]
@@ -186,6 +186,9 @@ def environment() -> tuple[int, int, int]:
     if size < 1 or missing or values["RANK"] >= size:
         got = f"without {', '.join(missing)}" if missing else f"RANK={values['RANK']}"
         raise ValueError(f"train: expected WORLD_SIZE >= 1, RANK in [0, WORLD_SIZE), MASTER_ADDR and MASTER_PORT (torchrun sets them), got WORLD_SIZE={size} {got}")
+    port = os.environ["MASTER_PORT"]
+    if not (port.isascii() and port.isdigit() and int(port) < 1 << 16):
+        raise ValueError(f"train: expected MASTER_PORT in the environment as a port below 65536, got {port!r}")
     return values["RANK"], size, values["LOCAL_RANK"]
 
 
@@ -210,8 +213,7 @@ def joined(timeout: float, cuda: bool) -> Iterator[World]:
     if size == 1:
         yield World()
         return
-    store = _store(rank)
-    store.set_timeout(timedelta(seconds=max(timeout, _START)))
+    store = _store(rank, timedelta(seconds=max(timeout, _START)))
     _check_sizes(store, rank, size)
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     inner = dist.PrefixStore("group", store)  # type: ignore[attr-defined]
@@ -227,15 +229,15 @@ def joined(timeout: float, cuda: bool) -> Iterator[World]:
     dist.destroy_process_group()
 
 
-def _store(rank: int) -> Any:
-    """The store of MASTER_ADDR and MASTER_PORT, with keys of this attempt alone.
+def _store(rank: int, timeout: timedelta) -> Any:
+    """The store of MASTER_ADDR and MASTER_PORT, which may be waited for so long, with keys of this attempt alone.
 
     torchrun's agent keeps one store over restarts (torch 2.13), where gloo would find the addresses of the ranks that died.
     """
     agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     host, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
     try:
-        store = dist.TCPStore(host, int(port), is_master=rank == 0 and not agent, wait_for_workers=False)  # type: ignore[attr-defined]
+        store = dist.TCPStore(host, int(port), is_master=rank == 0 and not agent, timeout=timeout, wait_for_workers=False)  # type: ignore[attr-defined]
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"train: expected a store of the ranks at MASTER_ADDR={host} MASTER_PORT={port}, got: {str(error).splitlines()[0]}") from error
     return dist.PrefixStore(f"recog_fast {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)  # type: ignore[attr-defined]

@@ -195,11 +195,12 @@ def confusions(network: Network, head: Any, images: Any, labels: NDArray[np.int6
     other = torch.where(first_is_own, ids[:, 1], ids[:, 0]).cpu().numpy()
     nearest = torch.where(first_is_own, cosine[:, 1], cosine[:, 0]).cpu().numpy()
     target = target.cpu().numpy()
+    pictured = np.isin(other, labels)  # a class that was just added may have none
     seen: set[tuple[int, int]] = set()
     chosen = []
     for i in np.argsort(target - nearest, kind="stable"):
         pair = (int(labels[drawn[i]]), int(other[i]))
-        if pair not in seen and pair[::-1] not in seen:
+        if pictured[i] and pair not in seen and pair[::-1] not in seen:
             seen.add(pair)
             chosen.append(int(i))
     chosen = chosen[:_CONFUSIONS]
