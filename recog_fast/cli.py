@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 from recog_fast import __version__
 from recog_fast.commands import bench as bench_command
 from recog_fast.commands import classes, doctor, identify, interchange, scale, warmup
+from recog_fast.commands import completion as completion_command
 from recog_fast.commands import data as data_commands
 from recog_fast.commands import report as report_command
 from recog_fast.training.commands import add_commands
@@ -28,7 +29,6 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Exit code 2."""
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
-
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -44,7 +44,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.exit(2, f"{command}: error: unrecognized arguments: {' '.join(rest)} (see {command} --help)\n")
     try:
         code: int = options.run(options, rest)
+        sys.stdout.flush()
         return code
+    except BrokenPipeError:  # `recog-fast doctor | head`: the reader has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         print("recog-fast: interrupted", file=sys.stderr)
         return 130
@@ -121,6 +125,7 @@ def _parser() -> argparse.ArgumentParser:
 
     for module in (classes, doctor, scale, warmup):
         module.add(commands, [debug])
+    completion_command.add(commands, [debug], parser)
     return parser
 
 
