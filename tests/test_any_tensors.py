@@ -78,7 +78,9 @@ def test_layout_is_nothing_and_results_are_the_references(p: dict[str, Any]) -> 
     assert all(torch.equal(a, b) for a, b in zip(ours, plain, strict=True)), p
     assert all(torch.equal(a, b) for a, b in zip(before, (odd_x, odd_w, labels), strict=True)), "arguments are left alone"
     assert ours[0].shape == (() if p["reduction"] != "none" else (p["n"],))
-    assert bool(torch.isfinite(ours[0]).all()) and all(bool(torch.isfinite(g).all()) for g in ours[4:]), p
+    assert bool(torch.isfinite(ours[0]).all()) and not any(bool(torch.isnan(g).any()) for g in ours[4:]), p
+    if p["dtype"] != torch.float16:  # dx grows as 1 / |x|, beyond 65504 for short rows
+        assert all(bool(torch.isfinite(g).all()) for g in ours[4:]), p
     if p["d"] > 1 and p["c"] > 1:
         theirs = loss_of(p, odd_x.contiguous().clone(), odd_w.contiguous().clone(), labels, "reference")
         for a, b in zip(ours[:4], theirs[:4], strict=True):

@@ -1,7 +1,7 @@
 """A long soak: training steps of every margin, memory and method in turn, watching what the process holds.
 
     python tools/soak.py --minutes 60 --output benchmarks/results/soak.json    # exit code 1 where memory grew
-    python tools/soak.py --minutes 0.3 --parts heads                           # what tests/test_soak.py runs
+    python tools/soak.py --minutes 0.2 --parts heads --steps 1                    # what tests/test_soak.py runs
 
 A cycle runs every leg of the parts asked for. A leg of `heads` lives as long as the soak and takes some steps a cycle, and a
 second one of its kind is built, stepped, saved, loaded and dropped: the first finds what grows by steps, the second what is never
@@ -167,7 +167,7 @@ class Leg:
         self.head.load_state_dict(self.head.state_dict())
 
 
-def heads() -> Iterator[Step]:
+def heads(steps: int) -> Iterator[Step]:
     """Endless: one cycle over all variants each time it is asked."""
     kinds = variants()
     living = {name: Leg(make(), seed) for seed, (name, make) in enumerate(kinds.items())}
@@ -176,7 +176,7 @@ def heads() -> Iterator[Step]:
     def cycle() -> None:
         chosen = next(saved)  # a checkpoint writes many files: of one variant a cycle
         for name, make in kinds.items():
-            for _ in range(6):
+            for _ in range(steps):
                 living[name].step()
             fresh = Leg(make(), 0)
             fresh.step()
@@ -218,11 +218,11 @@ def training() -> Iterator[Step]:
         yield functools.partial(run, method)
 
 
-def soak(minutes: float, parts: list[str], limit: float, output: Path | None = None) -> dict[str, Any]:
+def soak(minutes: float, parts: list[str], limit: float, steps: int = 6, output: Path | None = None) -> dict[str, Any]:
     """Cycles until the time is over; writes the report so far every five minutes."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    sources = [{"heads": heads, "training": training}[part]() for part in parts]
+    sources = [heads(steps) if part == "heads" else training() for part in parts]
     watch = Watch([], [], [], [], [])
     start = written = time.monotonic()
     while (now := time.monotonic()) - start < 60 * minutes or len(watch.rss) < 8:
@@ -251,9 +251,10 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=60.0)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--limit", type=float, default=16.0, help="MB that RSS may grow after the first quarter (16)")
+    parser.add_argument("--steps", type=int, default=6, help="of every living head a cycle (6)")
     parser.add_argument("--output", type=Path, help="JSON report")
     options = parser.parse_args()
-    result = soak(options.minutes, options.parts, options.limit, options.output)
+    result = soak(options.minutes, options.parts, options.limit, options.steps, options.output)
     print(json.dumps({key: value for key, value in result.items() if key not in ("samples", "columns")}, indent=1))
     print(f"threads now: {threading.active_count()}" if result["wrong"] else "memory is flat")
     return 1 if result["wrong"] else 0
