@@ -9,11 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from training_data import make_folder, settings
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("jsonargparse")
 
+import recog_fast as rf
 from recog_fast.cli import main
 from recog_fast.evaluation.report import read_metrics
 from recog_fast.training import measure
@@ -145,6 +147,15 @@ def test_findings_come_back_as_they_were(run: Path, tmp_path: Path) -> None:
         Findings.load(tmp_path / "new.npz")
 
 
+class _Flat(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.scale * x.flatten(1)
+
+
 class _Head:
     """Counts how many rows are searched."""
 
@@ -156,18 +167,22 @@ class _Head:
 
 
 def test_search_for_confusions_is_bounded_over_many_classes() -> None:
-    import torch
-
-    class Flat(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.scale = torch.nn.Parameter(torch.ones(1))
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.scale * x.flatten(1)
-
     head = _Head()
     images = np.random.default_rng(0).integers(0, 256, (600, 4, 4, 3), dtype=np.uint8)
     with pytest.raises(RuntimeError, match="enough"):
-        measure.confusions(measure.Network(Flat()), head, lambda i: images[i], np.arange(600), 0)
+        measure.confusions(measure.Network(_Flat()), head, lambda i: images[i], np.arange(600), 0)
     assert head.rows == 19  # 2e11 multiplications / (2 x 10M x 512)
+
+
+def test_a_class_without_pictures_is_nobodys_confusion() -> None:
+    images = np.random.default_rng(0).integers(0, 256, (6, 4, 4, 3), dtype=np.uint8)
+    network, labels = measure.Network(_Flat()), np.arange(6)
+    head = rf.MarginHead(7, 48)  # class 6 was just added, where everybody is nearest
+    rows = network.embed(list(images), mirrored=False).plain
+    with torch.no_grad():
+        head.weight[6] = rows.mean(0)
+        head.weight[:6] = -rows
+        head.weight[5] = rows[5]
+    assert int(head.topk(rows, 1)[1][0]) == 6
+    for gallery in measure.confusions(network, head, lambda i: images[i], labels, 0):
+        assert not any("class 6" in item.caption for item in gallery.items)
