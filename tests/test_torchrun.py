@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-import re
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -122,7 +122,7 @@ def test_a_rank_that_hangs_is_named_by_the_others(tmp_path: Path, folder: Path) 
             _, said = started[rank].communicate(timeout=60)
             assert started[rank].returncode == 1
             assert "rank 1 of 3 did not answer" in said
-            assert re.search(r"train: (saving after )?step \d+: rank 1", said)  # wherever the others were when it stopped
+            assert re.search(r"train: error: (saving after )?step \d+: rank 1", said)  # wherever the others were when it stopped
     finally:
         for process in started:
             process.kill()
