@@ -25,6 +25,14 @@ FEW_FALSE_ACCEPTS = 10
 MOST_CURVES = 5
 MOST_ROWS = 40
 MOST_TILES = 6
+LOSS = (
+    "Of the labelled rows, with all terms of the method: it may rise while the margin still grows, and jumps where a term begins "
+    "(unknown identities, recognizability)."
+)
+INDEX = (
+    "Target of the quality head (docs/math.md 4) and what it predicts. The index diversion holds a prediction below 2 some 0.3 above "
+    "its target (with the usual weights); a gap that keeps growing is a sign of trouble."
+)
 _FOOTER = (
     "Written by recog_fast; the page holds everything it shows and asks for nothing. Face recognition works on biometric data: "
     "ask for consent, follow the law, measure errors for every group of people concerned."
@@ -155,11 +163,11 @@ def _verification(results: Results, baseline: Results | None, baseline_name: str
 def _training(metrics: plots.Metrics) -> list[Figure]:
     drawn = plots.history_plot
     return [
-        ("Loss", "Of the labelled rows; it may rise while the margin still grows.", drawn(metrics, "loss")),
+        ("Loss", LOSS, drawn(metrics, "loss")),
         ("Target and nearest negative", "The margin pushes the two apart: the gap is what it opened.", drawn(metrics, "cosines")),
         ("Probability", "Of the true class, margin included, so it understates; of unknown people it should stay low.", drawn(metrics, "probability")),
         ("Accuracy on held-out people", "Verification while training, ten folds; the table above is the network at the end.", plots.accuracy_plot(metrics)),
-        ("Recognizability index", "Target of the quality head (docs/math.md 4) and what it predicts: they should meet.", drawn(metrics, "index")),
+        ("Recognizability index", INDEX, drawn(metrics, "index")),
         ("Feature norm", "Of the embeddings before normalisation; a sudden jump is a sign of trouble.", drawn(metrics, "norm")),
         ("Learning rate", "Of the backbone, warm-up first.", drawn(metrics, "lr")),
     ]  # fmt: skip
