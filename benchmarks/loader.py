@@ -4,10 +4,10 @@ python -m benchmarks.loader train.rec          # your own .rec
 python -m benchmarks.loader train.rec --store  # and keeps the table in results/<device>/loader.json and loader.md
 python -m benchmarks.loader                    # 400 images made on the spot
 
-Inside every worker each batch is loaded once (all the worker does for it: index, read, decode, augment, send, wake up) and decoded
-once more by one bare `simplejpeg.decode_jpeg(data, "RGB")` an image, the bytes already in memory, in turns before and after. Both
+Inside every worker blocks of batches take turns: eight are loaded (all a worker does for them: index, read, decode, augment, send, wake
+up), then the same images are decoded by one bare `simplejpeg.decode_jpeg(data, "RGB")` each, the bytes already in memory. Both
 are CPU time of the same process over the same bytes, so other work on the machine touches both; the share is the median of the
-batches' ratios. "decode_image" is this package's decoder, which looks at the header first.
+blocks' ratios. "decode_image" is this package's decoder, which looks at the header first.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from recog_fast.training.data import TrainingImages, step_loader
 
 from . import machine
 
-WARM = 4  # batches of a worker that are left out: imports, first pages
+BLOCK = 8  # batches
 AUGMENTATIONS = {
     "none": Augmentation(flip=0.0),
     "flip (default)": Augmentation(),
@@ -72,32 +72,33 @@ def _cpu_seconds(work: Callable[[], object]) -> float:
 
 
 class Probe(StepImages):
-    """Training images whose worker also decodes each batch alone; `times` (workers, batches, 3) of seconds of CPU a batch:
-    loading, bare decoding, decode_image."""
+    """Training images whose worker also decodes every block of batches alone; `times` (workers, blocks, 3) of seconds of CPU a
+    block: loading, bare decoding, decode_image. The first block warms up: imports, first pages."""
 
-    def __init__(self, images: TrainingImages, pool: Any, workers: int, batches: int) -> None:
+    def __init__(self, images: TrainingImages, pool: Any, workers: int, blocks: int) -> None:
         super().__init__(images, pool)
         self.source: Any = images.splits[0]
-        self.times = torch.zeros(workers, batches, 3, dtype=torch.float64).share_memory_()
-        self.calls, self.left = 0, 0.0
+        self.times = torch.zeros(workers, blocks, 3, dtype=torch.float64).share_memory_()
+        self.block, self.began, self.keys = -1, time.process_time(), list[tuple[int, int]]()
+        self.batches = 0
 
     def __getitems__(self, keys: Sequence[tuple[int, int]]) -> Any:
-        between = time.process_time() - self.left  # sending the last batch, being woken up for this one
+        if self.batches == BLOCK:
+            self._finish(time.process_time() - self.began)
+        self.batches += 1
+        self.keys += keys
+        return super().__getitems__(keys)
+
+    def _finish(self, loading: float) -> None:
         split = self.source
-        data = [split.source.encoded(int(split.indices[i]))[0] for _, i in keys]
-        decoded: list[float] = []
-        if self.calls % 2:
-            decoded = self._decoding(data)
-        sent: list[Any] = []
-        loading = _cpu_seconds(lambda: sent.append(super(Probe, self).__getitems__(keys)))
-        decoded = decoded or self._decoding(data)
+        data = [split.source.encoded(int(split.indices[i]))[0] for _, i in self.keys]
         worker = torch.utils.data.get_worker_info()
-        if self.calls < self.times.shape[1]:
-            self.times[worker.id if worker else 0, self.calls] = torch.tensor([between + loading, *decoded])
-        self.calls += 1
+        if 0 <= self.block < self.times.shape[1]:
+            self.times[worker.id if worker else 0, self.block] = torch.tensor([loading, *self._decoding(data)])
+        self.block, self.batches = self.block + 1, 0
+        self.keys.clear()
         del data
-        self.left = time.process_time()
-        return sent[0]
+        self.began = time.process_time()
 
     def _decoding(self, data: list[bytes]) -> list[float]:
         import simplejpeg  # type: ignore[import-untyped, unused-ignore]
@@ -113,27 +114,26 @@ class Probe(StepImages):
         return [_cpu_seconds(bare), _cpu_seconds(whole)]
 
 
-def measured(kind: str, path: Path, augment: Augmentation, workers: int, batches: int = 64, rows: int = 64) -> dict[str, Any]:
-    """CPU microseconds of an image and the share of the decode rate, medians and quartiles over the batches of all workers."""
+def measured(kind: str, path: Path, augment: Augmentation, workers: int, blocks: int = 12, rows: int = 64) -> dict[str, Any]:
+    """CPU microseconds of an image and the share of the decode rate, medians and quartiles over the blocks of all workers."""
     with tempfile.TemporaryDirectory() as output:
         data = DataConfig(kind=kind, path=str(path), size=112)  # type: ignore[arg-type]
         config = TrainConfig(data=data, augment=augment, batch_size=rows, num_workers=workers, output=output)
         images = TrainingImages(config)
         position, plain = step_loader(images, config, pin_memory=False)
-        probe = Probe(images, position.pool, workers, batches + WARM + 1)
+        probe = Probe(images, position.pool, workers, blocks)
         loader: DataLoader[Any] = DataLoader(
             probe, batch_sampler=position, num_workers=workers, prefetch_factor=plain.prefetch_factor,
             collate_fn=as_it_is, persistent_workers=True, generator=torch.Generator(),
         )  # fmt: skip
-        taken = 0
-        while taken < workers * (batches + WARM + 1):
-            taken += sum(1 for _ in position.track(loader))
-    times = probe.times[:, WARM:-1].reshape(-1, 3).numpy()
-    times = times[(times > 0).all(axis=1)]
-    per_image = np.median(times, axis=0) / rows * 1e6
+        while not bool((probe.times[:, -1] > 0).all()):
+            for _ in position.track(loader):
+                pass
+    times = probe.times.reshape(-1, 3).numpy()
+    per_image = np.median(times, axis=0) / (rows * BLOCK) * 1e6
     shares = np.quantile(times[:, 1:] / times[:, :1], [0.25, 0.5, 0.75], axis=0)
     return {
-        "batches": len(times), "loading_us": round(float(per_image[0]), 1), "decode_us": round(float(per_image[1]), 1),
+        "blocks": len(times), "loading_us": round(float(per_image[0]), 1), "decode_us": round(float(per_image[1]), 1),
         "images_a_second": round(1e6 / float(per_image[0])),
         "share_of_bare_decoding": [round(float(v), 3) for v in shares[:, 0]],
         "share_of_decode_image": [round(float(v), 3) for v in shares[:, 1]],
@@ -155,7 +155,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def main(rec: Path, workers: Sequence[int], batches: int, place: Path) -> list[dict[str, Any]]:
+def main(rec: Path, workers: Sequence[int], blocks: int, place: Path) -> list[dict[str, Any]]:
     """Every augmentation from the .rec, and the same images from a folder and a tar with the default one."""
     source = RecordDataset(rec, decode=False)
     cases = [("rec", rec, name, count) for count in workers for name in AUGMENTATIONS]
@@ -164,7 +164,7 @@ def main(rec: Path, workers: Sequence[int], batches: int, place: Path) -> list[d
         cases.append((kind, target, "flip (default)", workers[0]))
     rows = []
     for kind, path, name, count in cases:
-        found = {"source": kind, "augmentation": name, "workers": count, **measured(kind, path, AUGMENTATIONS[name], count, batches)}
+        found = {"source": kind, "augmentation": name, "workers": count, **measured(kind, path, AUGMENTATIONS[name], count, blocks)}
         rows.append(found)
         print(table([found]).splitlines()[-1], flush=True)
     return rows
@@ -184,12 +184,12 @@ def store(rows: list[dict[str, Any]], images: int, size: int) -> Path:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("rec", nargs="?", type=Path)
-    parser.add_argument("--batches", type=int, default=64)
+    parser.add_argument("--blocks", type=int, default=12, help="of eight batches a worker")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--store", action="store_true")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         rec = options.rec or made(Path(scratch))
-        found = main(rec, options.workers, options.batches, Path(scratch))
+        found = main(rec, options.workers, options.blocks, Path(scratch))
         if options.store:
             print(store(found, len(RecordDataset(rec)), rec.stat().st_size))
