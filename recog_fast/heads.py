@@ -175,8 +175,7 @@ class MarginHead(ClassQueries):
 
         def check() -> None:
             nonlocal flags
-            # ranks agree on the host before each call: nothing is left for later there
-            flags = self._check(embeddings, labels, keys, check_labels or self.shards is not None)
+            flags = self._check(embeddings, labels, keys, check_labels)
             check_options("MarginHead", embeddings, self.scale, reduction, self.unknown_weight, sample_weight, normalizer, self.compute_dtype)
             self._clock(step)
 
@@ -186,7 +185,7 @@ class MarginHead(ClassQueries):
         if self.training and self._fused is None and self.memory is not None:
             self.memory.flush()
         now = self._clock(step)
-        rows = GlobalBatch(embeddings, labels, sample_weight) if shard is None else gather_batch(embeddings, labels, sample_weight, shard)
+        rows = GlobalBatch(embeddings, labels, sample_weight) if shard is None else gather_batch(embeddings, labels, sample_weight, shard, flags)
         options = LossOptions(
             margin=self.margin,
             scale=self.scale,
@@ -205,6 +204,7 @@ class MarginHead(ClassQueries):
             drop_mass=self.drop_mass if recording else 0.0,
             drop_elements=self.drop_elements,
             flags=flags,
+            spoiled=rows.spoiled,
             residual=self.weight_low,
         )
         if shard is None:
@@ -270,6 +270,7 @@ class MarginHead(ClassQueries):
         """ValueError where an earlier CUDA batch had labels out of range or non-finite rows; waits for the device.
 
         The next forward and `HeadSGD.step` raise it too, but for batches of a replayed CUDA graph (`replays`), which only this sees.
+        Of a sharded head: this rank's rows; there the next forward raises, on every rank, and `HeadSGD.step` does not.
         """
         self._flags.raise_noted(fresh=replays)
 

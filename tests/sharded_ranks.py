@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import pickle
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from sharded import D, Problem, build, one_step, optimizer_of, rows_of, state_of
 from torch import Tensor
+from waiting import no_waiting
 
 import recog_fast as rf
 from recog_fast.checkpoint import CheckpointError, files, load_checkpoint, save_checkpoint, save_checkpoint_async
@@ -275,3 +278,51 @@ def gradients_of_ddp(group: Any, cap: float) -> tuple[list[int], list[int]]:
         ready.clear()
         model(torch.randn(3, 40, generator=torch.Generator().manual_seed(step))).sum().backward()
     return seen, ready
+
+
+DEFERS = ("recog_fast.ops._flags.defers", "recog_fast.losses.defers", "recog_fast.sharding.rows.defers", "recog_fast.memory.prototypes.defers")
+
+
+def spoiled_rows(problem: Problem, nonfinite: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """x and labels of step 1 with two bad rows, one of the first rank and one of the last, and a mask of the good ones."""
+    x, labels, _ = rows_of(problem, 10)
+    at = [1, len(x) - 1]
+    x[at[0], 2] = float("nan") if nonfinite else x[at[0], 2]
+    labels[at[0]] = labels[at[0]] if nonfinite else -9
+    labels[at[1]] = problem.classes + 7
+    return x, labels, torch.tensor([i not in at for i in range(len(x))])
+
+
+def deferred_steps(group: Any, problem: Problem, nonfinite: bool) -> dict[str, Any]:
+    """A clean step, one with bad rows that nobody may look at, and what the next two forwards say; CPU tensors taken for a device's.
+
+    group None: the same with the bad rows left out beforehand.
+    """
+    x, labels, good = spoiled_rows(problem, nonfinite)
+    if group is None:
+        x, labels, own = x[good], labels[good], slice(0, int(good.sum()))
+    else:
+        first = sum(problem.sizes[: torch.distributed.get_rank(group)])
+        own = slice(first, first + problem.sizes[torch.distributed.get_rank(group)])
+    with contextlib.ExitStack() as patches:
+        for place in DEFERS if group is not None else ():
+            patches.enter_context(mock.patch(place, lambda tensor: True))
+        head = build(problem, group)
+        optimizer = optimizer_of(problem, head)
+        one_step(problem, head, optimizer, 0, slice(0, sum(problem.sizes)) if group is None else own)
+        optimizer.zero_grad()
+        leaf = x[own].clone().requires_grad_()
+        with no_waiting(group is not None):
+            keys = None if head.memory is None else leaf.detach()
+            loss, stats = head(leaf, labels[own], keys=keys, return_stats=True)
+            loss.backward()
+            optimizer.step()
+        assert leaf.grad is not None
+        found: dict[str, Any] = {"loss": loss.detach(), "dx": leaf.grad, "lse": stats.lse, **state_of(head, optimizer), "said": []}
+        for step in (2, 3) if group is not None else ():
+            try:
+                one_step(problem, head, optimizer, step, own)
+                found["said"].append("")
+            except ValueError as error:
+                found["said"].append(str(error))
+    return found

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops._deferred import DeferredReport
+from ..ops._flags import defers
 from ..ops.memory_write import memory_write
 from .checks import bad_rows, check_batch, check_entries, check_ids, check_sizes, check_step, complaint, normalised
 from .entries import Entries, Injection, Write
@@ -107,24 +108,25 @@ class PrototypeMemory(nn.Module):
         `stats`.
         """
 
-        def check() -> tuple[int, Tensor, Tensor, Tensor]:
-            self._raise_deferred(wait=False)
+        def check(report: bool = True) -> tuple[int, Tensor, Tensor, Tensor]:
+            if report:
+                self._raise_deferred(wait=False, agreed=True)
             now = check_step("PrototypeMemory.write", step)
             check_batch(embeddings, labels, self.embedding_dim, self.ring.device)
             raw = embeddings.detach().to(torch.promote_types(self.ring_strength.dtype, embeddings.dtype))
             norms = torch.linalg.vector_norm(raw, dim=1)  # (N,)
-            return now, raw, norms, self._check_values(norms, labels.long())
+            return now, raw, norms, self._check_values(norms, labels.long(), report)
 
         if self.share is not None:
             embeddings, labels = self.share(check, embeddings, labels, step)
-        now, raw, norms, labels = check()
+        now, raw, norms, labels = check(report=self.share is None)  # each rank says what its own rows had
         self._warn_normalised(norms, labels)
         unit = torch.where(norms > _ZERO_NORM, 1.0 / norms, 0.0).unsqueeze(1) * raw
         self._queue.append(Write(unit.to(self.ring.dtype), norms, labels.clone(), now))
 
     def _warn_normalised(self, norms: Tensor, labels: Tensor) -> None:
         """Says once where a policy that reads norms gets embeddings that have none left."""
-        if self._reads_norms and norms.device.type == "cpu" and normalised(norms, labels):
+        if self._reads_norms and not defers(norms) and normalised(norms, labels):
             self._reads_norms = False
             warnings.warn(
                 f"PrototypeMemory: {type(self.policy).__name__} weighs samples by the norm of raw embeddings, and all of these "
@@ -311,11 +313,11 @@ class PrototypeMemory(nn.Module):
             return local
         return torch.where(local >= 0, self.slot[local.clamp(min=0)].long(), -1)
 
-    def _check_values(self, norms: Tensor, labels: Tensor) -> Tensor:
-        """Labels with the bad rows refused: on CPU by an error, on CUDA set to -1 and reported."""
+    def _check_values(self, norms: Tensor, labels: Tensor, report: bool) -> Tensor:
+        """Labels with the bad rows refused: on CPU by an error, on CUDA set to -1 and, with `report`, reported."""
         bad = bad_rows(norms, labels, self.num_classes)
-        if labels.device.type == "cuda":
-            return self._defer(bad, labels)
+        if defers(labels):
+            return self._defer(bad, labels) if report else torch.where(bad, -1, labels)
         if bool(bad.any()):
             row = int(bad.nonzero()[0])
             raise ValueError(complaint(row, int(labels[row]), self.num_classes))
@@ -332,9 +334,10 @@ class PrototypeMemory(nn.Module):
         self._deferred.post(self._report)
         return torch.where(bad, -1, labels)
 
-    def _raise_deferred(self, *, wait: bool) -> None:
-        """Acts on the last report: one warning about evictions, an error about bad rows."""
-        report = self._deferred.poll(wait=wait)
+    def _raise_deferred(self, *, wait: bool, agreed: bool = False) -> None:
+        """Acts on the last report: one warning about evictions, an error about bad rows; of a sharded head's memory only where the
+        ranks agree on errors."""
+        report = self._deferred.poll(wait=wait) if agreed or self.share is None else None
         if report is None:
             return
         count, row, label, evicted = report

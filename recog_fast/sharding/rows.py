@@ -8,9 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..ops._flags import BAD_LABEL, RowFlags, defers
 from .group import ShardGroup
 from .softmax import Shard
 
+_SPOILED = BAD_LABEL - 1  # label under which a non-finite row travels
 _PIECE = 1 << 22  # elements drawn at a time; a multiple of 16: torch.normal_ makes them in sixteens
 
 
@@ -20,13 +22,23 @@ class GlobalBatch(NamedTuple):
     embeddings: Tensor  # (N, D) raw
     labels: Tensor  # (N,) int64, global
     sample_weight: Tensor | None  # (N,)
+    spoiled: Tensor | None = None  # (N,) bool: rows found non-finite without waiting for the device, here all 0
 
 
-def gather_batch(embeddings: Tensor, labels: Tensor, sample_weight: Tensor | None, shard: Shard) -> GlobalBatch:
-    """One all-gather of x (x^ and |x| follow from it, in double, on every rank alike), label and sample weight."""
-    columns = [embeddings, labels.to(torch.int64), *([] if sample_weight is None else [sample_weight])]
-    rows, ids, *weights = shard.gather(columns)
-    return GlobalBatch(rows, ids, weights[0] if weights else None)
+def gather_batch(embeddings: Tensor, labels: Tensor, sample_weight: Tensor | None, shard: Shard, flags: RowFlags | None = None) -> GlobalBatch:
+    """One all-gather of x (x^ and |x| follow from it, in double, on every rank alike), label and sample weight.
+
+    flags: where rows were not looked at before (CUDA), they take this rank's bad ones, which have label -2 on every rank.
+    """
+    ids = labels.to(torch.int64)
+    if flags is not None:
+        ids, bad = flags.screen(embeddings.detach(), ids, shard.group.num_classes)
+        ids = torch.where(bad, _SPOILED, ids)
+        embeddings = embeddings.detach().masked_fill(bad.unsqueeze(1), 0.0)
+    rows, ids, *weights = shard.gather([embeddings, ids, *([] if sample_weight is None else [sample_weight])])
+    # A rank that looked at once has none, and learns here of those of the others.
+    spoiled = ids == _SPOILED if defers(ids) else None
+    return GlobalBatch(rows, ids if spoiled is None else ids.clamp_min(BAD_LABEL), weights[0] if weights else None, spoiled)
 
 
 def initial_rows(shape: tuple[int, ...], start: int, stop: int) -> Tensor:

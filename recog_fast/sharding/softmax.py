@@ -111,6 +111,8 @@ class _ShardedMarginSoftmax(torch.autograd.Function):
             unit, norms = exact.to(weight.dtype), lengths.to(weight.dtype)
             batch, stats, unknown = _sweep(unit, norms, exact, weight, labels, options, shard)
             losses = _row_losses(batch, unknown, options)
+            if options.spoiled is not None:
+                losses = losses.masked_fill(options.spoiled, float("nan"))
             shares = _row_shares(batch, unknown, options)
             loss = losses[shard.own] if options.reduction == "none" else (losses * shares).sum()
         ctx.save_for_backward(weight)
@@ -188,7 +190,7 @@ def _sweep(
         sums.index,
         torch.where(labelled, 1 - q, zero).float(),
         torch.where(labelled, sub, torch.zeros_like(sub)),
-        torch.where(labelled, zero, probability).float(),
+        torch.where(labels == -1, probability, zero).float(),
         _dropped_mass(q, dropped, sums.listed).float(),
     )
     batch = Batch(unit, norms, labels, targets, prototypes, leaf, norm_leaf, target, penalty, rules, lse, sums.pull, q, half, kept, dropped)
@@ -303,8 +305,8 @@ def _scattered(batch: Batch, top: Tensor | None, at: Tensor, options: LossOption
 
 def _reject_unknown(batch: Batch, exact: Tensor, nearest: Tensor, weight: Tensor, options: LossOptions, shard: Shard) -> Unknown | None:
     """`ops._unknown._reject_double` over all ranks' classes, for all unlabelled rows; d_unit is of own rows. Scatters the batch."""
-    at = (batch.labels == -1).nonzero().squeeze(1)
-    if options.unknown_weight == 0 or at.numel() == 0:
+    at = batch.labels[:0] if options.unknown_weight == 0 else (batch.labels == -1).nonzero().squeeze(1)  # waits for a device
+    if at.numel() == 0:
         _scattered(batch, None, at, options, shard)
         return None
     classes, local = shard.group.num_classes, shard.local(nearest[at])
