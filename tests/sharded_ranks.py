@@ -306,7 +306,7 @@ def deferred_steps(group: Any, problem: Problem, nonfinite: bool) -> dict[str, A
         own = slice(first, first + problem.sizes[torch.distributed.get_rank(group)])
     with contextlib.ExitStack() as patches:
         for place in DEFERS if group is not None else ():
-            patches.enter_context(mock.patch(place, lambda tensor: True))
+            patches.enter_context(mock.patch(place, return_value=True))
         head = build(problem, group)
         optimizer = optimizer_of(problem, head)
         one_step(problem, head, optimizer, 0, slice(0, sum(problem.sizes)) if group is None else own)
