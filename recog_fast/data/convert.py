@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .datasets import FolderDataset, TarDataset, ZipDataset
+from .archives import TarDataset, ZipDataset
+from .datasets import FolderDataset
 from .images import EncodedDataset, image_format
 from .opening import KINDS
 from .record_dataset import RecordDataset
