@@ -151,12 +151,12 @@ class ListDataset(NamedDataset):
         source = Path(path)
         if not source.is_file() or source.suffix not in (".csv", ".jsonl"):
             raise ValueError(f"ListDataset: expected path to be a .csv or .jsonl file, got {source}")
-        base = Path(root) if root is not None else source.parent
+        self.root = os.fspath(source.parent if root is None else Path(root))
         labels = Numbering()
 
         def images() -> Iterator[str]:
             for number, name, label in _list_rows(source):
-                image = os.path.join(base, name)
+                image = os.path.join(self.root, name)
                 if not os.path.isfile(image):
                     raise ValueError(
                         f"ListDataset: expected an image in line {number} of {source}, got {image}, which is no file"
@@ -165,7 +165,7 @@ class ListDataset(NamedDataset):
                 yield name
 
         try:
-            paths = PackedNames(images(), os.fspath(base))
+            paths = PackedNames(images(), self.root)
         except (UnicodeDecodeError, csv.Error) as error:
             raise ValueError(f"ListDataset: expected UTF-8 text in {source}, got {error}") from error
         if not len(paths):
