@@ -58,9 +58,10 @@ class NamedDataset(EncodedDataset):
 
     def _read(self, index: int) -> bytes:
         """The file itself, for sources whose paths are files."""
-        if os.path.getsize(self.paths[index]) > MAX_ENCODED_BYTES:
+        path = Path(self.paths[index])
+        if path.stat().st_size > MAX_ENCODED_BYTES:
             raise ValueError(f"more than {MAX_ENCODED_BYTES} bytes")
-        return Path(self.paths[index]).read_bytes()
+        return path.read_bytes()
 
 
 def is_image(name: str) -> bool:
