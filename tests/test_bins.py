@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import pickle
 import pickletools
@@ -11,11 +10,9 @@ import time
 from pathlib import Path
 
 import numpy as np
-import PIL.Image
 import pytest
-from paths import data_dir
 
-from recog_fast.data import decode_image, read_bin
+from recog_fast.data import read_bin
 
 IMAGES = [b"\xff\xd8 one", b"", bytes(range(256)), b"four" * 100]
 SAME = [True, False]
@@ -152,20 +149,3 @@ def test_mutations(tmp_path: Path) -> None:
             assert "damaged.bin" in str(error)
             refused += 1
     assert refused > 100
-
-
-def test_small_lfw() -> None:
-    images, same = read_bin(data_dir() / "formats" / "small_lfw.bin")
-    assert (len(images), same) == (20, [True] * 10)
-    for data in images:
-        pillow = np.asarray(PIL.Image.open(io.BytesIO(data)).convert("RGB"))
-        assert np.array_equal(decode_image(data), pillow)
-
-
-def test_lfw_fold05() -> None:
-    folder = data_dir() / "lfw112"
-    images, same = read_bin(folder / "lfw_fold05.bin")
-    rows = (folder / "lfw_fold05.tsv").read_text().splitlines()
-    assert (len(images), len(same), sum(same)) == (1200, 600, 300)
-    assert same == [row.split("\t")[2] == "1" for row in rows]
-    assert all(image.startswith(b"\xff\xd8") for image in images)

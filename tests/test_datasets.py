@@ -353,11 +353,6 @@ def test_omniglot() -> None:
     assert len(numbers) == 964
 
 
-def test_orl_folder() -> None:
-    dataset = FolderDataset(data_dir() / "orl")
-    assert (len(dataset), dataset.num_classes, dataset[0][0].shape) == (400, 40, (112, 92, 3))
-
-
 def test_one_wild_label_costs_nothing(root: Path) -> None:
     (root / "wild.csv").write_text("greek/c01/a.png,2147483647\n")
     dataset = ListDataset(root / "wild.csv")

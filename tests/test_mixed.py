@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import tracemalloc
 from typing import Any
 
 import numpy as np
@@ -105,3 +106,15 @@ def test_streams_refuse() -> None:
         StreamBatches([3, 1], [1, 2])
     with pytest.raises(ValueError, match="expected a state of streams"):
         StreamBatches([5], [1]).load_state_dict(StreamBatches([5], [2]).state_dict())
+
+
+@pytest.mark.parametrize("buffer", [0, 100])
+def test_an_epoch_is_an_array_and_no_list_of_keys(buffer: int) -> None:
+    """8 bytes an image stay, 40 at most while the order is made; a list of (epoch, index) takes 100."""
+    count = 100_000
+    streams = StreamBatches([count, 2 * count], [96, 32], buffer=buffer)
+    tracemalloc.start()
+    first = next(batches := iter(streams))
+    held, peak = (size / (3 * count) for size in tracemalloc.get_traced_memory())
+    tracemalloc.stop()
+    assert len(first) == 128 and len(next(batches)) == 128 and held < 10 and peak < 40

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -66,6 +67,18 @@ def test_order_is_a_function_of_seed_and_epoch_and_resumes_in_the_middle() -> No
 def _epoch(position: MixedBatches, epoch: int) -> list[list[tuple[int, int]]]:
     position.set_epoch(epoch)
     return list(position)
+
+
+@pytest.mark.parametrize("buffer", [0, 100])
+def test_an_epoch_is_two_arrays(buffer: int) -> None:
+    """8 bytes for each row of the epoch stay, however many unlabelled images there are; no list of keys."""
+    count = 100_000
+    order = MixedBatches(np.arange(count), np.arange(count, 5 * count), 96, 32, buffer=buffer)
+    tracemalloc.start()
+    assert len(next(batches := iter(order))) == len(next(batches)) == 128
+    held, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert held < 9 * (count + count // 3) and peak < 40 * 5 * count
 
 
 def test_nothing_of_one_kind_is_refused() -> None:

@@ -13,7 +13,14 @@ import pytest
 scipy_io = pytest.importorskip("scipy.io")
 from paths import data_dir
 
-from recog_fast.data import read_ijb_landmarks, read_ijb_media, read_ijb_pairs, read_survface_pairs, read_tinyface
+from recog_fast.data import (
+    protocols,
+    read_ijb_landmarks,
+    read_ijb_media,
+    read_ijb_pairs,
+    read_survface_pairs,
+    read_tinyface,
+)
 from recog_fast.data.matlab import read_matlab
 
 
@@ -117,3 +124,88 @@ def test_tinyface_protocol_equals_scipy() -> None:
         names, ids = read_tinyface(path)
         assert names == [str(cell.item()) for cell in theirs[f"{stem}_set"].ravel()]
         assert np.array_equal(ids, theirs[f"{stem}_ids"].ravel())
+
+
+def hdf5(block: int) -> bytes:
+    """The head of a version 7.3 file: MATLAB's header in a block of 512 bytes, or none (hdf5storage, h5py)."""
+    text = b"MATLAB 7.3 MAT-file, Platform: GLNXA64, HDF5 schema 1.00 .".ljust(124) + b"\x00\x02IM"
+    return (text.ljust(512, b"\0") if block else b"") + b"\x89HDF\r\n\x1a\n" + bytes(200)
+
+
+@pytest.mark.parametrize("read", [read_tinyface, read_survface_pairs])
+def test_version_7_3_is_refused_by_name(tmp_path: Path, read: Any) -> None:
+    for block in (0, 512):
+        (tmp_path / "new.mat").write_bytes(hdf5(block))
+        with pytest.raises(ValueError, match=rf"{read.__name__}: .*new.mat, got .*version 7.3 MAT-file \(HDF5\).* -v7"):
+            read(tmp_path / "new.mat")
+    scipy_io.savemat(tmp_path / "old.mat", {"gallery_ids": np.arange(3)}, format="4")
+    with pytest.raises(ValueError, match="no version 5 MAT-file"):
+        read(tmp_path / "old.mat")
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+@pytest.mark.parametrize("number", [np.uint8, np.uint16, np.float64])
+def test_survface_as_it_is_spread(tmp_path: Path, compressed: bool, number: type) -> None:
+    """The five files of its two test sets: (n, 2) cells of pairs, (n, 1) cells of names with (n, 1) ids; from them the protocols."""
+    people = [9, 9, 10, 200]
+    gallery = [f"{person}_cam{k}_{k + 1}.jpg" for k, person in enumerate(people)]
+    for name, pairs in (("positive", [gallery[:2]]), ("negative", [gallery[1:3], gallery[2:4]])):
+        path = tmp_path / f"{name}_pairs_names.mat"
+        scipy_io.savemat(path, {f"{name}_pairs_names": cells(pairs)}, do_compression=compressed)
+        assert read_survface_pairs(path) == [tuple(pair) for pair in pairs]
+    for name in ("gallery", "mated_probe"):
+        path = tmp_path / f"{name}_img_ID_pairs.mat"
+        content = {f"{name}_set": cells([[one] for one in gallery]), f"{name}_ids": np.array(people, number)[:, None]}
+        scipy_io.savemat(path, content, do_compression=compressed)
+        names, ids = read_tinyface(path)
+        assert names == gallery and ids.tolist() == people and ids.dtype == np.int64
+
+
+def test_byte_order_of_the_other_kind(tmp_path: Path) -> None:
+    """The same variables from a big-endian machine."""
+    names = b"".join(
+        struct.pack(">6I", 14, 56, 6, 8, 4, 0) + struct.pack(">2I2i", 5, 8, 1, 5) + struct.pack(">4I", 1, 0, 16, 5) + text + b"\0\0\0"
+        for text in (b"a.jpg", b"b.jpg")
+    )
+    head = struct.pack(">4I", 6, 8, 1, 0) + struct.pack(">2I2i", 5, 8, 2, 1)
+    cell = head + struct.pack(">2I", 1, 9) + b"probe_set".ljust(16, b"\0") + names
+    numbers = struct.pack(">4I", 6, 8, 6, 0) + struct.pack(">2I2i", 5, 8, 2, 1) + struct.pack(">2I", 1, 9) + b"probe_ids".ljust(16, b"\0")
+    numbers += struct.pack(">2I2d", 9, 16, 7.0, 300.0)
+    data = b"MATLAB 5.0".ljust(124) + b"\x01\x00MI"
+    for part in (cell, numbers):
+        data += struct.pack(">2I", 14, len(part)) + part
+    (tmp_path / "big.mat").write_bytes(data)
+    assert scipy_io.loadmat(tmp_path / "big.mat")["probe_ids"].ravel().tolist() == [7, 300]
+    assert read_tinyface(tmp_path / "big.mat")[0] == ["a.jpg", "b.jpg"]
+    assert read_tinyface(tmp_path / "big.mat")[1].tolist() == [7, 300]
+
+
+@pytest.mark.parametrize(
+    ("text", "lines"),
+    [
+        (b"1 2 0\n3 4 1", 2),
+        (b"\n1\t2  0 \r\n\r\n3 4 1\r\n\n", 2),
+        (b"1 2 0\r3 4 1\r", 2),  # old line ends: not the fast path's
+        (b"1 2 0 3 4 1\n", 0),
+        (b"1 2\n0 3\n4 1\n", 0),
+        (b"1 2 0\n3 4\n1\n", 0),
+        (b"\n \n", 0),
+        (b"1 2 9223372036854775807\n", 0),
+        (b"1 2 1\n" * 5000, 5000),
+    ],
+)
+def test_ijb_pairs_in_blocks_are_those_line_by_line(
+    tmp_path: Path, text: bytes, lines: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several blocks, blank lines, other line ends, lines of too few fields that add up: what the reader by lines says."""
+    (tmp_path / "pairs.txt").write_bytes(text)
+    found = []
+    for parse in (protocols._number_table, lambda data, columns: None):
+        monkeypatch.setattr(protocols, "_number_table", parse)
+        monkeypatch.setattr(protocols, "_BLOCK", 700)
+        try:
+            pairs = read_ijb_pairs(tmp_path / "pairs.txt")
+            found.append([pairs.first.tolist(), pairs.second.tolist(), pairs.same.tolist()])
+        except ValueError as error:
+            found.append([str(error)])
+    assert found[0] == found[1] and len(found[0]) == (3 if lines else 1) and (not lines or len(found[0][0]) == lines)

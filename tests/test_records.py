@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import pickle
 import struct
@@ -233,23 +232,6 @@ def test_mutations_give_clean_errors(tmp_path: Path) -> None:
     assert failures > 130
 
 
-def test_magic_split_file() -> None:
-    folder = data_dir() / "formats"
-    rows = [line.split("\t") for line in (folder / "magic_split.tsv").read_text().splitlines()[1:]]
-    found = [(str(k), str(len(p)), hashlib.sha256(p).hexdigest()) for k, p in read_records(folder / "magic_split.rec")]
-    assert found == [tuple(row) for row in rows]
-
-
-@pytest.mark.parametrize(
-    "name", ["formats/magic_split", "formats/label_array", "formats/orl_noheader", "lfw112/train_sets1-4/train"]
-)
-def test_writer_equals_mxnet(tmp_path: Path, name: str) -> None:
-    source = data_dir() / f"{name}.rec"
-    write_records(tmp_path / "o.rec", read_records(source))
-    assert (tmp_path / "o.rec").read_bytes() == source.read_bytes()
-    assert (tmp_path / "o.idx").read_bytes() == source.with_suffix(".idx").read_bytes()
-
-
 def test_orl_without_record_0() -> None:
     folder = data_dir()
     dataset = RecordDataset(folder / "formats" / "orl_noheader.rec")
@@ -264,12 +246,6 @@ def test_orl_without_record_0() -> None:
     # One label, one folder.
     pairs = {(int(label), paths[key].split("/")[0]) for key, label in zip(dataset.keys, dataset.labels, strict=True)}
     assert len(pairs) == 40
-
-
-def test_label_array_file() -> None:
-    dataset = RecordDataset(data_dir() / "formats" / "label_array.rec")
-    assert dataset.labels.tolist() == [k // 3 for k in range(10)]
-    assert dataset[9][0].shape == (112, 112, 3) and dataset[9][1] == 3
 
 
 def test_lfw_train(tmp_path: Path) -> None:

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from . import degradations as degradations
+    from .archives import TarDataset as TarDataset
+    from .archives import ZipDataset as ZipDataset
     from .augment import Augmentation as Augmentation
     from .augment import Augmented as Augmented
     from .bins import read_bin as read_bin
@@ -21,8 +23,6 @@ if TYPE_CHECKING:
     from .convert import convert_dataset as convert_dataset
     from .datasets import FolderDataset as FolderDataset
     from .datasets import ListDataset as ListDataset
-    from .datasets import TarDataset as TarDataset
-    from .datasets import ZipDataset as ZipDataset
     from .images import CorruptImage as CorruptImage
     from .images import decode_image as decode_image
     from .images import images_to_tensor as images_to_tensor
@@ -62,8 +62,8 @@ _HOME = {
     "SkipCorrupt": "wrappers",
     "StreamBatches": "mixed",
     "SyntheticIdentities": "synthetic",
-    "TarDataset": "datasets",
-    "ZipDataset": "datasets",
+    "TarDataset": "archives",
+    "ZipDataset": "archives",
     "check_dataset": "check",
     "class_subset": "wrappers",
     "convert_dataset": "convert",

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .datasets import FolderDataset, TarDataset, ZipDataset
+from .archives import TarDataset, ZipDataset
+from .datasets import FolderDataset, ListDataset
 from .images import EncodedDataset, image_format
 from .opening import KINDS
 from .record_dataset import RecordDataset
@@ -147,7 +148,7 @@ def _names(source: EncodedDataset, labels: NDArray[np.int64], writer: Target) ->
 
 def _own_names(source: EncodedDataset) -> list[str] | None:
     """Relative paths of the images in their source, None where there are none that say more than a number."""
-    if isinstance(source, FolderDataset):
+    if isinstance(source, (FolderDataset, ListDataset)):
         return [os.path.relpath(path, source.root).replace(os.sep, "/") for path in source.paths]
     if isinstance(source, TarDataset):
         return [TarTarget.original(path) for path in source.paths]

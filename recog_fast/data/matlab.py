@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 MAX_INFLATED = 1 << 28
+_HDF5 = b"\x89HDF\r\n\x1a\n"  # behind a block of 512 bytes in MATLAB's files
 _MATRIX, _COMPRESSED = 14, 15
 _CELL, _CHAR, _NUMERIC = 1, 4, range(6, 16)
 # miINT8 ... miUINT64
@@ -111,8 +112,12 @@ class _Reader:
 def read_matlab(data: bytes) -> dict[str, Matrix]:
     """The variables of a version 5 MAT-file that are numeric arrays or cell arrays of text, by name.
 
-    Raises ValueError or zlib.error for anything else in it, and for more than 2^28 bytes after decompression.
+    Version 5 is what MATLAB's save writes as -v6 and -v7 (compressed) and scipy.io.savemat by default, of either byte order.
+    Raises ValueError or zlib.error for anything else in it, for version 7.3 (HDF5) and 4, and for more than 2^28 bytes after
+    decompression.
     """
+    if data.startswith(_HDF5) or data[512:520] == _HDF5 or (b"MATLAB" in data[:16] and data[124:126] in (b"\0\2", b"\2\0")):
+        raise ValueError("a version 7.3 MAT-file (HDF5); load it in MATLAB and save it with -v7")
     if len(data) < 128 or data[126:128] not in (b"IM", b"MI") or b"MATLAB" not in data[:16]:
         raise ValueError("no version 5 MAT-file")
     order = "<" if data[126:128] == b"IM" else ">"

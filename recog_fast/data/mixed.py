@@ -12,6 +12,7 @@ from torch.utils.data import Dataset, Sampler
 from recog_fast._arguments import is_whole
 
 from .images import Image, LabelledImages, checked_index, read_many
+from .names import Names, joined_names
 from .sampler import ResumableBatches
 
 
@@ -47,9 +48,9 @@ class MixedDataset(Dataset[tuple[Any, int]]):
         )
 
     @property
-    def paths(self) -> list[str]:
+    def paths(self) -> Names:
         """Where each image comes from, source after source."""
-        return [path for dataset in self.datasets for path in dataset.paths]
+        return joined_names([dataset.paths for dataset in self.datasets])
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -157,7 +158,7 @@ class StreamBatches(Sampler[list[tuple[int, int]]]):
         epoch, place = divmod(done, batches.batches_per_epoch)
         while True:
             batches.epoch, batches.done = epoch, place * batches.batch_size * batches.world_size
-            for keys in list(batches):
+            for keys in batches:  # it reads the position once, when it starts
                 yield [(of, start + index) for of, index in keys]
             epoch, place = epoch + 1, 0
 

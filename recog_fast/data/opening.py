@@ -7,7 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .datasets import FolderDataset, ListDataset, TarDataset, ZipDataset
+from .archives import TarDataset, ZipDataset
+from .datasets import FolderDataset, ListDataset
 from .images import EncodedDataset
 from .record_dataset import RecordDataset
 

@@ -1,5 +1,10 @@
 """Protocol files of face benchmarks: TinyFace and SurvFace (MATLAB), IJB-B and IJB-C (text). Names and numbers, no
-images."""
+images.
+
+Which layouts are read is said at each function. MATLAB files: version 5 of either byte order, compressed or not
+(`matlab.read_matlab`); version 7.3 is HDF5 and refused by name. Text: UTF-8, fields separated by spaces or tabs, blank lines
+skipped, any line ends. Of IJB the text files that InsightFace's evaluation spread, not NIST's .csv protocols.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +22,7 @@ PathLike = str | os.PathLike[str]
 Int64 = NDArray[np.int64]
 T = TypeVar("T")
 _LARGEST = 1 << 62
+_BLOCK = 1 << 20  # bytes of text parsed at once
 
 
 def _read(where: str, path: PathLike, kind: str, expected: str, read: Callable[[bytes], T]) -> T:
@@ -36,8 +42,9 @@ def read_tinyface(path: PathLike) -> tuple[list[str], Int64]:
     `gallery_match_img_ID_pairs.mat` (QMUL; Cheng, Zhu, Gong, ACCV 2018), or SurvFace's `gallery_img_ID_pairs.mat` and
     `mated_probe_img_ID_pairs.mat`.
 
-    The file holds one `*_set` of names and one `*_ids` of numbers of the same length. Raises ValueError naming the file
-    for anything else.
+    The file holds one `<name>_set`, a cell array of n file names in a column or a row, and its `<name>_ids`, n whole numbers of
+    any numeric class; <name> is probe, gallery, mated_probe or another word. TinyFace's distractors and SurvFace's unmated
+    probes have no such file: they are the files of their folder. Raises ValueError naming the file for anything else.
     """
 
     def read(data: bytes) -> tuple[list[str], Int64]:
@@ -59,7 +66,8 @@ def read_survface_pairs(path: PathLike) -> list[tuple[str, str]]:
     """The image names of each pair of SurvFace's `positive_pairs_names.mat` or `negative_pairs_names.mat` (QMUL; Cheng,
     Zhu, Gong 2018).
 
-    The file holds one (n, 2) cell array of names. Raises ValueError naming the file for anything else.
+    The file holds one (n, 2) cell array of file names, whatever it is called; n is 5,320 in both. Other variables of numbers
+    are passed over. Raises ValueError naming the file for anything else.
     """
 
     def read(data: bytes) -> list[tuple[str, str]]:
@@ -110,6 +118,27 @@ def _rows(data: bytes, columns: int) -> list[list[str]]:
     return rows
 
 
+def _number_table(data: bytes, columns: int) -> Int64 | None:
+    """(lines, columns) of lines of unsigned numbers, blank ones skipped; None for anything else: `_rows` then finds the line."""
+    if data.translate(None, b"0123456789 \t\r\n"):
+        return None
+    tables, at = [], 0
+    while at < len(data):
+        end = data.find(b"\n", at + _BLOCK) + 1 or len(data)
+        text = np.frombuffer(data, np.uint8, end - at, at)
+        edges = np.flatnonzero(np.diff(np.concatenate([[True], text <= 32, [True]]))).reshape(-1, 2)
+        line = np.cumsum(text == 10)[edges[:, 0]]
+        if len(edges) % columns or (np.diff(edges) > 18).any():
+            return None
+        line = line.reshape(-1, columns)
+        if (line != line[:, :1]).any() or (np.diff(line[:, 0]) == 0).any():
+            return None
+        if len(edges):
+            tables.append(np.fromstring(data[at:end], np.int64, sep=" ").reshape(-1, columns))
+        at = end
+    return np.concatenate(tables) if tables else None
+
+
 def _whole(fields: list[str]) -> Int64:
     numbers = [int(field) for field in fields if len(field) < 20]
     if len(numbers) != len(fields) or max(numbers) > _LARGEST or min(numbers) < -_LARGEST:
@@ -118,8 +147,8 @@ def _whole(fields: list[str]) -> Int64:
 
 
 def read_ijb_media(path: PathLike) -> IJBMedia:
-    """IJB's `ijbb_face_tid_mid.txt` or `ijbc_face_tid_mid.txt`: lines "name template medium". Raises ValueError naming
-    the file and line."""
+    """IJB's `ijbb_face_tid_mid.txt` or `ijbc_face_tid_mid.txt`: lines "name template medium", e.g. "1.jpg 1 69544"; template
+    and medium are whole numbers, frames of one video share a medium. Raises ValueError naming the file and line."""
 
     def read(data: bytes) -> IJBMedia:
         names, templates, media = map(list, zip(*_rows(data, 3), strict=True))
@@ -129,11 +158,15 @@ def read_ijb_media(path: PathLike) -> IJBMedia:
 
 
 def read_ijb_pairs(path: PathLike) -> IJBPairs:
-    """IJB's `ijbb_template_pair_label.txt` or `ijbc_template_pair_label.txt`: lines "template template 0|1". Raises
-    ValueError naming the file and line."""
+    """IJB's `ijbb_template_pair_label.txt` or `ijbc_template_pair_label.txt`: lines "template template 0|1", e.g.
+    "1 11065 1". IJB-C's 15,658,489 pairs are read without a Python object per line. Raises ValueError naming the file and line."""
 
     def read(data: bytes) -> IJBPairs:
-        first, second, same = (_whole(list(column)) for column in zip(*_rows(data, 3), strict=True))
+        table = _number_table(data, 3)
+        if table is None:
+            first, second, same = (_whole(list(column)) for column in zip(*_rows(data, 3), strict=True))
+        else:
+            first, second, same = np.ascontiguousarray(table.T)
         if not np.isin(same, (0, 1)).all():
             raise ValueError("a label other than 0 and 1")
         return IJBPairs(first, second, same == 1)
@@ -142,8 +175,9 @@ def read_ijb_pairs(path: PathLike) -> IJBPairs:
 
 
 def read_ijb_landmarks(path: PathLike) -> IJBLandmarks:
-    """IJB's `ijbb_name_5pts_score.txt` or `ijbc_name_5pts_score.txt`: lines "name x1 y1 ... x5 y5 score". Raises
-    ValueError naming the file and line."""
+    """IJB's `ijbb_name_5pts_score.txt` or `ijbc_name_5pts_score.txt`: lines "name x1 y1 ... x5 y5 score", the eyes, the nose and
+    the corners of the mouth in pixels of the loose crop, left ones of the picture first. Raises ValueError naming the file and
+    line."""
 
     def read(data: bytes) -> IJBLandmarks:
         rows = _rows(data, 12)

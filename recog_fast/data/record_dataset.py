@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .images import EncodedDataset
+from .names import MadeNames, Names
 from .records import (
     EXACT,
     HEADER_BYTES,
@@ -63,7 +64,6 @@ class RecordDataset(EncodedDataset):
                 f"RecordDataset: expected image records in {self.file.path}, got none of {len(keys)} records"
             )
         self._labels: Int64 | None = None
-        self._paths: list[str] | None = None
 
     def _check_complete(self, records: int, counts: tuple[float, ...], idx: PathLike | None) -> None:
         """A scan cannot see a file cut off between two records; record 0's count can, as far as float32 is exact."""
@@ -118,11 +118,9 @@ class RecordDataset(EncodedDataset):
         return self._identities or int(self.labels.max()) + 1
 
     @property
-    def paths(self) -> list[str]:
+    def paths(self) -> Names:
         """A name for every image: "<file>#<key>"."""
-        if self._paths is None:
-            self._paths = [f"{self.file.path}#{key}" for key in self.keys.tolist()]
-        return self._paths
+        return MadeNames(len(self), self.source)
 
     def source(self, index: int) -> str:
         return f"{self.file.path}#{self.keys[index]}"

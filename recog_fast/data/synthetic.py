@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 
 from recog_fast._arguments import is_choice
 
+from .names import MadeNames, Names
 from .synthetic_drawing import draw
 from .synthetic_parameters import (
     PAIRS,
@@ -81,7 +82,6 @@ class SyntheticIdentities(Dataset[tuple[NDArray[np.uint8], int]]):
         self.split, self.quality_mode = split, quality
         self._images: NDArray[np.uint8] | None = None
         self._factors: Draws | None = None
-        self._paths: list[str] | None = None
 
     def __len__(self) -> int:
         return self.num_identities * self.images_per_identity
@@ -112,13 +112,14 @@ class SyntheticIdentities(Dataset[tuple[NDArray[np.uint8], int]]):
         return np.repeat(np.arange(self.num_identities, dtype=np.int64), self.images_per_identity) + self.first_identity
 
     @property
-    def paths(self) -> list[str]:
+    def paths(self) -> Names:
         """N names such as "synthetic/000123/07" (identity, picture); other splits: "synthetic/unlabelled/000123/07"."""
-        if self._paths is None:
-            folder = "synthetic" if self.split == "labelled" else f"synthetic/{self.split}"
-            numbers = range(self.first_identity, self.first_identity + self.num_identities)
-            self._paths = [f"{folder}/{k:06d}/{j:02d}" for k in numbers for j in range(self.images_per_identity)]
-        return self._paths
+        return MadeNames(len(self), self._path)
+
+    def _path(self, index: int) -> str:
+        identity, picture = divmod(index, self.images_per_identity)
+        folder = "synthetic" if self.split == "labelled" else f"synthetic/{self.split}"
+        return f"{folder}/{self.first_identity + identity:06d}/{picture:02d}"
 
     @property
     def quality_factors(self) -> Draws:

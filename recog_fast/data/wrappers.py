@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 from recog_fast._arguments import are_whole, is_whole
 
 from .images import CorruptImage, Image, LabelledImages, checked_index, read_many, resize_image
+from .names import Names, chosen_names
 
 T = TypeVar("T")
 
@@ -35,7 +36,7 @@ class Wrapper(Dataset[tuple[Any, int]]):
         return self.dataset.num_classes
 
     @property
-    def paths(self) -> list[str]:
+    def paths(self) -> Sequence[str]:
         return self.dataset.paths
 
     @property
@@ -177,14 +178,10 @@ class ClassSubset(Dataset[tuple[Any, int]]):
         self.indices: NDArray[np.int64] = np.flatnonzero(new >= 0)
         self.labels: NDArray[np.int64] = new[self.indices]
         self._new_label = {int(old): label for label, old in enumerate(class_ids)}
-        self._paths: list[str] | None = None
 
     @property
-    def paths(self) -> list[str]:
-        if self._paths is None:
-            names = self.dataset.paths
-            self._paths = [names[i] for i in self.indices]
-        return self._paths
+    def paths(self) -> Names:
+        return chosen_names(self.dataset.paths, self.indices)
 
     def __len__(self) -> int:
         return len(self.indices)

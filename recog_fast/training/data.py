@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from recog_fast import data as sources
 from recog_fast.data.images import read_many
 from recog_fast.data.mixed import read_parts
+from recog_fast.data.names import Names, chosen_names
 from recog_fast.data.opening import KINDS
 from recog_fast.sharding import World
 from recog_fast.training.batches import PREFETCH, Image, Item, StepBatches, StepImages, as_it_is
@@ -42,10 +43,9 @@ class Split(Dataset[tuple[Image, int]]):
         self.labels: NDArray[np.int64] = np.where(kept < 0, -1, np.searchsorted(classes, kept)).astype(np.int64)
 
     @property
-    def paths(self) -> list[str]:
+    def paths(self) -> Names:
         """Where each image comes from."""
-        names = self.source.paths
-        return [names[i] for i in self.indices]
+        return chosen_names(self.source.paths, self.indices)
 
     def __len__(self) -> int:
         return len(self.indices)

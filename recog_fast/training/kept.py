@@ -11,6 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
+from recog_fast.data.names import chosen_names
+
 
 class Kept(Dataset[tuple[Any, int]]):
     """The images `indices` of a source, with its classes and labels."""
@@ -18,7 +20,7 @@ class Kept(Dataset[tuple[Any, int]]):
     def __init__(self, source: Any, indices: NDArray[np.int64]) -> None:
         self.source, self.indices, self.num_classes = source, indices, source.num_classes
         self.labels: NDArray[np.int64] = np.asarray(source.labels, dtype=np.int64)[indices]
-        self.paths = [source.paths[i] for i in indices]
+        self.paths = chosen_names(source.paths, indices)
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -35,8 +37,9 @@ def write_kept(path: str | Path, source: Any, indices: NDArray[np.int64], probab
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(file.name + ".partial")
     with partial.open("w", encoding="utf-8") as out:
+        names = source.paths
         for i, p in zip(indices.tolist(), probabilities.tolist(), strict=True):
-            name = source.paths[i]
+            name = names[i]
             entry = {
                 "path": os.path.abspath(name) if os.path.isfile(name) else name,
                 "label": -1,
@@ -56,7 +59,7 @@ def read_kept(path: str | Path, source: Any) -> Kept:
     file = Path(path)
     if not file.is_file():
         raise FileNotFoundError(f"train: no list of kept images {file}")
-    indices = []
+    names, indices = source.paths, []
     for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
         try:
             entry = json.loads(line)
@@ -65,7 +68,7 @@ def read_kept(path: str | Path, source: Any) -> Kept:
             raise ValueError(
                 f"train: expected an entry of filter-overlap in line {number} of {file}, got {line!r:.80}"
             ) from error
-        here = source.paths[index] if 0 <= index < len(source) else None
+        here = names[index] if 0 <= index < len(source) else None
         if here is None or os.path.basename(here) != os.path.basename(name):
             raise ValueError(
                 f"train: expected {file} to be made from this source, got {name!r} as image {index} in line {number}, which is {here!r}"

@@ -59,13 +59,11 @@ class MixedBatches(ResumableBatches):
 
     def _others(self, epoch: int) -> Indices:
         """The unlabelled images of an epoch, in order."""
-        needed = self.batches_per_epoch * self.parts * self.unlabelled_rows
-        rounds = -(-needed // len(self.unlabelled))
-        shuffles = [
-            self.unlabelled[shuffled(len(self.unlabelled), (self.seed, epoch, turn, 0x0B5E), self.buffer)]
-            for turn in range(rounds)
-        ]
-        others: Indices = np.concatenate(shuffles)[:needed]
+        count = len(self.unlabelled)
+        others = np.empty(self.batches_per_epoch * self.parts * self.unlabelled_rows, np.int64)
+        for turn, start in enumerate(range(0, len(others), count)):
+            places = shuffled(count, (self.seed, epoch, turn, 0x0B5E), self.buffer)
+            others[start : start + count] = self.unlabelled[places[: len(others) - start]]
         return others
 
     def state_dict(self) -> dict[str, int]:
