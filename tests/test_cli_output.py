@@ -49,7 +49,7 @@ WIDTHS = ["--network", "tiny", "--network-options", '{"widths": [4, 8, 8, 8]}', 
 # name: (arguments, keys of the document); {new}: a path that does not exist yet
 COMMANDS: dict[str, tuple[list[str], set[str]]] = {
     "train": (["train", "settings.yaml", "--output", "{new}"], {"step", "finished", "output", "metrics", "report"}),
-    "sweep": (["sweep", "sweep.yaml", "--output", "{new}", "--max_steps", "1"], {"output", "results"}),
+    "sweep": (["sweep", "sweep.yaml", "--output", "{new}", "--max_steps", "1"], {"output", "finished", "results"}),
     "eval": (["eval", "run", "--target", "pairs.bin", "--down", "8"], {"pairs", "pairs@8"}),
     "data check": (["data", "check", "faces"], {"images", "problems"}),
     "data convert": (["data", "convert", "faces", "{new}.rec"], {"target", "kind", "images", "resumed", "verified"}),

@@ -143,13 +143,25 @@ def test_without_rich_a_line_counts(monkeypatch: pytest.MonkeyPatch, terminal: C
 
 def test_bars_inside_others_share_a_display(terminal: Callable[..., Terminal]) -> None:
     seen = terminal("stdout")
-    with progress("points", lines=True) as outer, progress("images") as inner:
-        assert outer is not None and inner is not None
-        outer(1, 6)
-        inner(3, 12)
-        say("[bold]a line[/bold]")
+    with progress("points", lines=True) as outer:
+        with progress("images") as inner:
+            assert outer is not None and inner is not None
+            outer(1, 6)
+            inner(3, 12)
+            say("[bold]a line[/bold]")
+        outer(2, 6)
     shown = seen.read()
     assert "1/6" in shown and "3/12" in shown and "[bold]a line[/bold]" in shown
+    assert "2/6" in shown and "images" not in shown[shown.index("2/6") :], "the inner one is gone"
+
+
+def test_results_stay_on_standard_output_under_a_bar(terminal: Callable[..., Terminal], capsys: pytest.CaptureFixture[str]) -> None:
+    seen = terminal()
+    with progress("images") as step:
+        assert step is not None
+        step(1, 2)
+        print("a result")
+    assert "a result" not in seen.read() and capsys.readouterr().out == "a result\n"
 
 
 def test_an_error_closes_the_bar(terminal: Callable[..., Terminal]) -> None:
@@ -172,6 +184,8 @@ def test_where_nothing_is_shown(terminal: Callable[..., Terminal], monkeypatch: 
     assert not shows() and capsys.readouterr() == ("", "")
     seen = terminal()
     assert shows() and not shows(lines=True), "lines into a pipe would come between (`| tee log`)"
+    monkeypatch.setenv("TERM", "dumb")
+    assert not shows()
     seen.read()
     assert not shows(), "a closed stream is no terminal"
     monkeypatch.setattr(sys, "stderr", None)

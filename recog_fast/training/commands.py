@@ -31,7 +31,7 @@ def add_train(commands: Any, debug: argparse.ArgumentParser) -> None:
         "train",
         parents=[debug],
         help="train from a settings file",
-        usage="%(prog)s CONFIG.yaml [--key value ...]",
+        usage="%(prog)s CONFIG.yaml [--json] [--key value ...]",
         description="Trains as CONFIG.yaml says; every setting can be given on top as --key value (nested: --data.size 56); "
         "--help-settings lists all with their types and defaults. SIGTERM saves and ends the run with exit code 0; --resume true goes on with it.",
         example=(
@@ -53,7 +53,7 @@ def add_commands(commands: Any, debug: argparse.ArgumentParser) -> None:
         "sweep",
         parents=[debug],
         help="train every point of a grid, for ablation tables",
-        usage="%(prog)s SWEEP.yaml --output FOLDER [--key value ...]",
+        usage="%(prog)s SWEEP.yaml --output FOLDER [--json] [--key value ...]",
         description="Trains one run per point and seed of SWEEP.yaml (config, grid, seeds); further settings apply to every run. "
         "The same command goes on where it was interrupted.",
         example="recog-fast sweep configs/sweeps/qaface_tau.yaml --output runs/qaface_tau --data.path train.rec",
@@ -61,7 +61,7 @@ def add_commands(commands: Any, debug: argparse.ArgumentParser) -> None:
     )
     sweep.add_argument("sweep", help="file with config, grid and seeds (YAML)")
     sweep.add_argument("--output", required=True, metavar="FOLDER", help="folder of the runs; sweep.json holds their results")
-    json_option(sweep, "point, changes, seed, step and metrics of every run; the log goes to standard error")
+    json_option(sweep, "whether all are finished, and point, changes, seed, step and metrics of every run; the log goes to standard error")
     sweep.set_defaults(run=_sweep)
 
     overlap = commands.add_parser(
@@ -152,12 +152,12 @@ def _write_report(output: Path) -> Path | None:
 
 
 def _sweep(options: argparse.Namespace, rest: list[str]) -> int:
-    from recog_fast.training.sweep import sweep, table
+    from recog_fast.training.sweep import read_sweep, sweep, table
 
     with only_json(options.json), progress("points", lines=True) as step:
         results = sweep(options.sweep, options.output, rest, progress=step)
     if options.json:
-        print_json({"output": options.output, "results": results})
+        print_json({"output": options.output, "finished": len(results) == len(read_sweep(options.sweep)[1]), "results": results})
     else:
         print(table(results))
     return 0
