@@ -59,8 +59,8 @@ def test_bad_sizes(classes: str) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
 def test_a_device_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
-    for device, said in (("cuda", "expected a CUDA device"), ("meta", "expected device cpu or cuda, got 'meta'")):
-        assert main(["bench", "--device", device]) == 1
+    for device, code, said in (("cuda", 1, "expected a CUDA device"), ("meta", 2, "expected device cpu or cuda, got 'meta'")):
+        assert main(["bench", "--device", device]) == code
         assert said in capsys.readouterr().err
 
 

@@ -76,8 +76,11 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["data", "check", file, "--strict"]) == 1
     assert "! labels begin at 1" in capsys.readouterr().out
     assert main(["data", "check", str(tmp_path / "absent.rec")]) == 1
-    assert main(["data", "check", file, "--sample", "-1"]) == 1
-    assert "sample >= 0" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stop:
+        main(["data", "check", file, "--sample", "-1"])
+    assert stop.value.code == 2 and "expected at least 0, got -1" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="sample >= 0"):
+        check_dataset(open_dataset(file), -1)
 
 
 def test_what_a_path_looks_like(tmp_path: Path) -> None:

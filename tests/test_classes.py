@@ -275,11 +275,11 @@ def test_commands_and_training_goes_on(tmp_path: Path, capsys: pytest.CaptureFix
     data = ["--data.path", write("fewer.csv", [(path, told[label]) for path, label in paths]), "--max_steps", "8", "--resume", "true"]
     assert main(["train", str(fewer / "config.yaml"), *data]) == 0
     capsys.readouterr()
-    for arguments, text in (
-        (["add", str(run), str(more), "--count", "1"], "new or empty output"),
-        (["add", str(run), str(tmp_path / "x")], "one of --count"),
-        (["add", str(tmp_path / "new"), str(tmp_path / "x"), "--count", "1"], "found none"),
-        (["merge", str(run), str(tmp_path / "x"), "--groups", "a.txt"], ".csv or .jsonl"),
+    for arguments, code, text in (
+        (["add", str(run), str(more), "--count", "1"], 1, "new or empty output"),
+        (["add", str(run), str(tmp_path / "x")], 2, "one of --count"),
+        (["add", str(tmp_path / "new"), str(tmp_path / "x"), "--count", "1"], 1, "found none"),
+        (["merge", str(run), str(tmp_path / "x"), "--groups", "a.txt"], 1, ".csv or .jsonl"),
     ):
-        assert main(["classes", *arguments]) == 1
+        assert main(["classes", *arguments]) == code
         assert text in capsys.readouterr().err

@@ -25,6 +25,11 @@ def script(shell: str) -> str:
         ('data ""', {"check", "convert"}, {"train"}),
         ("eval --t", {"--target"}, {"--json"}),
         ("data check --j", {"--json"}, {"train"}),
+        ('data check x --kind ""', {"rec", "folder", "zip"}, {"--json", "train"}),
+        ("export x y --normalize in", {"inside"}, {"outside", "--json"}),
+        ("train a.yaml --data.h", {"--data.holdout_classes"}, {"--data.kind", "--json"}),
+        ("demo --q", {"--quick"}, {"--output"}),
+        ('completion ""', {"bash", "zsh", "fish"}, {"train"}),
     ],
 )
 def test_bash_completes(words: str, expected: set[str], others: set[str], once: dict[str, str]) -> None:
@@ -41,7 +46,8 @@ def once() -> dict[str, str]:
 
 
 def test_fish_and_zsh_know_the_same_commands() -> None:
-    assert "-a train" in script("fish")
+    fish = script("fish")
+    assert "-a train" in fish and "-l kind -x -a 'rec folder list zip tar'" in fish and "-l data.holdout_classes" in fish
     assert "bashcompinit" in script("zsh") and "train" in script("zsh")
 
 

@@ -177,6 +177,6 @@ def test_webdataset_reads_our_tar(tmp_path: Path, folder: Path) -> None:
 def test_convert_command(tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["data", "convert", str(folder), str(tmp_path / "s"), "--images-per-shard", "4"]) == 0
     assert "6 images in" in capsys.readouterr().out and len(list((tmp_path / "s").glob("*.tar"))) == 2
-    assert main(["data", "convert", str(folder), str(tmp_path / "t.tar"), "--layout", "plain"]) == 1
+    assert main(["data", "convert", str(folder), str(tmp_path / "t.tar"), "--layout", "plain"]) == 2
     assert "--layout is of .rec" in capsys.readouterr().err
     assert np.array_equal(open_dataset(tmp_path / "s").labels, open_dataset(folder).labels)

@@ -15,9 +15,11 @@ pytest.importorskip("jsonargparse")
 import numpy as np
 import torch
 
+from recog_fast.cli import main
 from recog_fast.evaluation.report import read_metrics
 from recog_fast.training import demo, loop
 from recog_fast.training.config import read_config
+from recog_fast.training.demo_size import QUICK, Size, size_of
 
 CONDITIONS = list(demo.CONDITIONS)
 
@@ -42,7 +44,7 @@ def test_results_are_complete_numbers(output: Path) -> None:
             assert len(result["per_fold"]) == 10
             assert result["pairs"] == {"genuine": 50, "impostor": 50}
     assert set(numbers["backends"]) == {"cpu", "cuda", "triton", "dispatch"}
-    assert numbers["config"]["data"]["options"]["num_identities"] == demo.QUICK.identities + demo.QUICK.holdout
+    assert numbers["config"]["data"]["options"]["num_identities"] == QUICK.identities + QUICK.holdout
 
 
 def test_every_method_took_part(output: Path) -> None:
@@ -56,7 +58,7 @@ def test_every_method_took_part(output: Path) -> None:
     # Nothing is rejected at 0: the same number for every quality.
     assert len({curve["0.0"] for curve in quality["fnmr_after_rejecting"].values()}) == 1
     assert all(-1 <= rho <= 1 for rho in quality["rank_correlation_with_resolution"].values())
-    assert quality["strangers"]["images"] == demo.QUICK.test_identities * demo.QUICK.images
+    assert quality["strangers"]["images"] == QUICK.test_identities * QUICK.images
     steps = [line for line in read_metrics(output / "training" / "metrics.jsonl") if "loss" in line]
     assert steps[-1]["memory/live"] > 0 and steps[-1]["unknown_max_probability"] > 0
     assert steps[-1]["recognizability/predicted"] != 0
@@ -81,14 +83,19 @@ def test_page_shows_everything_and_loads_nothing(output: Path) -> None:
 
 def test_settings_can_be_trained_again(output: Path) -> None:
     config = read_config(output / "training" / "config.yaml")
-    assert config == demo.demo_config(demo.QUICK, output, 0)
+    assert config == demo.demo_config(QUICK, output, 0)
 
 
-def test_second_run_starts_over_and_agrees(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_second_run_starts_over_and_agrees(
+    output: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     first = json.loads((output / "results.json").read_text())
     # The page is tested above; drawing it again is most of the time.
     monkeypatch.setattr(demo, "report_run", lambda path: path)
-    assert demo.main(["--quick", "--output", str(output)]) == 0
+    assert main(["demo", "--quick", "--output", str(output), "--json"]) == 0
+    said = capsys.readouterr()
+    assert "Global Step" in said.err
+    assert json.loads(said.out)["trained"] == first["trained"]
     again = json.loads((output / "results.json").read_text())
     assert again["trained"] == first["trained"]
     assert again["untrained"] == first["untrained"]
@@ -96,14 +103,14 @@ def test_second_run_starts_over_and_agrees(output: Path, monkeypatch: pytest.Mon
 
 
 def test_test_people_are_not_training_people() -> None:
-    test = demo.draw_test_set(demo.QUICK, seed=0)
+    test = demo.draw_test_set(QUICK, seed=0)
     drawn = demo.sources.SyntheticIdentities(
-        demo.QUICK.identities + demo.QUICK.holdout, demo.QUICK.images, size=demo.QUICK.pixels, seed=0
+        QUICK.identities + QUICK.holdout, QUICK.images, size=QUICK.pixels, seed=0
     )
     assert drawn.identities.max() < demo.FIRST_TEST_IDENTITY
-    assert len(test.images) == demo.QUICK.test_identities * demo.QUICK.images
+    assert len(test.images) == QUICK.test_identities * QUICK.images
     assert test.same.mean() == 0.5
-    people_a, people_b = test.first // demo.QUICK.images, test.second // demo.QUICK.images
+    people_a, people_b = test.first // QUICK.images, test.second // QUICK.images
     np.testing.assert_array_equal(people_a == people_b, test.same)
 
 
@@ -126,9 +133,9 @@ def test_bad_options(options: list[str], message: str, capsys: pytest.CaptureFix
 
 def test_options_override_the_size() -> None:
     options = demo._options(["--quick", "--identities", "50", "--epochs", "3", "--output", "x", "--seed", "5"])
-    assert demo._size(options) == dataclasses.replace(demo.QUICK, identities=50, epochs=3)
+    assert size_of(options) == dataclasses.replace(QUICK, identities=50, epochs=3)
     assert (options.output, options.seed) == (Path("x"), 5)
-    assert demo._size(demo._options([])) == demo.Size()
+    assert size_of(demo._options([])) == Size()
 
 
 def test_a_signal_during_training_leaves_no_report(
@@ -136,7 +143,7 @@ def test_a_signal_during_training_leaves_no_report(
 ) -> None:
     monkeypatch.setattr(demo, "train", lambda config: loop.TrainResult(1, False, {}, tmp_path))
     assert demo.main(["--quick", "--output", str(tmp_path)]) == 1
-    assert "stopped by a signal" in capsys.readouterr().out
+    assert "stopped by a signal" in capsys.readouterr().err
     assert not list(tmp_path.glob("report*"))
 
 

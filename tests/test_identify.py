@@ -89,10 +89,17 @@ def model(tmp_path: Path) -> Path:
     return tmp_path / "m"
 
 
-def lines(capsys: pytest.CaptureFixture[str], *command: str) -> list[dict[str, Any]]:
+def told(capsys: pytest.CaptureFixture[str], *command: str) -> dict[str, Any]:
     capsys.readouterr()
     assert main(["identify", *command, "--json"]) == 0, capsys.readouterr().err
-    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    document: dict[str, Any] = json.loads(capsys.readouterr().out)
+    assert set(document) == {"probes", "gallery", "rank_1", "open_set"}
+    return document
+
+
+def rows_of(capsys: pytest.CaptureFixture[str], *command: str) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = told(capsys, *command)["probes"]
+    return rows
 
 
 def assert_alike(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> None:
@@ -108,15 +115,16 @@ def test_blocks_and_people_by_command(tmp_path: Path, model: Path, capsys: pytes
     (faces / "id00" / "0.png").write_bytes(b"no image")
     (faces / "id02" / "1.png").write_bytes(b"no image")
     command = [str(model), "--gallery", str(faces), "--probes", str(faces)]
-    whole = lines(capsys, *command)
+    whole = rows_of(capsys, *command)
     assert len(whole) == 16 and all(row["matches"][0]["name"] == row["probe"] for row in whole)
     for block in ("1", "5"):
-        assert_alike(lines(capsys, *command, "--block", block), whole)
-    people = lines(capsys, *command, "--per-person")
-    assert_alike(lines(capsys, *command, "--per-person", "--block", "2"), people)
+        assert_alike(rows_of(capsys, *command, "--block", block), whole)
+    people = rows_of(capsys, *command, "--per-person")
+    assert_alike(rows_of(capsys, *command, "--per-person", "--block", "2"), people)
     assert {match["name"] for row in people for match in row["matches"]} == {f"id{k:02d}" for k in range(6)}
-    assert main(["identify", *command, "--block", "0"]) == 1
-    assert "expected --block and --top >= 1, got 0 and 5" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stop:
+        main(["identify", *command, "--block", "0"])
+    assert stop.value.code == 2 and "--block: expected a whole number from 1 on" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("engine", ["exact", "faiss"])
@@ -129,19 +137,19 @@ def test_open_set_by_command(tmp_path: Path, model: Path, engine: str, capsys: p
     for k, folder in enumerate(sorted(others.iterdir())):
         folder.rename(others / f"stranger{k}")
     command = [str(model), "--gallery", str(faces), *(["--faiss"] if engine == "faiss" else [])]
-    plain = lines(capsys, *command, "--probes", str(others), "--top", "1")
+    plain = rows_of(capsys, *command, "--probes", str(others), "--top", "1")
     best = np.array([row["matches"][0]["cosine"] for row in plain])
     for fpir in (0.0, 0.1, 0.5):
-        *rows, last = lines(capsys, *command, "--probes", str(faces), "--strangers", str(others), "--fpir", str(fpir))
-        said = last["open_set"]
+        found = told(capsys, *command, "--probes", str(faces), "--strangers", str(others), "--fpir", str(fpir))
+        rows, said = found["probes"], found["open_set"]
         assert said["non_mated"] == 20 and said["false_positives"] <= fpir * 20 and said["mated"] == 18
         assert abs(int((best >= said["threshold"]).sum()) - said["false_positives"]) <= 1  # rounded to six digits when printed
         assert said["tpir"] == pytest.approx(np.mean([bool(row["matches"]) for row in rows])), "each finds itself, where it finds anyone"
-        *_, mixed = lines(capsys, *command, "--probes", str(others), "--fpir", str(fpir))
+        mixed = told(capsys, *command, "--probes", str(others), "--fpir", str(fpir))
         assert mixed["open_set"] == {**said, "mated": 0, "tpir": None}, "probes that are nobody's serve as strangers"
     assert main(["identify", *command, "--probes", str(faces), "--fpir", "0.1"]) == 1
     assert "expected --strangers, or probes of people who are not in the gallery" in capsys.readouterr().err
-    assert main(["identify", *command, "--probes", str(faces), "--strangers", str(others)]) == 1
+    assert main(["identify", *command, "--probes", str(faces), "--strangers", str(others)]) == 2
     assert "expected --fpir with --strangers" in capsys.readouterr().err
     assert main(["identify", *command, "--probes", str(faces), "--strangers", str(others), "--fpir", "0"]) == 0
     assert "threshold " in (out := capsys.readouterr().out) and "0 of 20 people who are not in the gallery get a match" in out

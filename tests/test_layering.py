@@ -49,10 +49,9 @@ LIBRARIES: dict[str, set[str]] = {
     "evaluation": {"scipy", "matplotlib", "faiss", "PIL"},
     "data": {"PIL", "simplejpeg", "matplotlib"},
     "models": {"safetensors", "onnx", "onnxruntime"},
-    "training": {"jsonargparse", "yaml", "rich", "PIL", "matplotlib"},
+    "training": {"jsonargparse", "yaml", "PIL", "matplotlib"},
     "compat": {"yaml"},
-    "commands": {"yaml", "safetensors"},
-    "cli": {"jsonargparse", "yaml", "rich"},
+    "commands": {"yaml", "safetensors", "rich"},
 }
 DISTRIBUTED = {"sharding", "checkpoint"}
 

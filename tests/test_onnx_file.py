@@ -127,7 +127,7 @@ def test_import_of_a_foreign_file(tmp_path: Path, pairs: str, batch: int, capsys
         assert card.preprocessing == (RAW if normalize == "inside" else IMAGENET) and (card.network, card.embedding_dim, card.licence) == ("onnx", 8, "MIT")
         found = scores(capsys, place, pairs)
         assert found["eer"] == pytest.approx(expected["eer"]) and found["threshold"] == pytest.approx(expected["threshold"], abs=1e-4)
-    assert main(["import", str(file), str(place), "--size", "32", "--mean", "0", "0", "0"]) == 1
+    assert main(["import", str(file), str(place), "--size", "32", "--mean", "0", "0", "0"]) == 2
     assert "--color-order, --mean and --std together" in capsys.readouterr().err
     faces = tmp_path / "faces"
     assert main(["identify", str(place), "--gallery", str(faces), "--probes", str(faces), "--top", "1"]) == 0

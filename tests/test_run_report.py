@@ -100,7 +100,7 @@ def test_report_can_be_switched_off(tmp_path: Path) -> None:
 def test_a_failing_report_does_not_fail_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     from recog_fast.training import run_report
 
-    def fail(path: Path) -> Path:
+    def fail(path: Path, **_: object) -> Path:
         raise ImportError("no plots")
 
     monkeypatch.setattr(run_report, "report_run", fail)

@@ -100,12 +100,12 @@ def test_commands_print_the_report(
     assert "24 images   mean p_max 0." in capsys.readouterr().out
     assert main(["filter-overlap", str(run), "--path", str(mixed), "--output", str(tmp_path / "kept.jsonl")]) == 0
     assert "unreadable 0" in capsys.readouterr().out
-    for arguments, message in (
-        (["filter-overlap", str(run), "--output", "x"], "expected --path with --kind folder, got none"),
-        (["unknowns", str(run), "--path", str(mixed), "--options", "[1]"], "--options as a JSON object"),
-        (["unknowns", str(tmp_path)], "expected config.yaml and checkpoints of a run"),
+    for arguments, code, message in (
+        (["filter-overlap", str(run), "--output", "x"], 2, "expected --path with --kind folder, got none"),
+        (["unknowns", str(run), "--path", str(mixed), "--options", "[1]"], 2, "--options as a JSON object"),
+        (["unknowns", str(tmp_path)], 1, "expected config.yaml and checkpoints of a run"),
     ):
-        assert main(arguments) == 1
+        assert main(arguments) == code
         assert message in capsys.readouterr().err
 
 

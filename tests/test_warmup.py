@@ -17,6 +17,8 @@ import recog_fast as rf
 from recog_fast.cli import main
 
 pytest.importorskip("triton")
+from recog_fast.triton_kernels.ahead import Kernel
+
 from recog_fast.ops.ahead import compiling_for
 
 KERNELS = {"prototype_rows", "forward_tile", "merge_tiles", "add_partials", "slope_tile", "class_epilogue"}
@@ -58,12 +60,14 @@ def test_the_process_is_as_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     loss = float(head(x, labels).detach())
 
     def fails() -> None:
-        with compiling_for(80) as kernels:
+        with compiling_for(80, told.append) as kernels:
             head(x, labels)
             found.update(k.name for k in kernels.values())
+            assert told == list(kernels.values())
             raise KeyError("inside")
 
     found: set[str] = set()
+    told: list[Kernel] = []
     with pytest.raises(KeyError, match="inside"):
         fails()
     assert found >= {"prototype_rows", "forward_tile"}
@@ -75,5 +79,5 @@ def test_what_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, text in ((["--batch", "4", "--arch", "sm_70"], "--arch sm_80"), (["--arch", "sm_80"], "settings file or --batch"), (["--batch", "4"], "--arch sm_80")):
         if torch.cuda.is_available() and "--arch" not in arguments:
             continue
-        assert main(["warmup", *arguments]) == 1
+        assert main(["warmup", *arguments]) == 2
         assert text in capsys.readouterr().err

@@ -9,7 +9,7 @@ device, and no address but its alignment). `check.py` compiles other entries: it
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,13 +38,16 @@ def cache_folder() -> Path:
 
 
 @contextlib.contextmanager
-def listening() -> Iterator[dict[str, Kernel]]:
-    """The kernels (by key) that are compiled or found within it, by whoever asks for them first in this process."""
+def listening(each: Callable[[Kernel], None] | None = None) -> Iterator[dict[str, Kernel]]:
+    """The kernels (by key) that are compiled or found within it, by whoever asks for them first in this process; each is called with them."""
     found: dict[str, Kernel] = {}
 
     def note(*, src: Any, metadata: dict[str, Any], cache_hit: bool, **_: Any) -> None:
         key = str(metadata["hash"])
-        found.setdefault(key, Kernel(src.name, key, cache_hit))
+        if key not in found:
+            found[key] = Kernel(src.name, key, cache_hit)
+            if each is not None:
+                each(found[key])
 
     before = triton.knobs.compilation.listener
     triton.knobs.compilation.listener = note
@@ -71,7 +74,7 @@ class _Driver:
 
 
 @contextlib.contextmanager
-def compile_only(arch: int) -> Iterator[dict[str, Kernel]]:
+def compile_only(arch: int, each: Callable[[Kernel], None] | None = None) -> Iterator[dict[str, Kernel]]:
     """Within it launches on CPU tensors, with that architecture's tiles, are compiled for it and not run; gives the kernels as `listening`.
 
     Whole process. Raises ValueError for another architecture than the table's, RuntimeError under TRITON_INTERPRET.
@@ -85,7 +88,7 @@ def compile_only(arch: int) -> Iterator[dict[str, Kernel]]:
 
     active = driver._active
     try:
-        with configs.pretend(arch), mock.patch.object(JITFunction, "run", run), listening() as found:
+        with configs.pretend(arch), mock.patch.object(JITFunction, "run", run), listening(each) as found:
             driver.set_active(_Driver(arch))
             yield found
     finally:

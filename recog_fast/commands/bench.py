@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recog_fast.commands.scale import count
+from recog_fast.commands.console import UsageError, count, json_option, print_json
+from recog_fast.commands.progress import progress
 
 if TYPE_CHECKING:
     from recog_fast.commands.head_bench import Measured
@@ -26,15 +27,16 @@ def add(commands: Commands, parents: list[argparse.ArgumentParser]) -> None:
         description="Forward, backward and SGD of the class weight, against eager PyTorch on the same numbers: wall time, medians of "
         "interleaved rounds; extra memory. Works from an installed package. The full suite (every peer, float64 gates, accuracy) "
         "needs the repository: `python -m benchmarks` in a checkout.",
+        example=("recog-fast bench --classes 1e4,1e5", "recog-fast bench --classes 1e6 --device cuda --output runs/bench"),
     )
-    bench.add_argument("--classes", type=_sizes, default=[10_000, 100_000], help="numbers of classes, 1e4,1e5 for example (10000,100000)")
-    bench.add_argument("--rows", type=count, default=64, help="rows of a step (%(default)s)")
-    bench.add_argument("--dim", type=count, default=512, help="embedding size (%(default)s)")
-    bench.add_argument("--rounds", type=count, default=5, help="measured steps of each contender (%(default)s)")
-    bench.add_argument("--threads", type=count, default=1, help="of torch on the CPU (%(default)s)")
-    bench.add_argument("--device", default="cpu", help="cpu (default) or cuda")
-    bench.add_argument("--output", type=Path, help="folder for bench.json and report.html (the page needs matplotlib)")
-    bench.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    bench.add_argument("--classes", type=_sizes, default=[10_000, 100_000], metavar="C,C,...", help="numbers of classes (10000,100000)")
+    bench.add_argument("--rows", type=count, default=64, metavar="N", help="rows of a step (%(default)s)")
+    bench.add_argument("--dim", type=count, default=512, metavar="D", help="embedding size (%(default)s)")
+    bench.add_argument("--rounds", type=count, default=5, metavar="N", help="measured steps of each contender (%(default)s)")
+    bench.add_argument("--threads", type=count, default=1, metavar="N", help="of torch on the CPU (%(default)s)")
+    bench.add_argument("--device", default="cpu", help="cpu, cuda or cuda:1 (%(default)s)")
+    bench.add_argument("--output", type=Path, metavar="FOLDER", help="folder for bench.json and report.html (the page needs matplotlib)")
+    json_option(bench, "machine, rounds, and per contender and size seconds, extra memory, loss")
     bench.set_defaults(run=_bench)
 
 
@@ -50,7 +52,7 @@ def _bench(options: argparse.Namespace, _: list[str]) -> int:
     from recog_fast.commands.host import cpu_name
 
     if options.device.partition(":")[0] not in ("cpu", "cuda"):
-        raise ValueError(f"bench: expected device cpu or cuda, got {options.device!r}")
+        raise UsageError(f"bench: expected device cpu or cuda, got {options.device!r}")
     device = torch.device(options.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("bench: expected a CUDA device for --device cuda, got none that torch sees")
@@ -61,7 +63,10 @@ def _bench(options: argparse.Namespace, _: list[str]) -> int:
     threads = torch.get_num_threads()
     torch.set_num_threads(options.threads)
     try:
-        found = [one for classes in options.classes for one in bench(options.rows, classes, options.dim, options.rounds, device)]
+        found = []
+        for classes in options.classes:
+            with progress(f"steps at {classes:,} classes") as step:
+                found += bench(options.rows, classes, options.dim, options.rounds, device, progress=step)
         machine = {
             "recog_fast": rf.__version__,
             "torch": str(torch.__version__),
@@ -77,7 +82,7 @@ def _bench(options: argparse.Namespace, _: list[str]) -> int:
         (options.output / "bench.json").write_text(json.dumps(report, indent=1) + "\n")
         page = _page(options.output / "report.html", found, machine, options.rounds)
     if options.json:
-        print(json.dumps(report))
+        print_json(report)
         return 0
     head, rows = _table(found)
     widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]

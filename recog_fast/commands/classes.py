@@ -10,21 +10,41 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from recog_fast.commands.console import UsageError, at_least, count, json_option, print_json
+from recog_fast.commands.progress import progress
+
 
 def add(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
     """Adds the commands to the subparsers `commands`."""
-    classes = commands.add_parser("classes", help="add identities to a trained head, or merge some")
+    classes = commands.add_parser(
+        "classes",
+        help="add identities to a trained head, or merge some",
+        description="Adds identities to a trained head, or merges some, without starting over.",
+        example=("recog-fast classes add runs/a runs/b --count 1000", "recog-fast classes merge runs/b runs/c --groups same_person.csv"),
+    )
     inner = classes.add_subparsers(dest="action", metavar="ACTION", required=True)
-    more = inner.add_parser("add", parents=parents, help="new identities, untrained or from their images", description=_add.__doc__)
+    more = inner.add_parser(
+        "add",
+        parents=parents,
+        help="new identities, untrained or from their images",
+        description=_add.__doc__,
+        example=("recog-fast classes add runs/a runs/b --images new_people/ --total-images 5822653", "recog-fast classes add runs/a runs/b --count 1000"),
+    )
     _places(more)
-    more.add_argument("--count", type=int, help="so many new classes, drawn as a new head's")
+    more.add_argument("--count", type=count, metavar="A", help="so many new classes, drawn as a new head's")
     more.add_argument("--embeddings", metavar="FILE", help=".npy (M, D): of images of the new identities; one row each, or several with --labels")
     more.add_argument("--labels", metavar="FILE", help=".npy (M,) int: 0 .. A - 1, which new identity a row of --embeddings shows")
     more.add_argument("--images", metavar="FOLDER", help="folder of one folder of images per new identity; the run's backbone embeds them")
     more.add_argument("--at", type=_ids, metavar="ID,ID,...", help="ids of the new classes among all, ascending (default: behind the others)")
-    more.add_argument("--seed", type=int, default=0, help="of what is drawn (0)")
+    more.add_argument("--seed", type=at_least(0), default=0, help="of what is drawn (%(default)s)")
     more.set_defaults(run=_add)
-    merge = inner.add_parser("merge", parents=parents, help="classes that turned out to be one identity", description=_merge.__doc__)
+    merge = inner.add_parser(
+        "merge",
+        parents=parents,
+        help="classes that turned out to be one identity",
+        description=_merge.__doc__,
+        example="recog-fast classes merge runs/b runs/c --groups same_person.csv --counts images_per_class.npy",
+    )
     _places(merge)
     merge.add_argument("--groups", required=True, metavar="FILE", help=".csv (a line of ids per group) or .jsonl (a list of ids per line)")
     merge.add_argument("--counts", metavar="FILE", help=".npy (C,): images of each class, which weigh its centre (default: all the same)")
@@ -34,7 +54,8 @@ def add(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
 def _places(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", help="output folder of a run (its last checkpoint), or a checkpoint")
     parser.add_argument("output", help="new run folder (of a checkpoint without a run: new checkpoint folder)")
-    parser.add_argument("--total-images", type=int, metavar="N", help="training images from now on, where that changes: the epoch starts over")
+    parser.add_argument("--total-images", type=count, metavar="N", help="training images from now on, where that changes: the epoch starts over")
+    json_option(parser, "checkpoint written, file of old and new class ids, number of classes added or merged")
 
 
 def _ids(text: str) -> list[int]:
@@ -53,10 +74,10 @@ def _add(options: argparse.Namespace, _: list[str]) -> int:
     checkpoint, target = _open(options)
     directions = _directions(options)
     if (options.count is None) == (directions is None):
-        raise ValueError("classes add: expected one of --count, --embeddings and --images")
+        raise UsageError("classes add: expected one of --count, --embeddings and --images")
     count = options.count if directions is None else len(directions)
     label_map = add_classes(checkpoint, target, count, directions=directions, at=options.at, seed=options.seed, images=options.total_images)
-    return _finish(options, checkpoint, target, label_map.tolist(), f"{count} classes added")
+    return _finish(options, checkpoint, target, label_map.tolist(), "added", count)
 
 
 def _merge(options: argparse.Namespace, _: list[str]) -> int:
@@ -71,7 +92,7 @@ def _merge(options: argparse.Namespace, _: list[str]) -> int:
     counts = None if options.counts is None else torch.from_numpy(np.load(options.counts, allow_pickle=False))
     groups = list(read_groups(Path(options.groups)))
     label_map = merge_classes(checkpoint, target, groups, counts=counts, images=options.total_images).tolist()
-    return _finish(options, checkpoint, target, label_map, f"{len(label_map) - len(set(label_map))} classes merged into others")
+    return _finish(options, checkpoint, target, label_map, "merged", len(label_map) - len(set(label_map)))
 
 
 def _open(options: argparse.Namespace) -> tuple[Path, Path]:
@@ -84,8 +105,6 @@ def _open(options: argparse.Namespace) -> tuple[Path, Path]:
         raise FileNotFoundError(f"classes {options.action}: expected a run or a checkpoint, found none in {place}")
     if output.exists() and any(output.iterdir()):
         raise ValueError(f"classes {options.action}: expected a new or empty output folder, got {output}")
-    if options.total_images is not None and options.total_images < 1:
-        raise ValueError(f"classes {options.action}: expected --total-images >= 1, got {options.total_images}")
     return checkpoint, output / "checkpoints" / checkpoint.name if _config(checkpoint) else output
 
 
@@ -95,7 +114,7 @@ def _config(checkpoint: Path) -> Path | None:
     return file if file.is_file() else None
 
 
-def _finish(options: argparse.Namespace, checkpoint: Path, target: Path, label_map: list[int], what: str) -> int:
+def _finish(options: argparse.Namespace, checkpoint: Path, target: Path, label_map: list[int], what: str, changed: int) -> int:
     """Settings and label map beside the new checkpoint."""
     import yaml
 
@@ -110,7 +129,10 @@ def _finish(options: argparse.Namespace, checkpoint: Path, target: Path, label_m
     labels = output / "labels.csv" if config is not None else output.with_name(output.name + ".labels.csv")
     with labels.open("w", newline="") as file:
         csv.writer(file).writerows([("old", "new"), *enumerate(label_map)])
-    print(f"{what}: {target}   old and new classes: {labels}")
+    if options.json:
+        print_json({"checkpoint": target, "labels": labels, what: changed})
+    else:
+        print(f"{changed} classes {what}{' into others' if what == 'merged' else ''}: {target}   old and new classes: {labels}")
     return 0
 
 
@@ -120,9 +142,9 @@ def _directions(options: argparse.Namespace) -> Any:
     import torch
 
     if options.embeddings is not None and options.images is not None:
-        raise ValueError("classes add: expected one of --embeddings and --images, got both")
+        raise UsageError("classes add: expected one of --embeddings and --images, got both")
     if options.labels is not None and options.embeddings is None:
-        raise ValueError(f"classes add: expected --embeddings with --labels {options.labels}, got none")
+        raise UsageError(f"classes add: expected --embeddings with --labels {options.labels}, got none")
     if options.embeddings is not None:
         rows = torch.from_numpy(np.load(options.embeddings, allow_pickle=False)).float()
         labels = torch.arange(len(rows)) if options.labels is None else torch.from_numpy(np.load(options.labels, allow_pickle=False))
@@ -145,12 +167,14 @@ def _embedded(options: argparse.Namespace) -> tuple[Any, Any]:
 
     from recog_fast.data import FolderDataset, resize_image
     from recog_fast.evaluation import embed_images
+    from recog_fast.training.counting import counted
     from recog_fast.training.verification import load_backbone
 
     backbone, size = load_backbone(options.source, None, 0, 0)
     source = FolderDataset(options.images)
     images = (resize_image(source[i][0], size) for i in range(len(source)))
-    return embed_images(backbone, images), torch.as_tensor(source.labels).long()
+    with progress("images embedded") as step:
+        return embed_images(backbone, counted(images, len(source), step)), torch.as_tensor(source.labels).long()
 
 
 def read_groups(file: Path) -> Iterator[list[int]]:

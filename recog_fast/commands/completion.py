@@ -1,10 +1,12 @@
-"""`recog-fast completion SHELL`: a script that completes commands, options and file names, made from the parser itself."""
+"""`recog-fast completion SHELL`: a script that completes commands, options, choices, settings and file names, made from the parser itself."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
+
+from recog_fast.commands.console import parsers_of
 
 _BASH = """# recog-fast completion bash >> ~/.bash_completion (zsh: autoload -U bashcompinit && bashcompinit first)
 _recog_fast() {{
@@ -14,6 +16,9 @@ _recog_fast() {{
 {paths}
     esac
   done
+  case "$path ${{COMP_WORDS[COMP_CWORD-1]}}" in
+{values}
+  esac
   case "$path" in
 {cases}
   esac
@@ -24,42 +29,66 @@ complete -o filenames -F _recog_fast recog-fast
 """
 
 
+@dataclass(frozen=True)
+class _Command:
+    """What may follow a command: subcommands and choices at places of their own, options with their choices."""
+
+    words: list[str]
+    options: dict[str, list[str]]
+
+
 def add(commands: Any, parents: list[argparse.ArgumentParser], parser: argparse.ArgumentParser) -> None:
-    found = commands.add_parser("completion", parents=parents, help="print a shell's completion script", description=_completion.__doc__)
-    found.add_argument("shell", choices=("bash", "zsh", "fish"))
+    """Registers `completion`, of the commands of `parser`."""
+    found = commands.add_parser(
+        "completion", parents=parents, help="print a shell's completion script", description=_completion.__doc__,
+        example=("recog-fast completion bash >> ~/.bash_completion", "recog-fast completion fish > ~/.config/fish/completions/recog-fast.fish"),
+    )  # fmt: skip
+    found.add_argument("shell", choices=("bash", "zsh", "fish"), help="the shell the script is for")
     found.set_defaults(run=lambda options, _: _completion(options, parser))
 
 
 def _completion(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
-    """Prints a completion script: `recog-fast completion bash >> ~/.bash_completion`; fish: `> ~/.config/fish/completions/recog-fast.fish`."""
-    tree = dict(_walk(parser, ""))
+    """Prints a script with which the shell completes commands, options, their choices, settings of training and file names. Put it where
+    the shell looks: ~/.bash_completion, or ~/.config/fish/completions/recog-fast.fish."""
+    from recog_fast.training.config import setting_names
+
+    tree = {path: _command(below) for path, below in parsers_of(parser)}
+    for path in ("train", "sweep"):
+        tree[path].options.update((f"--{name}", []) for name in setting_names())
     print(_fish(tree) if options.shell == "fish" else _bash(tree, options.shell))
     return 0
 
 
-def _walk(parser: argparse.ArgumentParser, path: str) -> Iterator[tuple[str, list[str]]]:
-    """(command path, what may follow: subcommands and options) of the parser and of all below it."""
-    words = [o for a in parser._actions for o in a.option_strings]  # argparse shows its actions in no other way
-    below = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
-    yield path, [name for a in below for name in a.choices] + words
-    for action in below:
-        for name, child in action.choices.items():
-            yield from _walk(child, f"{path} {name}".strip())
+def _command(parser: argparse.ArgumentParser) -> _Command:
+    words: list[str] = []
+    options: dict[str, list[str]] = {}
+    for action in parser._actions:  # argparse shows its actions in no other way
+        choices = [str(choice) for choice in action.choices or ()]
+        if action.option_strings:
+            options.update((option, choices) for option in action.option_strings)
+        else:
+            words += choices
+    return _Command(words, options)
 
 
-def _bash(tree: dict[str, list[str]], shell: str) -> str:
+def _bash(tree: dict[str, _Command], shell: str) -> str:
     paths = "\n".join(f'    "{path.rpartition(" ")[0]} {path.rpartition(" ")[2]}") path="{path}" ;;' for path in tree if path)
-    cases = "\n".join(f'  "{path}") options="{" ".join(words)}" ;;' for path, words in tree.items())
+    values = "\n".join(
+        f'    "{path} {option}") COMPREPLY=($(compgen -W "{" ".join(choices)}" -- "$word")); return ;;'
+        for path, command in tree.items() for option, choices in command.options.items() if choices
+    )  # fmt: skip
+    cases = "\n".join(f'  "{path}") options="{" ".join([*command.words, *command.options])}" ;;' for path, command in tree.items())
     start = "autoload -U bashcompinit && bashcompinit\n" if shell == "zsh" else ""
-    return start + _BASH.format(paths=paths, cases=cases)
+    return start + _BASH.format(paths=paths, values=values, cases=cases)
 
 
-def _fish(tree: dict[str, list[str]]) -> str:
+def _fish(tree: dict[str, _Command]) -> str:
     lines = []
-    for path, words in tree.items():
-        names = path.split()
-        seen = "; and ".join(f"__fish_seen_subcommand_from {name}" for name in names) or "__fish_use_subcommand"
-        for word in words:
-            kind = f"-l {word[2:]}" if word.startswith("--") else f"-o {word[1:]}" if word.startswith("-") else f"-a {word}"
-            lines.append(f"complete -c recog-fast -n '{seen}' {kind}")
+    for path, command in tree.items():
+        seen = "; and ".join(f"__fish_seen_subcommand_from {name}" for name in path.split()) or "__fish_use_subcommand"
+        start = f"complete -c recog-fast -n '{seen}'"
+        lines += [f"{start} -a {word}" for word in command.words]
+        for option, choices in command.options.items():
+            kind = f"-l {option[2:]}" if option.startswith("--") else f"-o {option[1:]}"
+            lines.append(f"{start} {kind}" + (f" -x -a '{' '.join(choices)}'" if choices else ""))
     return "\n".join(lines)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import os
 import platform
 import shutil
@@ -14,6 +13,7 @@ from typing import Any
 
 from recog_fast import __version__
 from recog_fast.commands import host
+from recog_fast.commands.console import json_option, print_json
 
 _LIBRARIES = "numpy triton jsonargparse yaml rich tensorboard PIL simplejpeg scipy sklearn matplotlib safetensors onnx onnxruntime faiss"
 _PREFIXES = ("NCCL_", "TORCH_NCCL_", "GLOO_", "FI_", "UCX_")
@@ -26,23 +26,27 @@ _SIZES = (1 << 10, 1 << 15, 1 << 20, 1 << 24)  # bytes of probed messages: a hea
 
 def add(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
     """Adds the command to the subparsers `commands`."""
-    doctor = commands.add_parser("doctor", parents=parents, help="say which code path runs here and why, and what will get in its way", description=_doctor.__doc__)
+    doctor = commands.add_parser(
+        "doctor",
+        parents=parents,
+        help="say which code path runs here and why, and what will get in its way",
+        description=_doctor.__doc__,
+        example=("recog-fast doctor", "recog-fast doctor --probe --json", "torchrun --nproc-per-node 8 -m recog_fast doctor --probe"),
+    )
     doctor.add_argument("--probe", action="store_true", help="also measure: memory and arithmetic here (a second); under torchrun the collectives between ranks")
-    doctor.add_argument("--json", action="store_true", help="print one JSON object")
+    json_option(doctor, "versions, code paths, environment, devices, host, warnings")
     doctor.set_defaults(run=_doctor)
 
 
 def _doctor(options: argparse.Namespace, _: list[str]) -> int:
-    """Versions, code paths, environment, devices and limits of this host, with warnings for what slows or stops training.
-
-    torchrun --nproc-per-node 8 -m recog_fast doctor --probe: the collectives of 8 ranks too (NCCL with CUDA, else gloo); rank 0 prints.
-    """
+    """Prints versions, code paths, environment, devices and limits of this host, with warnings for what slows or stops training. Under
+    torchrun --probe measures the collectives of the ranks too (NCCL with CUDA, else gloo); rank 0 prints."""
     report = describe()
     if options.probe:
         report["probe"] = measure()
     report["warnings"] = warnings_of(report)
     if int(os.environ.get("RANK", "0")) == 0:
-        print(json.dumps(report) if options.json else _text(report))
+        print_json(report) if options.json else print(_text(report))
     return 0
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import math
 import statistics
 import time
@@ -54,8 +55,10 @@ class Measured:
         return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in asdict(self).items()}
 
 
-def bench(rows: int, classes: int, dimension: int, rounds: int, device: torch.device) -> list[Measured]:
-    """Every contender at one size. Raises RuntimeError where one's loss is not eager's."""
+def bench(
+    rows: int, classes: int, dimension: int, rounds: int, device: torch.device, progress: Callable[[int, int], None] | None = None
+) -> list[Measured]:
+    """Every contender at one size; progress(done, total) is called between steps. Raises RuntimeError where one's loss is not eager's."""
     generator = torch.Generator().manual_seed(0)
     weight = (torch.randn(classes, dimension, generator=generator) * 0.01).to(device)
     x = torch.randn(rows, dimension, generator=generator).to(device)
@@ -70,7 +73,9 @@ def bench(rows: int, classes: int, dimension: int, rounds: int, device: torch.de
         made[EAGER] = _eager(weight, x, labels)
     for name, options in OURS.items():
         made[name] = _ours(weight, x, labels, options)
+    tell = _counter(progress, len(made) * (1 + rounds))
     for name, step in made.items():
+        tell()
         found[name].loss = step()  # makes the momentum, and whatever is compiled or kept
         before = _mark(device)
         step()
@@ -82,6 +87,7 @@ def bench(rows: int, classes: int, dimension: int, rounds: int, device: torch.de
     for turn in range(rounds):
         order = list(made.items())
         for name, step in order[turn % len(order) :] + order[: turn % len(order)]:
+            tell()
             _wait(device)
             start = time.perf_counter()
             step()
@@ -93,6 +99,12 @@ def bench(rows: int, classes: int, dimension: int, rounds: int, device: torch.de
         one.median, one.low, one.high = statistics.median(seconds), min(seconds), max(seconds)
         one.share_of_gemm = 8 * rows * classes * dimension / one.median / rate
     return list(found.values())
+
+
+def _counter(progress: Callable[[int, int], None] | None, total: int) -> Callable[[], None]:
+    """Tells how much is done when called before each step."""
+    done = itertools.count()
+    return lambda: None if progress is None else progress(next(done), total)
 
 
 def _eager(start: Tensor, x: Tensor, labels: Tensor) -> Callable[[], float]:

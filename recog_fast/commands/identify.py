@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,25 +10,39 @@ from typing import Any
 
 import numpy as np
 
+from recog_fast.commands.console import UsageError, count, json_option, print_json
+from recog_fast.commands.progress import progress
+
 
 def add(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
     """Register the command."""
     find = commands.add_parser(
-        "identify", parents=parents, help="who in a gallery is nearest to each image", description=_identify.__doc__
+        "identify",
+        parents=parents,
+        help="who in a gallery is nearest to each image",
+        description=_identify.__doc__,
+        example=(
+            "recog-fast identify models/mbf --gallery people/ --probes photos/ --top 3",
+            "recog-fast identify models/mbf --gallery people/ --probes photos/ --strangers others/ --fpir 0.01 --json",
+        ),
     )
     find.add_argument("model", help="output folder of a run, one of its checkpoints, a model folder, or an .onnx file with its card")
-    find.add_argument("--gallery", required=True, help="known people: folder, .rec, .csv, ... (`recog-fast data check`)")
-    find.add_argument("--probes", required=True, help="images to look for, in the same formats")
-    find.add_argument("--top", type=int, default=5, help="matches shown per image (5)")
+    find.add_argument("--gallery", required=True, metavar="SOURCE", help="known people: folder, .rec, .csv, ... (`recog-fast data check`)")
+    find.add_argument("--probes", required=True, metavar="SOURCE", help="images to look for, in the same formats")
+    find.add_argument("--top", type=count, default=5, metavar="N", help="matches shown per image (%(default)s)")
     limit = find.add_mutually_exclusive_group()
-    limit.add_argument("--threshold", type=float, help="no match below this cosine")
-    limit.add_argument("--fpir", type=float, help="choose the threshold so that at most this share of people who are not in the gallery gets a match")
-    find.add_argument("--strangers", help="with --fpir: images of people who are not in the gallery; else the probes whose class is not in it")
+    limit.add_argument("--threshold", type=float, metavar="COSINE", help="no match below this cosine")
+    limit.add_argument(
+        "--fpir", type=float, metavar="SHARE", help="choose the threshold so that at most this share of people who are not in the gallery gets a match"
+    )
+    find.add_argument(
+        "--strangers", metavar="SOURCE", help="with --fpir: images of people who are not in the gallery; else the probes whose class is not in it"
+    )
     find.add_argument("--per-person", action="store_true", help="one mean vector per class of the gallery")
     find.add_argument("--faiss", action="store_true", help="search with faiss instead of exact products")
-    find.add_argument("--block", type=int, default=4096, help="gallery images embedded and searched at a time (4096)")
-    find.add_argument("--device", default="cpu")
-    find.add_argument("--json", action="store_true", help="one JSON object per image; with --fpir a last one about the threshold")
+    find.add_argument("--block", type=count, default=4096, metavar="N", help="gallery images embedded and searched at a time (%(default)s)")
+    find.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (%(default)s)")
+    json_option(find, "probes with their matches, rank 1, and with --fpir the threshold (open_set)")
     find.set_defaults(run=_identify)
 
 
@@ -40,20 +53,18 @@ def _identify(options: argparse.Namespace, _: list[str]) -> int:
     open-set threshold and the share of known people found above it."""
     from recog_fast.data import open_dataset
     from recog_fast.evaluation import GallerySearch
-    from recog_fast.training.model_files import embed_dataset, open_model
+    from recog_fast.training.model_files import open_model
 
-    if options.block < 1 or options.top < 1:
-        raise ValueError(f"identify: expected --block and --top >= 1, got {options.block} and {options.top}")
     if options.strangers and options.fpir is None:
-        raise ValueError(f"identify: expected --fpir with --strangers {options.strangers}, got none")
+        raise UsageError(f"identify: expected --fpir with --strangers {options.strangers}, got none")
     network, card = open_model(options.model)
     network.to(options.device)
     gallery, probes = (open_dataset(path) for path in (options.gallery, options.probes))
-    looked, shown = embed_dataset(network, probes, card.input_size)
-    asked, strangers = looked.numpy(), 0
+    looked, shown = _embedded("probes embedded", network, probes, card.input_size)
+    asked, strangers = looked, 0
     if options.strangers:
-        more = embed_dataset(network, open_dataset(options.strangers), card.input_size)[0]
-        asked, strangers = np.concatenate([asked, more.numpy()]), len(more)
+        more, _places = _embedded("strangers embedded", network, open_dataset(options.strangers), card.input_size)
+        asked, strangers = np.concatenate([asked, more]), len(more)
     search = GallerySearch(asked, options.top, engine="faiss" if options.faiss else "exact")
     known = _fill(search, network, gallery, card.input_size, options)
     all_cosines, found = search.result()
@@ -66,15 +77,23 @@ def _identify(options: argparse.Namespace, _: list[str]) -> int:
         others = all_cosines[len(shown) :, 0] if strangers else cosine[~mated, 0]
         said = _open_set(others, cosine[:, 0], mated, right, options.fpir)
         threshold = said["threshold"]
+    rows = []
     for row, place in enumerate(shown):
         pairs = zip(cosine[row].tolist(), found[row].tolist(), strict=True)
         matches = [(*known.of(k), c) for c, k in pairs if c >= threshold]
-        _show(options, str(probes.source(place)), own[row], matches)
-    if said is not None:
-        print(json.dumps({"open_set": said}) if options.json else _in_words(said))
-    if not options.json and mated.any():
-        print(f"rank 1: {right[mated].mean():.4f} of {int(mated.sum())} probes, {search.rows} in the gallery")
+        named = [{"name": name, "class": label, "cosine": round(c, 6)} for name, label, c in matches]
+        rows.append({"probe": str(probes.source(place)), "class": own[row], "matches": named})
+    first = {"accuracy": float(right[mated].mean()), "probes": int(mated.sum())} if mated.any() else None
+    _tell(options, {"probes": rows, "gallery": search.rows, "rank_1": first, "open_set": said})
     return 0
+
+
+def _embedded(what: str, network: Any, source: Any, size: tuple[int, int]) -> tuple[Any, list[int]]:
+    from recog_fast.training.model_files import embed_dataset
+
+    with progress(what) as step:
+        vectors, places = embed_dataset(network, source, size, progress=step)
+    return vectors.numpy(), places
 
 
 @dataclass(frozen=True)
@@ -91,14 +110,15 @@ def _fill(search: Any, network: Any, gallery: Any, size: tuple[int, int], option
 
     places: list[Any] = []
     sums: dict[str, Any] = {}
-    for block, kept in embed_blocks(network, gallery, size, options.block):
-        if options.per_person:
-            for vector, i in zip(block.double().numpy(), kept, strict=True):
-                name = _class_name(gallery, i)
-                sums[name] = sums[name] + vector if name in sums else vector
-        else:
-            search.add(block)
-            places.append(np.array(kept, dtype=np.int64))
+    with progress("gallery embedded") as step:
+        for block, kept in embed_blocks(network, gallery, size, options.block, progress=step):
+            if options.per_person:
+                for vector, i in zip(block.double().numpy(), kept, strict=True):
+                    name = _class_name(gallery, i)
+                    sums[name] = sums[name] + vector if name in sums else vector
+            else:
+                search.add(block)
+                places.append(np.array(kept, dtype=np.int64))
     if options.per_person:
         people = sorted(sums)
         if people:
@@ -134,13 +154,17 @@ def _in_words(said: dict[str, Any]) -> str:
     return f"threshold {said['threshold']:.6f}: {said['false_positives']} of {said['non_mated']} people who are not in the gallery get a match{tpir}"
 
 
-def _show(options: argparse.Namespace, probe: str, own: str, matches: list[tuple[str, str, float]]) -> None:
+def _tell(options: argparse.Namespace, found: dict[str, Any]) -> None:
     if options.json:
-        rows = [{"name": name, "class": label, "cosine": round(c, 6)} for name, label, c in matches]
-        print(json.dumps({"probe": probe, "class": own, "matches": rows}))
+        print_json(found)
         return
-    text = "   ".join(f"{label} {c:.4f}" for _, label, c in matches)
-    print(f"{probe}: {text or 'nobody'}")
+    for row in found["probes"]:
+        text = "   ".join(f"{match['class']} {match['cosine']:.4f}" for match in row["matches"])
+        print(f"{row['probe']}: {text or 'nobody'}")
+    if found["open_set"] is not None:
+        print(_in_words(found["open_set"]))
+    if found["rank_1"] is not None:
+        print(f"rank 1: {found['rank_1']['accuracy']:.4f} of {found['rank_1']['probes']} probes, {found['gallery']} in the gallery")
 
 
 def _class_name(dataset: Any, index: int) -> str:

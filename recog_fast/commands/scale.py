@@ -4,61 +4,55 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import math
 from pathlib import Path
 from typing import Any
+
+from recog_fast.commands.console import UsageError, at_least, count, json_option, print_json
 
 
 def add(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
     """Adds the command to the subparsers `commands`."""
     cost = commands.add_parser(
-        "estimate", parents=parents, help="memory, messages and least time of a head on a number of devices", description=_estimate.__doc__
+        "estimate",
+        parents=parents,
+        help="memory, messages and least time of a head on a number of devices",
+        description=_estimate.__doc__,
+        example=("recog-fast estimate --classes 29e6 --gpus 8 --batch 1024", "recog-fast estimate --classes 1e6 --batch 256 --device cpu --json"),
     )
-    cost.add_argument("--classes", type=count, required=True, help="number of classes, 29e6 for example")
-    cost.add_argument("--gpus", type=count, default=1, help="devices that share the classes (1)")
-    cost.add_argument("--batch", type=count, required=True, help="rows of a step, over all devices")
-    cost.add_argument("--dim", type=count, default=512, help="embedding size (512)")
-    cost.add_argument("--device", default="H100", help="A100, H100 (default), H200, B200, or cpu: this host, measured now")
-    cost.add_argument("--optimizer", default="headsgd", help="headsgd (default), sgd or adamw")
-    cost.add_argument("--weight-format", default="float32", help="float32 (default) or split: two 16-bit planes")
-    cost.add_argument("--momentum-dtype", default="float32", help="float32 (default) or bfloat16")
+    cost.add_argument("--classes", type=count, required=True, metavar="C", help="number of classes, 29e6 for example")
+    cost.add_argument("--gpus", type=count, default=1, metavar="N", help="devices that share the classes (%(default)s)")
+    cost.add_argument("--batch", type=count, required=True, metavar="N", help="rows of a step, over all devices")
+    cost.add_argument("--dim", type=count, default=512, metavar="D", help="embedding size (%(default)s)")
+    cost.add_argument("--device", default="H100", help="A100, H100, H200, B200, or cpu: this host, measured now (%(default)s)")
+    cost.add_argument("--optimizer", default="headsgd", help="headsgd, sgd or adamw (%(default)s)")
+    cost.add_argument("--weight-format", default="float32", help="float32, or split: two 16-bit planes (%(default)s)")
+    cost.add_argument("--momentum-dtype", default="float32", help="float32 or bfloat16 (%(default)s)")
     cost.add_argument("--no-momentum", action="store_true", help="momentum 0")
-    cost.add_argument("--sample-rate", type=float, default=1.0, help="share of the classes that are a step's negatives (1)")
+    cost.add_argument("--sample-rate", type=float, default=1.0, metavar="SHARE", help="share of the classes that are a step's negatives, above 0 and up to 1 (%(default)s)")
     cost.add_argument("--float32", action="store_true", help="float32 sweeps instead of 16-bit ones")
-    cost.add_argument("--subcenters", type=count, default=1, help="centres per class (1)")
-    cost.add_argument("--memory-steps", type=int, default=0, help="delta of a prototype memory (0: none)")
-    cost.add_argument("--link", type=float, help="GB/s of a device's link in one direction, instead of the data sheet's")
-    cost.add_argument("--results", type=Path, help="folder of stored measurements (default: benchmarks/results of a source checkout)")
-    cost.add_argument("--json", action="store_true", help="print one JSON object: bytes, flops, seconds")
+    cost.add_argument("--subcenters", type=count, default=1, metavar="K", help="centres per class (%(default)s)")
+    cost.add_argument("--memory-steps", type=at_least(0), default=0, metavar="STEPS", help="delta of a prototype memory, 0 for none (%(default)s)")
+    cost.add_argument("--link", type=float, metavar="GB/S", help="speed of a device's link in one direction, instead of the data sheet's")
+    cost.add_argument("--results", type=Path, metavar="FOLDER", help="folder of stored measurements (default: benchmarks/results of a source checkout)")
+    json_option(cost, "bytes, flops, seconds")
     cost.set_defaults(run=_estimate)
 
 
-def count(text: str) -> int:
-    """A whole number from 1 on, also written 29e6; ArgumentTypeError for anything else."""
-    try:
-        value = float(text)
-        if value == int(value) >= 1:
-            return int(value)
-    except (ValueError, OverflowError):
-        pass
-    raise argparse.ArgumentTypeError(f"expected a whole number from 1 on, such as 1000 or 29e6, got {text!r}")
-
-
 def _estimate(options: argparse.Namespace, _: list[str]) -> int:
-    """Memory of one device by item, messages and the least time of a step: bounds from data-sheet numbers (cpu: from what this host
+    """Prints the memory of one device by item, messages and the least time of a step: bounds from data-sheet numbers (cpu: from what this host
     was measured at), and beside them a stored measurement of such a step where there is one."""
     from recog_fast import estimate as model
     from recog_fast.commands.host import cpu_name, host_device
 
     link = None if options.link is None else options.link * 1e9
     if options.link is not None and not 0 < options.link < math.inf:
-        raise ValueError(f"estimate: expected link > 0 GB/s, got {options.link}")
+        raise UsageError(f"estimate: expected link > 0 GB/s, got {options.link}")
     device: Any = options.device
     if device == "cpu":
         device = host_device(link)
     elif device not in model.DEVICES:
-        raise ValueError(f"estimate: expected device in {', '.join(model.DEVICES)}, cpu, got {device!r}")
+        raise UsageError(f"estimate: expected device in {', '.join(model.DEVICES)}, cpu, got {device!r}")
     elif link is not None:
         device = dataclasses.replace(model.DEVICES[device], node_link=link, network=link)
     report = model.estimate(
@@ -72,7 +66,7 @@ def _estimate(options: argparse.Namespace, _: list[str]) -> int:
         found = model.measured(report.head, cpu_name(), results)
     if options.json:
         stored = {"none": found} if isinstance(found, str) else dataclasses.asdict(found)
-        print(json.dumps(report.plain() | {"measured": stored}))
+        print_json(report.plain() | {"measured": stored})
     else:
         print(model.text(report, found))
     return 0

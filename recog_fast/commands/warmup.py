@@ -3,28 +3,36 @@
 from __future__ import annotations
 
 import argparse
-import json
+import itertools
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from recog_fast.commands.scale import count
+from recog_fast.commands.console import UsageError, count, json_option, print_json
+from recog_fast.commands.progress import Step, progress
 
 _MOST = 1 << 17  # classes of the trial head: several slabs and several chunks of any device
 
 
 def add(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
     """Adds the command to the subparsers `commands`."""
-    warm = commands.add_parser("warmup", parents=parents, help="compile a configuration's Triton kernels into Triton's cache", description=_warmup.__doc__)
+    warm = commands.add_parser(
+        "warmup",
+        parents=parents,
+        help="compile a configuration's Triton kernels into Triton's cache",
+        description=_warmup.__doc__,
+        example=("recog-fast warmup configs/insightface_r50.yaml --arch sm_90 --cache triton_cache", "recog-fast warmup --batch 1024 --dim 512 --arch sm_80"),
+    )
     warm.add_argument("config", nargs="?", help="settings file (YAML) of `recog-fast train`; without: a plain head of --batch, --dim, --classes")
-    warm.add_argument("--batch", type=count, help="rows of a step of all ranks (with CONFIG: instead of its batch_size)")
-    warm.add_argument("--dim", type=count, help="embedding size (with CONFIG: instead of its embedding_size)")
-    warm.add_argument("--classes", type=count, help="classes of a rank; without: as many variants as their number could ask for")
+    warm.add_argument("--batch", type=count, metavar="N", help="rows of a step of all ranks (with CONFIG: instead of its batch_size)")
+    warm.add_argument("--dim", type=count, metavar="D", help="embedding size (with CONFIG: instead of its embedding_size)")
+    warm.add_argument("--classes", type=count, metavar="C", help="classes of a rank; without: as many variants as their number could ask for")
     warm.add_argument("--arch", action="append", metavar="sm_90", help="compile for sm_80, sm_89, sm_90 or sm_100 without such a GPU (can be repeated)")
     warm.add_argument("--float32", action="store_true", help="float32 sweeps instead of 16-bit ones (with CONFIG: as its precision says)")
-    warm.add_argument("--cache", type=Path, help="folder of the cache (default: TRITON_CACHE_DIR, or Triton's own)")
-    warm.add_argument("--json", action="store_true", help="print one JSON object")
+    warm.add_argument("--cache", type=Path, metavar="FOLDER", help="folder of the cache (default: TRITON_CACHE_DIR, or Triton's own)")
+    json_option(warm, "cache folder, and per target kernels compiled and found, seconds")
     warm.set_defaults(run=_warmup)
 
 
@@ -41,18 +49,18 @@ def _warmup(options: argparse.Namespace, _: list[str]) -> int:
         os.environ["TRITON_CACHE_DIR"] = str(options.cache)
     archs: list[int | None] = [_architecture(text) for text in options.arch or []]
     if not archs and not torch.cuda.is_available():
-        raise ValueError("warmup: expected --arch sm_80, sm_89, sm_90 or sm_100 where torch sees no CUDA device, got none")
+        raise UsageError("warmup: expected --arch sm_80, sm_89, sm_90 or sm_100 where torch sees no CUDA device, got none")
     results: list[dict[str, Any]] = []
     for arch in archs or [None]:
         began = time.perf_counter()
-        with listening() if arch is None else compiling_for(arch) as found:
+        with progress("kernels") as step, listening(_telling(step)) if arch is None else compiling_for(arch, _telling(step)) as found:
             _steps(options, "cuda" if arch is None else "cpu")
         made = sum(not kernel.cached for kernel in found.values())
         name = torch.cuda.get_device_name() if arch is None else f"sm_{arch}"
         results.append({"target": name, "compiled": made, "found": len(found) - made, "seconds": time.perf_counter() - began, "kernels": sorted({k.name for k in found.values()})})
     folder = cache_folder()
     if options.json:
-        print(json.dumps({"cache": str(folder), "targets": results}))
+        print_json({"cache": folder, "targets": results})
         return 0
     for r in results:
         print(f"{r['target']}: {r['compiled']} kernels compiled, {r['found']} were there, {r['seconds']:.1f} s: {', '.join(r['kernels'])}")
@@ -60,10 +68,18 @@ def _warmup(options: argparse.Namespace, _: list[str]) -> int:
     return 0
 
 
+def _telling(step: Step | None) -> Callable[[Any], None] | None:
+    """Counts kernels; nobody knows how many there will be."""
+    if step is None:
+        return None
+    done = itertools.count(1)
+    return lambda kernel: step(next(done), 0)
+
+
 def _architecture(text: str) -> int:
     number = text.removeprefix("sm_").rstrip("a")
     if number not in ("80", "89", "90", "100"):
-        raise ValueError(f"warmup: expected --arch sm_80, sm_89, sm_90 or sm_100, got {text}")
+        raise UsageError(f"warmup: expected --arch sm_80, sm_89, sm_90 or sm_100, got {text}")
     return int(number)
 
 
@@ -100,7 +116,7 @@ def _settings(options: argparse.Namespace) -> Any:
     config = TrainConfig(data=_no_data()) if options.config is None else apply_method(read_config(options.config))
     sizes = {"batch_size": options.batch, "embedding_size": options.dim}
     if options.config is None and options.batch is None:
-        raise ValueError("warmup: expected a settings file or --batch, got neither")
+        raise UsageError("warmup: expected a settings file or --batch, got neither")
     return dataclasses.replace(config, **{name: value for name, value in sizes.items() if value is not None})
 
 

@@ -14,7 +14,7 @@ import os
 import pickle
 import re
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -169,10 +169,16 @@ Placed = list[tuple[Path, int, int]]
 Source = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
 
-def _shards(source: Source, classes: int | None, dim: int | None) -> tuple[list[Tensor], Placed]:
+def _shards(
+    source: Source, classes: int | None, dim: int | None, progress: Callable[[int, int], None] | None = None
+) -> tuple[list[Tensor], Placed]:
     """The parts of W and where they go, their sizes checked."""
     paths = head_shards(source)
-    weights = [_shard_weight(path) for path in paths]
+    weights = []
+    for path in paths:
+        weights.append(_shard_weight(path))
+        if progress is not None:
+            progress(len(weights), len(paths))
     for path, weight in zip(paths, weights, strict=True):
         if weight.shape[1] != (weights[0].shape[1] if dim is None else dim):
             raise ValueError(f"import_head: expected D = {dim or weights[0].shape[1]} in {path}, got {weight.shape[1]}")
@@ -186,14 +192,17 @@ def _shards(source: Source, classes: int | None, dim: int | None) -> tuple[list[
     return weights, [(path, end - size, end) for path, size, end in zip(paths, sizes, ends, strict=True)]
 
 
-def read_head(source: Source, num_classes: int | None = None) -> tuple[Tensor, Placed]:
+def read_head(
+    source: Source, num_classes: int | None = None, progress: Callable[[int, int], None] | None = None
+) -> tuple[Tensor, Placed]:
     """(W (C, D), [(file, first class, past last)]) of arcface_torch's per-rank files, whatever the number of ranks and
-    however the classes were split: rows follow each other in the order of the ranks.
+    however the classes were split: rows follow each other in the order of the ranks. progress(done, total) is called after every
+    file.
 
     Raises ValueError as `head_shards`, for a file of anything else, D that differ, or rows that do not add up to
     `num_classes`.
     """
-    weights, placed = _shards(source, num_classes, None)
+    weights, placed = _shards(source, num_classes, None, progress)
     return torch.cat([weight.float() for weight in weights]), placed
 
 

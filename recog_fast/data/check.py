@@ -191,7 +191,7 @@ def check_dataset(
     """Read a source and report counts, label faults, unreadable and repeated images, sizes, colours.
 
     sample: images that are read, evenly spread over the source (0: labels only; None: all). progress(done, total) is
-    called now and then. Images are the same where their decoded pixels are. Raises ValueError where the source itself
+    called after every image. Images are the same where their decoded pixels are. Raises ValueError where the source itself
     cannot be read, or for a negative sample.
     """
     if sample is not None and sample < 0:
@@ -201,13 +201,13 @@ def check_dataset(
     total = len(dataset) if sample is None else min(sample, len(dataset))
     places = np.arange(len(dataset)) if total == len(dataset) else np.linspace(0, len(dataset) - 1, total).astype(int)
     pixels = _Pixels(total)
-    for done, index in enumerate(places.tolist()):
+    for done, index in enumerate(places.tolist(), 1):
         try:
             data, _ = dataset.encoded(index)
             pixels.add(index, data, decode_image(data, dataset.source(index), index))
         except CorruptImage as error:
             report.unreadable.append((error.source, error.reason))
-        if progress is not None and done % 256 == 0:
+        if progress is not None:
             progress(done, total)
     report.checked = total
     pixels.into(report, dataset, labels)

@@ -35,8 +35,17 @@ class Conversion:
 
 
 def target_kind(target: str | os.PathLike[str]) -> str:
-    """ "rec" or "tar" by the suffix, else "folder"."""
-    return {".rec": "rec", ".tar": "tar"}.get(Path(target).suffix.lower(), "folder")
+    """ "rec" or "tar" by the suffix, "folder" without one or with a slash at the end. Raises ValueError for another suffix."""
+    text = os.fspath(target)
+    if text.endswith(("/", os.sep)):
+        return "folder"
+    kind = {".rec": "rec", ".tar": "tar", "": "folder"}.get(Path(text).suffix.lower())
+    if kind is None:
+        raise ValueError(
+            f"convert_dataset: expected a target ending in .rec or .tar, or a folder (ending in / where its name has a dot), or a kind "
+            f"({', '.join(TARGETS)}), got {text}"
+        )
+    return kind
 
 
 def convert_dataset(
@@ -59,8 +68,9 @@ def convert_dataset(
     list    a folder of images and labels.csv
     Image files are copied, not decoded. Names are the source's where they fit the target, else <label>/<number>. Every
     `sync_every` images the position goes to `<target>.converting`: the same call after a crash goes on there, any other
-    source is refused. verify: read the target back and compare every byte and label. Raises ValueError for an existing
-    target, a kind that is none, a source image that cannot be read (CorruptImage), or a target that does not read back.
+    source is refused. verify: read the target back and compare every byte and label. progress(done, total) is called after every
+    image written, and with verify after every one read back: total counts both. Raises ValueError for an existing
+    target, a kind or a suffix that is none, a source image that cannot be read (CorruptImage), or a target that does not read back.
     """
     kind = target_kind(target) if kind is None else kind
     if kind not in TARGETS:
@@ -75,6 +85,7 @@ def convert_dataset(
     place.parent.mkdir(parents=True, exist_ok=True)
     writer.open(state)
     _note(journal, print_of, done, writer.sync())
+    total = len(labels) * (1 + verify)
     try:
         for step in range(done, len(writer.order)):
             index = int(writer.order[step])
@@ -82,13 +93,13 @@ def convert_dataset(
             writer.write(step, names(index, data), label, data)
             if (step + 1) % sync_every == 0:
                 _note(journal, print_of, step + 1, writer.sync())
-                if progress is not None:
-                    progress(step + 1, len(labels))
+            if progress is not None:
+                progress(step + 1, total)
         writer.finish()
     finally:
         writer.close()
     if verify:
-        _compare(source, place, writer, names)
+        _compare(source, place, writer, names, progress)
     journal.unlink()
     return Conversion(len(labels), done, verify, kind)
 
@@ -173,7 +184,9 @@ def _listed_names(source: RecordDataset) -> list[str] | None:
     return found if all(found) else None
 
 
-def _compare(source: EncodedDataset, target: Path, writer: Target, names: Callable[[int, bytes], str]) -> None:
+def _compare(
+    source: EncodedDataset, target: Path, writer: Target, names: Callable[[int, bytes], str], progress: Callable[[int, int], None] | None
+) -> None:
     """Every image and label of the target against the source."""
     written = KINDS[writer.kind](writer.readable, decode=False)
     if len(written) != len(writer.order):
@@ -186,3 +199,5 @@ def _compare(source: EncodedDataset, target: Path, writer: Target, names: Callab
                 f"convert_dataset: expected {len(data)} bytes of class {label} from {source.source(index)} in {target}, "
                 f"got {len(found)} bytes of class {other}"
             )
+        if progress is not None:
+            progress(len(written) + step + 1, 2 * len(written))

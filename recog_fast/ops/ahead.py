@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 from unittest import mock
 
@@ -18,9 +18,10 @@ if TYPE_CHECKING:
 
 
 @contextlib.contextmanager
-def compiling_for(arch: int) -> Iterator[dict[str, Kernel]]:
+def compiling_for(arch: int, each: Callable[[Kernel], None] | None = None) -> Iterator[dict[str, Kernel]]:
     """Within it the operations on CPU tensors make the launches of a GPU of compute capability arch (80, 89, 90, 100), which are compiled
-    and not run: results are whatever lay in memory. Whole process; gives the kernels by their key in Triton's cache.
+    and not run: results are whatever lay in memory. Whole process; gives the kernels by their key in Triton's cache,
+    and calls `each` with every one.
 
     Raises ValueError for another architecture, RuntimeError under TRITON_INTERPRET.
     """
@@ -31,7 +32,7 @@ def compiling_for(arch: int) -> Iterator[dict[str, Kernel]]:
 
     library = torch.library.Library("recog_fast", "IMPL")
     try:
-        with compile_only(arch) as found, mock.patch.object(_cuda, "_runs", runs):
+        with compile_only(arch, each) as found, mock.patch.object(_cuda, "_runs", runs):
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="Warning only once for all operators")
                 for stem, kernel in _cuda.KERNELS.items():

@@ -208,6 +208,20 @@ def help_text() -> str:
     return text
 
 
+def setting_names() -> list[str]:
+    """All settings as the command line spells them: lr, data.kind, ..."""
+
+    def names(kind: type, prefix: str) -> list[str]:
+        nested = _NESTED.get(kind, {})
+        found = []
+        for one in dataclasses.fields(kind):
+            found.append(prefix + one.name)
+            found += names(nested[one.name], f"{prefix}{one.name}.") if one.name in nested else []
+        return found
+
+    return names(TrainConfig, "")
+
+
 def _parser() -> Any:
     import jsonargparse
 

@@ -30,12 +30,14 @@ from torch import nn
 import recog_fast as rf
 from recog_fast import data as sources
 from recog_fast import evaluation
+from recog_fast.commands.console import Parser, only_json, print_json
 from recog_fast.evaluation import Gallery, GalleryItem, strip
 from recog_fast.recognizability import RecognizabilityModel
 from recog_fast.sharding import one_process
 from recog_fast.training.config import DataConfig, RecognizabilityConfig, TrainConfig
 from recog_fast.training.data import TrainingImages
 from recog_fast.training.demo_quality import quality_report
+from recog_fast.training.demo_size import Size, add_options, size_of
 from recog_fast.training.findings import Findings
 from recog_fast.training.loop import train
 from recog_fast.training.measure import Network, confusions, measure_pairs
@@ -55,36 +57,6 @@ FIRST_STRANGER = 1 << 21
 FOLDS = 10
 # Name -> size the pictures are taken down to and up again; 0: not at all.
 CONDITIONS = {"full size": 0, "16x16": 16, "8x8": 8}
-
-
-@dataclass(frozen=True)
-class Size:
-    """How much is drawn and trained; the defaults take about two minutes on two cores."""
-
-    identities: int = 600
-    images: int = 12  # pictures of each
-    strangers: int = 200  # unlabelled people, half as many pictures of each
-    holdout: int = 40  # identities behind the accuracy curve
-    test_identities: int = 100
-    test_pairs: int = 2000
-    pixels: int = 40
-    epochs: int = 8
-    batch_size: int = 64
-    embedding_size: int = 128
-
-
-QUICK = Size(
-    identities=24,
-    images=6,
-    strangers=10,
-    holdout=6,
-    test_identities=20,
-    test_pairs=100,
-    pixels=32,
-    epochs=1,
-    batch_size=32,
-    embedding_size=32,
-)
 
 
 @dataclass(frozen=True)
@@ -111,72 +83,59 @@ class TestSet:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the demo; returns 0, or 1 when a signal stopped the training. Bad options exit with code 2.
+    """`run` with the options of a command line (the process's own by default); bad ones exit with code 2."""
+    return run(_options(argv))
+
+
+def _options(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = Parser(prog="recog-fast demo", description="Trains and evaluates on drawn people; writes a report.")
+    add_options(parser)
+    return parser.parse_args(argv)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Runs the demo; returns 0, or 1 when a signal stopped the training.
 
     Raises ImportError at once, not after the training, where matplotlib is missing.
     """
-    options = _options(argv)
     one_process("demo")
     evaluation.require_plots()
-    size, seed = _size(options), options.seed
+    size, seed = size_of(options), options.seed
     config = demo_config(size, options.output, seed, options.threads)
     if options.threads:
         torch.set_num_threads(options.threads)
     # Only what an earlier demo wrote: the training script refuses to start over beside old checkpoints.
     shutil.rmtree(Path(config.output) / "checkpoints", ignore_errors=True)
     began = time.monotonic()
-    print(f"demo: drawing {size.test_identities} test people", flush=True)
-    test = draw_test_set(size, seed)
-    torch.manual_seed(seed)
-    untrained = evaluate(build_backbone(config), test)
-    if not train(config).finished:
-        print("demo: stopped by a signal; no report written")
-        return 1
-    model, _ = load_quality_model(config.output)
-    network = Network(model.backbone, model.branches, 100)
-    found = measure_pairs(network, test.pairs, [down for down in CONDITIONS.values() if down], seed, test.owners)
-    trained, found.baseline = found.results, untrained
-    quality = measure_quality(config, model, test, seed)
-    found.galleries += galleries(config, test)
-    seconds = time.monotonic() - began
-    report = write_results(config, size, test, found, quality, seconds)
-    print(f"{'':20}{'accuracy':>10}{'EER':>8}{'untrained':>12}")
-    for name, result in trained.items():
-        print(f"{name:20}{result.accuracy:>10.1%}{result.eer:>8.1%}{untrained[name].accuracy:>12.1%}")
-    fnmr = quality["fnmr_after_rejecting"]
-    print(
-        "FNMR at FMR 1e-2 of the mix, all pairs, then without the worst 40 %: "
-        + ", ".join(f"{n} {c['0.0']:.2f} -> {c['0.4']:.2f}" for n, c in fnmr.items())
-    )
-    print(f"demo: {seconds:.0f} s; open {report}")
+    with only_json(options.json):
+        print(f"demo: drawing {size.test_identities} test people", flush=True)
+        test = draw_test_set(size, seed)
+        torch.manual_seed(seed)
+        untrained = evaluate(build_backbone(config), test)
+        if not train(config).finished:
+            print("demo: stopped by a signal; no report written", file=sys.stderr)
+            return 1
+        model, _ = load_quality_model(config.output)
+        network = Network(model.backbone, model.branches, 100)
+        found = measure_pairs(network, test.pairs, [down for down in CONDITIONS.values() if down], seed, test.owners)
+        found.baseline = untrained
+        quality = measure_quality(config, model, test, seed)
+        found.galleries += galleries(config, test)
+        seconds = time.monotonic() - began
+        report = write_results(config, size, test, found, quality, seconds)
+    if options.json:
+        print_json({"report": report, **json.loads((options.output / "results.json").read_text(encoding="utf-8"))})
+    else:
+        print(_in_words(found.results, untrained, quality, seconds, report))
     return 0
 
 
-def _options(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="recog-fast demo", description="Train and evaluate on drawn people; write a report."
-    )
-    parser.add_argument(
-        "--quick", action="store_true", help="a run of seconds: every part works, the numbers mean nothing"
-    )
-    parser.add_argument("--identities", type=int, help=f"people to train on ({Size.identities})")
-    parser.add_argument("--epochs", type=int, help=f"passes over their pictures ({Size.epochs})")
-    parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder to write to (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of people, weights and order (%(default)s)")
-    parser.add_argument(
-        "--threads", type=int, default=0, help="of torch; 1 is faster on a busy machine (0: torch's choice)"
-    )
-    options = parser.parse_args(argv)
-    for name, low in (("identities", 20), ("epochs", 1), ("seed", 0), ("threads", 0)):
-        value = getattr(options, name)
-        if value is not None and value < low:
-            parser.error(f"argument --{name}: expected at least {low}, got {value}")
-    return options
-
-
-def _size(options: argparse.Namespace) -> Size:
-    changes = {name: getattr(options, name) for name in ("identities", "epochs") if getattr(options, name) is not None}
-    return dataclasses.replace(QUICK if options.quick else Size(), **changes)
+def _in_words(trained: Results, untrained: Results, quality: dict[str, Any], seconds: float, report: Path) -> str:
+    lines = [f"{'':20}{'accuracy':>10}{'EER':>8}{'untrained':>12}"]
+    lines += [f"{name:20}{result.accuracy:>10.1%}{result.eer:>8.1%}{untrained[name].accuracy:>12.1%}" for name, result in trained.items()]
+    fnmr = ", ".join(f"{n} {c['0.0']:.2f} -> {c['0.4']:.2f}" for n, c in quality["fnmr_after_rejecting"].items())
+    lines.append(f"FNMR at FMR 1e-2 of the mix, all pairs, then without the worst 40 %: {fnmr}")
+    return "\n".join([*lines, f"demo: {seconds:.0f} s; open {report}"])
 
 
 def demo_config(size: Size, output: Path, seed: int, threads: int = 0) -> TrainConfig:

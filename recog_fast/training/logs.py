@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
+from recog_fast.commands.progress import progress, say
 from recog_fast.sharding import World
 
 logger = logging.getLogger("recog_fast.training")
@@ -52,7 +53,7 @@ def dropped_share(labels: Tensor, stats: Any) -> dict[str, tuple[float, float]]:
 
 
 class Log:
-    """Scalars by step to `output/metrics.jsonl` and TensorBoard (`output/tensorboard`), lines and a progress bar to the console.
+    """Scalars by step to `output/metrics.jsonl` and TensorBoard (`output/tensorboard`), lines to the console, and a progress bar where it is a terminal.
 
     Starting at `step` > 0 drops what an interrupted run wrote past that step. Without tensorboard installed it says so once.
     """
@@ -64,7 +65,9 @@ class Log:
         _truncate(self.path, step)
         self.file = self.path.open("a", encoding="utf-8")
         self.board = _tensorboard(output / "tensorboard", step)
-        self.progress, self.task = _progress(step, total)
+        self.bar = contextlib.ExitStack()
+        self.step = self.bar.enter_context(progress("step", lines=True))
+        self.advance(step)
 
     def __enter__(self) -> Log:
         return self
@@ -75,8 +78,7 @@ class Log:
         self.file.close()
         if self.board is not None:
             self.board.close()
-        if self.progress is not None:
-            self.progress.stop()
+        self.bar.close()
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """One line of metrics.jsonl: {"step": step, name: value, ...}; non-finite values are written as null."""
@@ -89,15 +91,12 @@ class Log:
 
     def line(self, text: str) -> None:
         """A line for people."""
-        if self.progress is not None:
-            self.progress.console.print(text, highlight=False, markup=False, soft_wrap=True)
-        else:
-            print(text, flush=True)
+        say(text)
 
     def advance(self, step: int) -> None:
         """Moves the progress bar, where there is one."""
-        if self.progress is not None:
-            self.progress.update(self.task, completed=step)
+        if self.step is not None:
+            self.step(step, self.total)
 
     def training_line(self, step: int, epoch: int, speed: float, loss: float, lr: float) -> None:
         """InsightFace's console line, which people grep."""
@@ -156,15 +155,3 @@ def _tensorboard(folder: Path, step: int) -> Any:
         logger.warning("tensorboard is not installed: only metrics.jsonl is written (pip install recog_fast[train])")
         return None
     return SummaryWriter(str(folder), purge_step=step + 1 if step else None)
-
-
-def _progress(step: int, total: int) -> tuple[Any, Any]:
-    if not sys.stdout.isatty():
-        return None, None
-    try:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-    except ImportError:
-        return None, None
-    progress = Progress(TextColumn("step"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    progress.start()
-    return progress, progress.add_task("train", total=total, completed=step)

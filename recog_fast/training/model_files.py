@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from recog_fast import evaluation
 from recog_fast.models import Backbone, ModelCard, OnnxModel
 from recog_fast.models.card import CARD
 from recog_fast.training.config import read_config
+from recog_fast.training.counting import Progress, counted
 from recog_fast.training.verification import load_backbone, open_card
 
 Network = Backbone | OnnxModel
@@ -62,29 +64,37 @@ def _last_metrics(file: Path) -> tuple[dict[str, Any], ...]:
 
 
 def embed_blocks(
-    backbone: Network, dataset: Any, size: tuple[int, int], rows: int = 4096, batch_size: int = 64
+    backbone: Network, dataset: Any, size: tuple[int, int], rows: int = 4096, batch_size: int = 64, progress: Progress = None
 ) -> Iterator[tuple[Tensor, list[int]]]:
     """(flip-summed embeddings (n, D), the places of their images) of `rows` images of a source at a time, so that memory does
-    not grow with it; images that do not decode are left out, and so are blocks without any."""
+    not grow with it; images that do not decode are left out, and so are blocks without any. progress(done, total) is called after
+    every image of the source."""
+    places = counted(range(len(dataset)), len(dataset), progress)
     for start in range(0, len(dataset), rows):
         kept: list[int] = []
-        images = []
-        for index in range(start, min(start + rows, len(dataset))):
-            try:
-                image = dataset[index][0]
-            except sources.CorruptImage:
-                continue
-            kept.append(index)
-            images.append(sources.resize_image(image, size))
-        if images:
-            yield evaluation.embed_images(backbone, images, batch_size), kept
+        images = _readable(dataset, itertools.islice(places, min(rows, len(dataset) - start)), size, kept)
+        first = next(images, None)
+        if first is not None:
+            yield evaluation.embed_images(backbone, itertools.chain([first], images), batch_size), kept
+    next(places, None)  # past the last one: all are done
+
+
+def _readable(dataset: Any, places: Iterable[int], size: tuple[int, int], kept: list[int]) -> Iterator[Any]:
+    """The images that decode; their places go to `kept`."""
+    for index in places:
+        try:
+            image = dataset[index][0]
+        except sources.CorruptImage:
+            continue
+        kept.append(index)
+        yield sources.resize_image(image, size)
 
 
 def embed_dataset(
-    backbone: Network, dataset: Any, size: tuple[int, int], batch_size: int = 64
+    backbone: Network, dataset: Any, size: tuple[int, int], batch_size: int = 64, progress: Progress = None
 ) -> tuple[Tensor, list[int]]:
     """All blocks of `embed_blocks` as one. Raises ValueError where no image decodes."""
-    blocks = list(embed_blocks(backbone, dataset, size, batch_size=batch_size))
+    blocks = list(embed_blocks(backbone, dataset, size, batch_size=batch_size, progress=progress))
     if not blocks:
         raise ValueError(f"embed_dataset: expected at least one image that decodes, got none of {len(dataset)}")
     return torch.cat([block for block, _ in blocks]), [place for _, kept in blocks for place in kept]

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from types import ModuleType
 
 import torch
 from torch import nn
 
 from recog_fast import QAFace
-from recog_fast.training.config import to_yaml
 from recog_fast.training.logs import Log
 from recog_fast.training.run import Run
 from recog_fast.training.unrecognizable import norms_by_resolution
@@ -25,7 +25,7 @@ _OPPOSITE = -0.15  # two standard errors of a correlation over 64 images at thre
 
 def announce(run: Run, log: Log) -> None:
     parameters = sum(p.numel() for p in run.backbone.parameters())
-    log.line(to_yaml(run.config).rstrip())
+    log.line(f"Settings: {Path(run.config.output) / 'config.yaml'}")
     log.line(
         f"{run.images.num_classes} identities, {len(run.images)} images; {run.config.network} with {parameters / 1e6:.2f} M parameters on {run.device}; "
         f"{run.steps_per_epoch} steps an epoch, {run.total} in all, starting at {run.step}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import platform
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from recog_fast.evaluation import figures, write_report
 from recog_fast.evaluation.page import Figure, Tile
 from recog_fast.evaluation.report import read_metrics
 from recog_fast.training.config import TrainConfig, read_config
+from recog_fast.training.counting import Progress
 from recog_fast.training.data import TrainingImages
 from recog_fast.training.findings import Findings
 from recog_fast.training.measure import (
@@ -42,11 +44,12 @@ _SAMPLE = 400  # training pictures looked at where there is no evaluation target
 _UNREADABLE = (OSError, ValueError, RuntimeError, KeyError, LookupError, ImportError)
 
 
-def report_run(path: str | Path, measure: bool | None = None) -> Path:
+def report_run(path: str | Path, measure: bool | None = None, progress: Progress = None) -> Path:
     """Writes RUN/report.html and returns its path.
 
     measure  True: measure the last checkpoint's network now; False: only what is stored; None: measure where nothing newer
              than the last checkpoint is stored
+    progress  called with (parts measured, all of them) while it measures
     What cannot be had (no target, data gone, no checkpoint yet) is named in the page instead of failing it.
     Raises FileNotFoundError for a folder without config.yaml or metrics.jsonl, ValueError for files that are none,
     ImportError without matplotlib.
@@ -69,7 +72,7 @@ def report_run(path: str | Path, measure: bool | None = None) -> Path:
             not stored.is_file() or stored.stat().st_mtime < (checkpoint / "manifest.json").stat().st_mtime
         )
     if measure:
-        found = measure_run(run, config)
+        found = measure_run(run, config, progress)
         found.save(stored)
     elif stored.is_file():
         found = Findings.load(stored)
@@ -78,7 +81,7 @@ def report_run(path: str | Path, measure: bool | None = None) -> Path:
     return write_run_page(place / PAGE, found, config, metrics, name=place.resolve().name)
 
 
-def measure_run(run: Path, config: TrainConfig) -> Findings:
+def measure_run(run: Path, config: TrainConfig, progress: Progress = None) -> Findings:
     """Everything the data and the last checkpoint give; what fails is named in `missing`."""
     found = Findings()
     try:
@@ -99,19 +102,25 @@ def measure_run(run: Path, config: TrainConfig) -> Findings:
         except _UNREADABLE as error:
             images = None
             found.missing.append(f"Confusions, attention maps and pairs of held-out people: the training data cannot be opened ({_short(error)}).")
-        _targets(found, network, quiet, images)
+        parts = len(config.val_targets) + 1
+        _targets(found, network, quiet, images, lambda done: None if progress is None else progress(done, parts))
         if images is not None:
             try:
                 found.galleries += confusions(network, head, images.clean, images.labels, config.seed)
             except _UNREADABLE as error:
                 found.missing.append(f"Confusions and attention maps: {_short(error)}.")
+    if progress is not None:
+        progress(parts, parts)
     found.facts = costs(config, backbone, head, None if images is None else len(images)) | environment()
     return found
 
 
-def _targets(found: Findings, network: Network, config: TrainConfig, images: TrainingImages | None) -> None:
+def _targets(
+    found: Findings, network: Network, config: TrainConfig, images: TrainingImages | None, measured: Callable[[int], None]
+) -> None:
     """Adds the evaluation targets: the first one in full, of the others the verification."""
-    for target in config.val_targets:
+    for done, target in enumerate(config.val_targets):
+        measured(done)
         try:
             if images is None and target == "holdout":
                 raise ValueError("held-out people are part of the training data")
@@ -128,6 +137,7 @@ def _targets(found: Findings, network: Network, config: TrainConfig, images: Tra
                 found.results[f"{pairs.name}, {condition(0)}"] = verification(network.embed(pairs.images).flipped, pairs)
         except _UNREADABLE as error:
             found.missing.append(f"Evaluation target {target}: {_short(error)}.")
+    measured(len(config.val_targets))
     if found.results:
         return
     if not config.val_targets:

@@ -20,8 +20,10 @@ from typing import Any
 
 import numpy as np
 
+from recog_fast.commands.progress import say
 from recog_fast.sharding import one_process
 from recog_fast.training.config import TrainConfig, read_config
+from recog_fast.training.counting import Progress, counted
 from recog_fast.training.loop import train
 
 
@@ -44,7 +46,10 @@ def read_sweep(path: str | Path) -> tuple[Path, list[Point]]:
     file = Path(path)
     if not file.is_file():
         raise FileNotFoundError(f"sweep: no file {file}")
-    values = yaml.safe_load(file.read_text())
+    try:
+        values = yaml.safe_load(file.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"sweep: {file} is no valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, Mapping) or set(values) - {"config", "grid", "seeds"} or "config" not in values:
         raise ValueError(f"sweep: expected config, grid and seeds in {file}, got {values!r:.200}")
     grid, seeds = values.get("grid") or {}, values.get("seeds") or [None]
@@ -80,10 +85,11 @@ def point_config(settings: Path, point: Point, overrides: Sequence[str], output:
     return read_config(settings, overrides, changes)
 
 
-def sweep(path: str | Path, output: str | Path, overrides: Sequence[str] = ()) -> list[dict[str, Any]]:
+def sweep(path: str | Path, output: str | Path, overrides: Sequence[str] = (), progress: Progress = None) -> list[dict[str, Any]]:
     """Runs every point of the sweep file `path` below `output`; one entry {"point", "changes", "seed", "metrics", "step"} per run.
 
-    All settings are read before the first run, so a mistake in the last one costs nothing. Results: output/sweep.json.
+    All settings are read before the first run, so a mistake in the last one costs nothing. Results: output/sweep.json. progress(done, total) is
+    called after every run.
     Raises what `read_sweep`, `read_config` and `train` raise, and ValueError for overrides of output or resume and under several ranks.
     """
     one_process("sweep")
@@ -94,13 +100,13 @@ def sweep(path: str | Path, output: str | Path, overrides: Sequence[str] = ()) -
     folder = Path(output)
     configs = [point_config(settings, point, overrides, folder) for point in points]
     results = []
-    for point, config in zip(points, configs, strict=True):
+    for point, config in counted(zip(points, configs, strict=True), len(points), progress):
         place = folder / point.name / "result.json"
         if not place.is_file():
-            print(f"sweep: {point.name}", flush=True)
+            say(f"sweep: {point.name}")
             done = train(config)
             if not done.finished:
-                print(f"sweep: stopped by a signal at {point.name}; the same command goes on", flush=True)
+                say(f"sweep: stopped by a signal at {point.name}; the same command goes on")
                 break
             entry = {
                 "point": point.name,

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 import recog_fast as rf
 from recog_fast.training.batches import Image
 from recog_fast.training.config import DataConfig
+from recog_fast.training.counting import Progress, counted
 from recog_fast.training.data import open_source, read_image, split_classes
 from recog_fast.training.kept import write_kept
 from recog_fast.training.saved import load_run
@@ -67,8 +68,9 @@ def unknown_statistics(probabilities: Probabilities, head: rf.MarginHead) -> dic
     }
 
 
-def statistics_of_run(run: str | Path, data: DataConfig | None) -> dict[str, Any]:
+def statistics_of_run(run: str | Path, data: DataConfig | None, progress: Progress = None) -> dict[str, Any]:
     """`unknown_statistics` of a run on a source whose people it was not trained on; None: the run's own held-out identities.
+    progress(done, total) is called after every image.
 
     Raises FileNotFoundError, and ValueError where there are no such images.
     """
@@ -80,16 +82,18 @@ def statistics_of_run(run: str | Path, data: DataConfig | None) -> dict[str, Any
         source: Any = held
     else:
         source = open_source(data, "unknowns")
-    images = (read_image(source, i, config.data.size) for i in range(len(source)))
+    images = (read_image(source, i, config.data.size) for i in counted(range(len(source)), len(source), progress))
     return unknown_statistics(max_probabilities(backbone, head, (i for i in images if i is not None)), head)
 
 
-def filter_overlap(run: str | Path, data: DataConfig, output: str | Path, threshold: float = 0.9) -> dict[str, Any]:
+def filter_overlap(
+    run: str | Path, data: DataConfig, output: str | Path, threshold: float = 0.9, progress: Progress = None
+) -> dict[str, Any]:
     """Writes the list of the images of `data` that the stage-1 model is NOT sure to know: p_max <= threshold (UIR: 0.9).
 
     The others are probably people of the training set: UIR would push them away from their own centre. Images that cannot be
     decoded are left out too. Give the list to a run as `unlabelled.keep`. Returns what `unknown_statistics` says about all
-    images, with "kept", "overlapping" and "unreadable".
+    images, with "kept", "overlapping" and "unreadable". progress(done, total) is called after every image.
 
     Raises ValueError for a threshold outside [0, 1] and where nothing is kept, FileNotFoundError for a run that is not there.
     """
@@ -100,7 +104,7 @@ def filter_overlap(run: str | Path, data: DataConfig, output: str | Path, thresh
     readable: list[int] = []
 
     def images() -> Iterable[Image]:
-        for i in range(len(source)):
+        for i in counted(range(len(source)), len(source), progress):
             image = read_image(source, i, config.data.size)
             if image is not None:
                 readable.append(i)

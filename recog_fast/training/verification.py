@@ -16,6 +16,7 @@ from recog_fast import evaluation
 from recog_fast.models import Backbone, ModelCard, OnnxModel, load_model, load_onnx, read_card
 from recog_fast.training.batches import Image
 from recog_fast.training.config import DataConfig, TrainConfig
+from recog_fast.training.counting import Progress, counted
 from recog_fast.training.data import Split, TrainingImages, open_source, read_image, split_classes
 
 
@@ -108,17 +109,20 @@ def verify(
     batch_size: int = 64,
     device: torch.device | None = None,
     folds: int = 10,
+    progress: Progress = None,
 ) -> tuple[evaluation.VerificationResult, float]:
     """(result, accuracy over balanced folds) of a backbone on a pair set, flip sum; size > 0: images down to it and up again.
 
     The result's folds are the contiguous ones of the pairs' order (the LFW protocol). Files that list all genuine pairs first
     give folds of one kind, whose thresholds come from the other kind mostly: accuracies read low, by several points. The
-    second number deals the pairs out alternately first; for balanced files it is the same within noise.
+    second number deals the pairs out alternately first; for balanced files it is the same within noise. progress(done, total) is
+    called after every image.
     """
     images = pairs.images
     if size:
         images = [sources.degradations.down_up(image, size) for image in images]
-    embeddings = evaluation.embed_images(backbone, images, batch_size, True, device, prepare=_prepare(backbone))
+    shown = counted(images, len(images), progress)
+    embeddings = evaluation.embed_images(backbone, shown, batch_size, True, device, prepare=_prepare(backbone))
     first, second = embeddings[pairs.first], embeddings[pairs.second]
     form = evaluation.post_processing(True, True)
     result = evaluation.verification_result(first, second, pairs.same, folds=folds, form=form)
