@@ -12,7 +12,7 @@ import time
 
 from .machine import ROOT, repository_environment
 
-_NO_MEASUREMENT = ("test_protocol", "test_stored", "test_required")
+_NO_MEASUREMENT = ("test_protocol", "test_stored", "test_required", "test_processes")
 _ALONE = ("test_gates_and_times", "test_time_per_class")  # minutes each
 
 
