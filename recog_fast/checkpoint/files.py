@@ -123,6 +123,9 @@ def _write_tensors(folder: Path, tensors: Mapping[str, Tensor], ranks: ShardGrou
                 no_dist=ranks is None,
             )
         except CheckpointException as error:  # a BaseException, on every rank
+            for failure in error.failures.values():
+                if not isinstance(failure[0], Exception):  # Ctrl-C, SystemExit: no fault of the disk
+                    raise failure[0] from None
             reasons = "; ".join(f"rank {rank}: {failure[0]}" for rank, failure in error.failures.items())
             raise CheckpointError(f"save_checkpoint: {folder} could not be written: {reasons}") from error
     own = folder.iterdir() if ranks is None else folder.glob(f"__{ranks.rank}_*")

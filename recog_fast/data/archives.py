@@ -8,6 +8,7 @@ import mmap
 import os
 import struct
 import tarfile
+import threading
 import zipfile
 from array import array
 from collections.abc import Iterator, Sequence
@@ -21,32 +22,46 @@ from .images import MAX_ENCODED_BYTES
 from .names import Numbering, PackedNames
 
 _MAX_LABEL_BYTES = 1 << 20
+_AT_ONCE = 64  # files of a source that stay open
+_REFUSED_FLAGS = 1 | 1 << 5 | 1 << 6  # encrypted, patched, strongly encrypted
+_BLOCK = tarfile.BLOCKSIZE
 _LOCAL = struct.Struct("<4s22xHH")  # a zip's local header: magic, bytes of the name and of the extra field behind it
 
 
 class _Files:
-    """Files read at random, opened on first use in each process: a forked worker must not share the parent's."""
+    """Files read at random, opened on first use in each process: a forked worker must not share the parent's. The last
+    `_AT_ONCE` of them stay open, so that any number of shards fits a process's limit."""
 
     def __init__(self, paths: Sequence[str]) -> None:
         self.paths = list(paths)
-        self._open: dict[tuple[int, int], int] = {}
+        self._open: dict[int, int] = {}  # the latest used last
+        self._process, self._lock = os.getpid(), threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"paths": self.paths, "_open": {}}
+        return {"paths": self.paths}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["paths"])  # type: ignore[misc]
 
     def read(self, file: int, offset: int, size: int) -> bytes:
         """Bytes [offset, offset + size) of a file; ValueError where it ends before."""
-        handle = self._open.get((os.getpid(), file))
-        if handle is None:
-            handle = self._open[os.getpid(), file] = os.open(self.paths[file], os.O_RDONLY)
-        data = os.pread(handle, size, offset)
+        if self._process != os.getpid():  # forked: the parent's are the parent's to close, its lock may be held
+            self._open, self._process, self._lock = {}, os.getpid(), threading.Lock()
+        with self._lock:
+            handle = self._open.pop(file, None)
+            if handle is None:
+                if len(self._open) >= _AT_ONCE:
+                    os.close(self._open.pop(next(iter(self._open))))
+                handle = os.open(self.paths[file], os.O_RDONLY)
+            self._open[file] = handle
+            data = os.pread(handle, size, offset)
         if len(data) != size:
             raise ValueError(f"{len(data)} of {size} bytes")
         return data
 
     def __del__(self) -> None:
-        for (process, _), handle in getattr(self, "_open", {}).items():
-            if process == os.getpid():
+        if getattr(self, "_process", None) == os.getpid():
+            for handle in self._open.values():
                 os.close(handle)
 
 
@@ -65,14 +80,14 @@ class ZipDataset(NamedDataset):
         try:
             with zipfile.ZipFile(self.path) as archive:
                 found = [one for one in archive.infolist() if one.filename.startswith(start) and is_image(one.filename)]
-        except (OSError, zipfile.BadZipFile, NotImplementedError, ValueError, MemoryError) as error:
+            found.sort(key=lambda one: (folder_of(one.filename), one.filename))
+            numbers = [(z.header_offset, z.compress_size, z.file_size, z.CRC, z.compress_type, z.flag_bits) for z in found]
+            self._entries: Int64 = np.array(numbers, np.int64).reshape(-1, 6)
+        except (OSError, zipfile.BadZipFile, NotImplementedError, ValueError, MemoryError, OverflowError) as error:
             raise ValueError(f"ZipDataset: expected path to be a zip file, got {self.path}: {error}") from error
         if not found:
             raise ValueError(f"ZipDataset: expected images below {start or '/'} in {self.path}, got none")
-        found.sort(key=lambda one: (folder_of(one.filename), one.filename))
-        self._entries: Int64 = np.array(
-            [(z.header_offset, z.compress_size, z.file_size, z.CRC, z.compress_type, z.flag_bits) for z in found], np.int64
-        )
+        self._size = os.path.getsize(self.path)
         classes = Numbering()
         for one in found:
             classes.add(folder_of(one.filename[len(start) :]))
@@ -83,11 +98,12 @@ class ZipDataset(NamedDataset):
 
     def _read(self, index: int) -> bytes:
         offset, packed, size, crc, method, flags = self._entries[index].tolist()
-        if size > MAX_ENCODED_BYTES or packed > os.path.getsize(self.path):
+        if size > MAX_ENCODED_BYTES or packed > self._size:
             raise ValueError(f"an entry of {size} bytes packed in {packed}")
         magic, name, extra = _LOCAL.unpack(self._files.read(0, offset, _LOCAL.size))
-        if magic != b"PK\3\4" or flags & 1:
-            raise ValueError("an encrypted entry" if flags & 1 else f"no entry at byte {offset}")
+        if magic != b"PK\3\4" or flags & _REFUSED_FLAGS:
+            refused = "a patched entry" if flags & 1 << 5 else "an encrypted entry"
+            raise ValueError(refused if flags & _REFUSED_FLAGS else f"no entry at byte {offset}")
         entry = zipfile.ZipInfo(self.paths[index])
         entry.compress_size, entry.file_size, entry.CRC, entry.compress_type = packed, size, crc, method
         data = io.BytesIO(self._files.read(0, offset + _LOCAL.size + name + extra, packed))
@@ -154,6 +170,8 @@ def _tar_members(path: str) -> Iterator[tuple[str, int, int]]:
     ):
         total = len(whole)
         while (member := archive.next()) is not None:
+            if member.issparse():
+                raise tarfile.ReadError(f"member {member.name} with holes (GNU sparse)")
             archive.members.clear()  # type: ignore[attr-defined]  # it would keep a kilobyte of each
             if member.isreg():
                 if member.offset_data + member.size > total or member.size > MAX_ENCODED_BYTES:
@@ -161,6 +179,10 @@ def _tar_members(path: str) -> Iterator[tuple[str, int, int]]:
                         f"member {member.name} of {member.size} bytes at {member.offset_data}, file of {total}"
                     )
                 yield member.name.removeprefix("./"), member.offset_data, member.size
+        # tarfile takes a cut or damaged header for the end; the end is a block of zeros.
+        end = whole[archive.offset : archive.offset + _BLOCK]
+        if len(end) < _BLOCK or any(end):
+            raise tarfile.ReadError(f"no header and no end of the archive at byte {archive.offset} of {total}: cut or damaged")
 
 
 def _tar_samples(path: str) -> Iterator[tuple[str, str | None, int, int]]:

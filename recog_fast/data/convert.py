@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from .archives import TarDataset, ZipDataset
 from .datasets import FolderDataset, ListDataset
 from .images import EncodedDataset, image_format
-from .opening import KINDS
+from .opening import JOURNAL, KINDS
 from .record_dataset import RecordDataset
 from .targets import FolderTarget, ListTarget, RecordTarget, Target, TarTarget
 
@@ -68,7 +68,7 @@ def convert_dataset(
     list    a folder of images and labels.csv
     Image files are copied, not decoded. Names are the source's where they fit the target, else <label>/<number>. Every
     `sync_every` images the position goes to `<target>.converting`: the same call after a crash goes on there, any other
-    source is refused. verify: read the target back and compare every byte and label. progress(done, total) is called after every
+    source is refused, and so is the target by `open_dataset` until it is whole. verify: read the target back and compare every byte and label. progress(done, total) is called after every
     image written, and with verify after every one read back: total counts both. Raises ValueError for an existing
     target, a kind or a suffix that is none, a source image that cannot be read (CorruptImage), or a target that does not read back.
     """
@@ -76,7 +76,7 @@ def convert_dataset(
     if kind not in TARGETS:
         raise ValueError(f"convert_dataset: expected kind in {', '.join(TARGETS)}, got {kind!r}")
     place = Path(target)
-    journal = place.with_name(f"{place.name}.converting")
+    journal = place.with_name(f"{place.name}{JOURNAL}")
     labels: NDArray[np.int64] = np.asarray(source.labels, np.int64)  # type: ignore[attr-defined]
     writer = TARGETS[kind](place, labels, **options)
     names = _names(source, labels, writer)

@@ -15,6 +15,7 @@ from .record_dataset import RecordDataset
 KINDS: dict[str, Any] = {
     "rec": RecordDataset, "folder": FolderDataset, "list": ListDataset, "zip": ZipDataset, "tar": TarDataset,
 }  # fmt: skip
+JOURNAL = ".converting"  # beside the target of a conversion until it is whole
 _OWN = ("synthetic", "mixed")  # kinds of the training script that are no format
 _SUFFIXES = {".rec": "rec", ".csv": "list", ".jsonl": "list", ".zip": "zip", ".tar": "tar"}
 
@@ -52,13 +53,26 @@ def register_source(kind: str, reader: Callable[..., Any]) -> None:
     KINDS[kind] = reader
 
 
+def refuse_unfinished(path: str | os.PathLike[str]) -> None:
+    """ValueError where `path`, or the folder it lies in, is what a `convert_dataset` that was stopped has written so far."""
+    place = Path(os.path.abspath(path))
+    for target in (place, place.parent):
+        journal = target.with_name(f"{target.name}{JOURNAL}")
+        if target.name and journal.is_file():
+            raise ValueError(
+                f"open_dataset: expected a finished source, got {target}, whose conversion was stopped ({journal.name} lies beside it): "
+                "the same conversion again goes on; or remove both"
+            )
+
+
 def open_dataset(path: str | os.PathLike[str], kind: str | None = None, **options: Any) -> EncodedDataset:
     """The dataset at `path`: `kind` ("rec", "folder", "list", "zip", "tar", or one of `register_source`) or what it looks like; InsightFace's folders
     open by their train.rec. options: of the dataset, e.g. decode=False.
 
-    Raises ValueError for a kind or source that is none.
+    Raises ValueError for a kind or source that is none, and for the target of a conversion that was stopped.
     """
     place = Path(path)
+    refuse_unfinished(place)
     if kind is None and (place / "train.rec").is_file():
         place = place / "train.rec"
     found = source_kind(place) if kind is None else kind

@@ -105,7 +105,7 @@ class PrototypeMemory(nn.Module):
         Raises TypeError for wrong types and dtypes; ValueError for shapes, devices, a step outside [0, 2^31), labels
         outside [-1, C) and non-finite rows, naming the first; a refused batch leaves all state untouched. On CUDA the
         last two do not wait for the device: such rows are ignored and the error comes from a later `write`, `flush` or
-        `stats`.
+        `stats` (of a sharded head's memory: a later `write`, on every rank).
         """
 
         def check(report: bool = True) -> tuple[int, Tensor, Tensor, Tensor]:
@@ -337,7 +337,7 @@ class PrototypeMemory(nn.Module):
     def _raise_deferred(self, *, wait: bool, agreed: bool = False) -> None:
         """Acts on the last report: one warning about evictions, an error about bad rows; of a sharded head's memory only where the
         ranks agree on errors."""
-        report = self._deferred.poll(wait=wait) if agreed or self.share is None else None
+        report = self._deferred.poll(wait=wait)
         if report is None:
             return
         count, row, label, evicted = report
@@ -348,7 +348,9 @@ class PrototypeMemory(nn.Module):
                 "a capacity of delta * global batch holds all that can be valid",
                 stacklevel=3,
             )
-        if count > 0:
+        if count > 0 and not agreed and self.share is not None:
+            self._deferred.post(self._report)  # for the next call in which all ranks raise
+        elif count > 0:
             self._report[:3] = 0
             raise ValueError(f"{complaint(row, label, self.num_classes)}; {count} such rows were ignored")
 

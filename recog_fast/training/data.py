@@ -21,7 +21,7 @@ from recog_fast import data as sources
 from recog_fast.data.images import read_many
 from recog_fast.data.mixed import read_parts
 from recog_fast.data.names import Names, chosen_names
-from recog_fast.data.opening import KINDS
+from recog_fast.data.opening import KINDS, refuse_unfinished
 from recog_fast.sharding import World
 from recog_fast.training.batches import PREFETCH, Image, Item, StepBatches, StepImages, as_it_is
 from recog_fast.training.config import DataConfig, TrainConfig
@@ -71,6 +71,8 @@ def open_source(config: DataConfig, label: str = "data") -> Any:
     reader: Any = sources.SyntheticIdentities if config.kind == "synthetic" else KINDS[config.kind]
     if config.path and not Path(config.path).exists():
         raise FileNotFoundError(f"train: {label}.path {config.path} does not exist")
+    if config.path:
+        refuse_unfinished(config.path)
     arguments: dict[str, Any] = dict(config.options)
     known = list(inspect.signature(reader).parameters)
     for name in arguments:
