@@ -125,12 +125,12 @@ def test_shards_and_threads_keep_few_descriptors(tmp_path: Path) -> None:
     (tmp_path / "s").mkdir()
     for k in range(150):
         tar_of(tmp_path / "s" / f"{k:03}.tar", 1)
-    before, source = descriptors(), TarDataset(tmp_path / "s", decode=False)
-    gate, wrong = threading.Barrier(8), list[Any]()
+    before, sources, wrong = descriptors(), [TarDataset(tmp_path / "s", decode=False)], list[Any]()
+    gate = threading.Barrier(8)
 
     def read() -> None:
         gate.wait()
-        wrong.extend(i for i in range(len(source)) if source[i][0] != IMAGE)
+        wrong.extend(i for i in range(150) if sources[0][i][0] != IMAGE)
 
     threads = [threading.Thread(target=read) for _ in range(8)]
     for thread in threads:
@@ -138,7 +138,7 @@ def test_shards_and_threads_keep_few_descriptors(tmp_path: Path) -> None:
     for thread in threads:
         thread.join()
     assert not wrong and descriptors() <= before + 64
-    del source
+    sources.clear()
     assert descriptors() == before
 
 
