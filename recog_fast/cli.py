@@ -26,7 +26,7 @@ from recog_fast.commands import (
     scale,
     warmup,
 )
-from recog_fast.commands.console import SAID, Parser, UsageError, one_line, parsers_of
+from recog_fast.terminal.console import SAID, Parser, UsageError, one_line, parsers_of
 from recog_fast.training.commands import add_commands, add_train
 
 _OWN_REST = ("train", "sweep")  # their settings belong to jsonargparse: they stay unparsed here

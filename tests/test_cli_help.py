@@ -11,7 +11,7 @@ import pytest
 from paths import ROOT
 
 from recog_fast.cli import _parser, main
-from recog_fast.commands.console import Parser, at_least, count, parsers_of
+from recog_fast.terminal.console import Parser, at_least, count, parsers_of
 
 PARSERS = dict(parsers_of(_parser()))
 OPTIONS = [(path, action) for path, parser in PARSERS.items() for action in parser._actions]

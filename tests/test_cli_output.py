@@ -23,7 +23,7 @@ pytest.importorskip("safetensors")
 
 from recog_fast.cli import main
 from recog_fast.commands import doctor as doctor_command
-from recog_fast.commands.console import print_json
+from recog_fast.terminal.console import print_json
 
 
 @pytest.fixture(scope="module")

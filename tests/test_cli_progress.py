@@ -22,9 +22,9 @@ pty = pytest.importorskip("pty")
 pytest.importorskip("rich")
 
 from recog_fast.cli import main
-from recog_fast.commands import progress as bars
-from recog_fast.commands.progress import progress, say, shows
-from recog_fast.training.counting import counted
+from recog_fast.counting import counted
+from recog_fast.terminal import progress as bars
+from recog_fast.terminal.progress import progress, say, shows
 
 COLOUR = re.compile(r"\x1b\[[\d;]*(?:3[0-79]|38|9[0-7]|4[0-7]|48|10[0-7])[\d;]*m")
 

@@ -9,13 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recog_fast.commands.console import UsageError, count, json_option, print_json
-from recog_fast.commands.progress import progress
+from recog_fast.terminal.console import Commands, UsageError, count, json_option, print_json
+from recog_fast.terminal.progress import progress
 
 if TYPE_CHECKING:
     from recog_fast.commands.head_bench import Measured
-
-Commands = Any  # argparse's subparsers object has no public name
 
 
 def add(commands: Commands, parents: list[argparse.ArgumentParser]) -> None:

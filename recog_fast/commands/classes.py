@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from recog_fast.commands.console import UsageError, at_least, count, json_option, print_json
-from recog_fast.commands.progress import progress
+from recog_fast.terminal.console import Commands, UsageError, at_least, count, json_option, print_json
+from recog_fast.terminal.progress import progress
 
 
-def add(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
+def add(commands: Commands, parents: list[argparse.ArgumentParser]) -> None:
     """Adds the commands to the subparsers `commands`."""
     classes = commands.add_parser(
         "classes",
@@ -165,9 +165,9 @@ def _embedded(options: argparse.Namespace) -> tuple[Any, Any]:
     """Embeddings of a folder's images by the run's backbone, and whose they are."""
     import torch
 
+    from recog_fast.counting import counted
     from recog_fast.data import FolderDataset, resize_image
     from recog_fast.evaluation import embed_images
-    from recog_fast.training.counting import counted
     from recog_fast.training.verification import load_backbone
 
     backbone, size = load_backbone(options.source, None, 0, 0)

@@ -6,11 +6,11 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from recog_fast.commands.console import count, json_option, print_json
-from recog_fast.commands.progress import progress
+from recog_fast.terminal.console import Commands, count, json_option, print_json
+from recog_fast.terminal.progress import progress
 
 
-def add(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
+def add(commands: Commands, parents: list[argparse.ArgumentParser]) -> None:
     """Registers `eval`."""
     evaluate = commands.add_parser(
         "eval",

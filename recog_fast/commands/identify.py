@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from recog_fast.commands.console import UsageError, count, json_option, print_json
-from recog_fast.commands.progress import progress
+from recog_fast.terminal.console import Commands, UsageError, count, json_option, print_json
+from recog_fast.terminal.progress import progress
 
 
-def add(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
+def add(commands: Commands, parents: list[argparse.ArgumentParser]) -> None:
     """Register the command."""
     find = commands.add_parser(
         "identify",

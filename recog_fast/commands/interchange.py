@@ -7,11 +7,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from recog_fast.commands.console import UsageError, count, json_option, print_json
-from recog_fast.commands.progress import progress
+from recog_fast.terminal.console import Commands, UsageError, count, json_option, print_json
+from recog_fast.terminal.progress import progress
 
 
-def add(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
+def add(commands: Commands, parents: list[argparse.ArgumentParser]) -> None:
     """Register both commands."""
     take = commands.add_parser(
         "import",

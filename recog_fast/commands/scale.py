@@ -8,10 +8,10 @@ import math
 from pathlib import Path
 from typing import Any
 
-from recog_fast.commands.console import UsageError, at_least, count, json_option, print_json
+from recog_fast.terminal.console import Commands, UsageError, at_least, count, json_option, print_json
 
 
-def add(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
+def add(commands: Commands, parents: list[argparse.ArgumentParser]) -> None:
     """Adds the command to the subparsers `commands`."""
     cost = commands.add_parser(
         "estimate",

@@ -10,13 +10,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from recog_fast.commands.console import UsageError, count, json_option, print_json
-from recog_fast.commands.progress import Step, progress
+from recog_fast.counting import Progress
+from recog_fast.terminal.console import Commands, UsageError, count, json_option, print_json
+from recog_fast.terminal.progress import progress
 
 _MOST = 1 << 17  # classes of the trial head: several slabs and several chunks of any device
 
 
-def add(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
+def add(commands: Commands, parents: list[argparse.ArgumentParser]) -> None:
     """Adds the command to the subparsers `commands`."""
     warm = commands.add_parser(
         "warmup",
@@ -68,7 +69,7 @@ def _warmup(options: argparse.Namespace, _: list[str]) -> int:
     return 0
 
 
-def _telling(step: Step | None) -> Callable[[Any], None] | None:
+def _telling(step: Progress | None) -> Callable[[Any], None] | None:
     """Counts kernels; nobody knows how many there will be."""
     if step is None:
         return None

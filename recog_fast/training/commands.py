@@ -8,14 +8,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from recog_fast.commands.console import UsageError, json_option, one_line, only_json, print_json
-from recog_fast.commands.progress import progress
+from recog_fast.data.formats import DRAWN, SOURCES
+from recog_fast.terminal.console import Commands, UsageError, json_option, one_line, only_json, print_json
+from recog_fast.terminal.progress import progress
 from recog_fast.training.demo_size import add_options
 
-KINDS = ("rec", "folder", "list", "zip", "tar", "synthetic")
 
-
-def add_train(commands: Any, debug: argparse.ArgumentParser) -> None:
+def add_train(commands: Commands, debug: argparse.ArgumentParser) -> None:
     """Adds `demo` and `train` to the subparsers `commands`."""
     demo = commands.add_parser(
         "demo",
@@ -47,7 +46,7 @@ def add_train(commands: Any, debug: argparse.ArgumentParser) -> None:
     train.set_defaults(run=_train)
 
 
-def add_commands(commands: Any, debug: argparse.ArgumentParser) -> None:
+def add_commands(commands: Commands, debug: argparse.ArgumentParser) -> None:
     """Adds the other commands of this file to the subparsers `commands`."""
     sweep = commands.add_parser(
         "sweep",
@@ -92,7 +91,7 @@ def add_commands(commands: Any, debug: argparse.ArgumentParser) -> None:
 
 
 def _add_source(parser: argparse.ArgumentParser, where: str) -> None:
-    parser.add_argument("--kind", choices=KINDS, default="folder", help="format of the images (%(default)s)")
+    parser.add_argument("--kind", choices=(*SOURCES, DRAWN), default="folder", help="format of the images (%(default)s)")
     parser.add_argument("--path", default="", help=where)
     parser.add_argument("--options", default="{}", metavar="JSON", help="further arguments of the source, an object (%(default)s)")
 

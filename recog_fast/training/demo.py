@@ -30,10 +30,10 @@ from torch import nn
 import recog_fast as rf
 from recog_fast import data as sources
 from recog_fast import evaluation
-from recog_fast.commands.console import Parser, only_json, print_json
 from recog_fast.evaluation import Gallery, GalleryItem, strip
 from recog_fast.recognizability import RecognizabilityModel
 from recog_fast.sharding import one_process
+from recog_fast.terminal.console import Parser, only_json, print_json
 from recog_fast.training.config import DataConfig, RecognizabilityConfig, TrainConfig
 from recog_fast.training.data import TrainingImages
 from recog_fast.training.demo_quality import quality_report

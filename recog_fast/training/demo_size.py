@@ -7,7 +7,7 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
-from recog_fast.commands.console import at_least, json_option
+from recog_fast.terminal.console import at_least, json_option
 
 
 @dataclass(frozen=True)

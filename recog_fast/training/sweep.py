@@ -20,10 +20,10 @@ from typing import Any
 
 import numpy as np
 
-from recog_fast.commands.progress import say
+from recog_fast.counting import Progress, counted
 from recog_fast.sharding import one_process
+from recog_fast.terminal.progress import say
 from recog_fast.training.config import TrainConfig, read_config
-from recog_fast.training.counting import Progress, counted
 from recog_fast.training.loop import train
 
 
@@ -85,7 +85,7 @@ def point_config(settings: Path, point: Point, overrides: Sequence[str], output:
     return read_config(settings, overrides, changes)
 
 
-def sweep(path: str | Path, output: str | Path, overrides: Sequence[str] = (), progress: Progress = None) -> list[dict[str, Any]]:
+def sweep(path: str | Path, output: str | Path, overrides: Sequence[str] = (), progress: Progress | None = None) -> list[dict[str, Any]]:
     """Runs every point of the sweep file `path` below `output`; one entry {"point", "changes", "seed", "metrics", "step"} per run.
 
     All settings are read before the first run, so a mistake in the last one costs nothing. Results: output/sweep.json. progress(done, total) is

@@ -12,9 +12,10 @@ import torch
 from numpy.typing import NDArray
 
 import recog_fast as rf
+from recog_fast.counting import Progress, counted
+from recog_fast.data.formats import DRAWN
 from recog_fast.training.batches import Image
 from recog_fast.training.config import DataConfig
-from recog_fast.training.counting import Progress, counted
 from recog_fast.training.data import open_source, read_image, split_classes
 from recog_fast.training.kept import write_kept
 from recog_fast.training.saved import load_run
@@ -68,7 +69,7 @@ def unknown_statistics(probabilities: Probabilities, head: rf.MarginHead) -> dic
     }
 
 
-def statistics_of_run(run: str | Path, data: DataConfig | None, progress: Progress = None) -> dict[str, Any]:
+def statistics_of_run(run: str | Path, data: DataConfig | None, progress: Progress | None = None) -> dict[str, Any]:
     """`unknown_statistics` of a run on a source whose people it was not trained on; None: the run's own held-out identities.
     progress(done, total) is called after every image.
 
@@ -87,7 +88,7 @@ def statistics_of_run(run: str | Path, data: DataConfig | None, progress: Progre
 
 
 def filter_overlap(
-    run: str | Path, data: DataConfig, output: str | Path, threshold: float = 0.9, progress: Progress = None
+    run: str | Path, data: DataConfig, output: str | Path, threshold: float = 0.9, progress: Progress | None = None
 ) -> dict[str, Any]:
     """Writes the list of the images of `data` that the stage-1 model is NOT sure to know: p_max <= threshold (UIR: 0.9).
 
@@ -139,6 +140,6 @@ def data_of(kind: str, path: str, options: str) -> DataConfig:
             raise ValueError(f"expected an object, got {type(given).__name__}")
     except ValueError as error:
         raise ValueError(f"expected --options as a JSON object, got {options!r} ({error})") from error
-    if kind != "synthetic" and not path:
+    if kind != DRAWN and not path:
         raise ValueError(f"expected --path with --kind {kind}, got none")
     return DataConfig(kind=kind, path=path, options=given)

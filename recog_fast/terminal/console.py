@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn
 
+Commands = Any  # argparse's subparsers object, which has no public name
 # These carry a message for the user; whatever else arrives is named by its type.
 SAID = (ValueError, TypeError, OSError, ArithmeticError, RuntimeError, ImportError)
 
