@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 
-from recog_fast.terminal.console import Commands, parsers_of
+from recog_fast.terminal.console import Commands, actions_of, parsers_of
 
 _BASH = """# recog-fast completion bash >> ~/.bash_completion (zsh: autoload -U bashcompinit && bashcompinit first)
 _recog_fast() {{
@@ -61,7 +61,7 @@ def _completion(options: argparse.Namespace, parser: argparse.ArgumentParser) ->
 def _command(parser: argparse.ArgumentParser) -> _Command:
     words: list[str] = []
     options: dict[str, list[str]] = {}
-    for action in parser._actions:  # argparse shows its actions in no other way
+    for action in actions_of(parser):
         choices = [str(choice) for choice in action.choices or ()]
         if action.option_strings:
             options.update((option, choices) for option in action.option_strings)

@@ -50,7 +50,7 @@ def _warmup(options: argparse.Namespace, _: list[str]) -> int:
         os.environ["TRITON_CACHE_DIR"] = str(options.cache)
     archs: list[int | None] = [_architecture(text) for text in options.arch or []]
     if not archs and not torch.cuda.is_available():
-        raise UsageError("warmup: expected --arch sm_80, sm_89, sm_90 or sm_100 where torch sees no CUDA device, got none")
+        raise ValueError("warmup: expected --arch sm_80, sm_89, sm_90 or sm_100 where torch sees no CUDA device, got none")
     results: list[dict[str, Any]] = []
     for arch in archs or [None]:
         began = time.perf_counter()
@@ -114,7 +114,10 @@ def _settings(options: argparse.Namespace) -> Any:
     from recog_fast.training.config import TrainConfig, read_config
     from recog_fast.training.methods import apply_method
 
-    config = TrainConfig(data=_no_data()) if options.config is None else apply_method(read_config(options.config))
+    try:
+        config = TrainConfig(data=_no_data()) if options.config is None else apply_method(read_config(options.config))
+    except ValueError as error:
+        raise UsageError(str(error)) from error
     sizes = {"batch_size": options.batch, "embedding_size": options.dim}
     if options.config is None and options.batch is None:
         raise UsageError("warmup: expected a settings file or --batch, got neither")

@@ -67,8 +67,8 @@ def embed_blocks(
     backbone: Network, dataset: Any, size: tuple[int, int], rows: int = 4096, batch_size: int = 64, progress: Progress | None = None
 ) -> Iterator[tuple[Tensor, list[int]]]:
     """(flip-summed embeddings (n, D), the places of their images) of `rows` images of a source at a time, so that memory does
-    not grow with it; images that do not decode are left out, and so are blocks without any. progress(done, total) is called after
-    every image of the source."""
+    not grow with it; images that do not decode are left out, and so are blocks without any. progress(done, total) is called
+    at the start and after every image of the source."""
     places = counted(range(len(dataset)), len(dataset), progress)
     for start in range(0, len(dataset), rows):
         kept: list[int] = []

@@ -28,7 +28,8 @@ LEVELS = tuple(round(0.1 * step, 1) for step in range(1, 10))
 def max_probabilities(
     backbone: Any, head: rf.MarginHead, images: Iterable[Image], batch_size: int = 64
 ) -> Probabilities:
-    """p_max = max_j softmax(s c)_j over all classes, (M,), of images (S, S, 3) uint8: exp(s c_max - lse) of the sweep, no N x C tensor.
+    """p_max = max_j softmax(s c)_j over all classes, (M,), of images (S, S, 3) uint8: exp(s c_max - lse) of the sweep, no
+    N x C tensor.
 
     Backbone and head run in eval mode as they are given. A head of one class is sure of everything: 1.
     """
@@ -53,8 +54,8 @@ def max_probabilities(
 
 
 def unknown_statistics(probabilities: Probabilities, head: rf.MarginHead) -> dict[str, Any]:
-    """The UIR paper's report: images, mean of p_max, its cumulative distribution (share of images with p_max <= 0.1 ... 0.9) and the
-    sparsity of the class centres, mean_{j<k}(1 - <W^_j, W^_k>).
+    """The UIR paper's report: images, mean of p_max, its cumulative distribution (share of images with p_max <= 0.1 ... 0.9)
+    and the sparsity of the class centres, mean_{j<k}(1 - <W^_j, W^_k>).
 
     Raises ValueError for no images.
     """
@@ -71,7 +72,7 @@ def unknown_statistics(probabilities: Probabilities, head: rf.MarginHead) -> dic
 
 def statistics_of_run(run: str | Path, data: DataConfig | None, progress: Progress | None = None) -> dict[str, Any]:
     """`unknown_statistics` of a run on a source whose people it was not trained on; None: the run's own held-out identities.
-    progress(done, total) is called after every image.
+    progress(done, total) is called at the start and after every image.
 
     Raises FileNotFoundError, and ValueError where there are no such images.
     """
@@ -94,7 +95,7 @@ def filter_overlap(
 
     The others are probably people of the training set: UIR would push them away from their own centre. Images that cannot be
     decoded are left out too. Give the list to a run as `unlabelled.keep`. Returns what `unknown_statistics` says about all
-    images, with "kept", "overlapping" and "unreadable". progress(done, total) is called after every image.
+    images, with "kept", "overlapping" and "unreadable". progress(done, total) is called at the start and after every image.
 
     Raises ValueError for a threshold outside [0, 1] and where nothing is kept, FileNotFoundError for a run that is not there.
     """

@@ -116,7 +116,7 @@ def verify(
     The result's folds are the contiguous ones of the pairs' order (the LFW protocol). Files that list all genuine pairs first
     give folds of one kind, whose thresholds come from the other kind mostly: accuracies read low, by several points. The
     second number deals the pairs out alternately first; for balanced files it is the same within noise. progress(done, total) is
-    called after every image.
+    called at the start and after every image.
     """
     images = pairs.images
     if size:
