@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from recog_fast.counting import Progress
 
 from .images import CorruptImage, EncodedDataset, decode_image, image_format
 
@@ -186,7 +187,7 @@ class _Pixels:
 
 
 def check_dataset(
-    dataset: EncodedDataset, sample: int | None = None, progress: Callable[[int, int], None] | None = None
+    dataset: EncodedDataset, sample: int | None = None, progress: Progress | None = None
 ) -> DataReport:
     """Read a source and report counts, label faults, unreadable and repeated images, sizes, colours.
 

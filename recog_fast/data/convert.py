@@ -13,6 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from recog_fast.counting import Progress
+
+from . import formats
 from .archives import TarDataset, ZipDataset
 from .datasets import FolderDataset, ListDataset
 from .images import EncodedDataset, image_format
@@ -20,7 +23,8 @@ from .opening import JOURNAL, KINDS
 from .record_dataset import RecordDataset
 from .targets import FolderTarget, ListTarget, RecordTarget, Target, TarTarget
 
-TARGETS: dict[str, type[Target]] = {"rec": RecordTarget, "tar": TarTarget, "folder": FolderTarget, "list": ListTarget}
+_WRITERS = (RecordTarget, TarTarget, FolderTarget, ListTarget)
+TARGETS: dict[str, type[Target]] = dict(zip(formats.TARGETS, _WRITERS, strict=True))
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,7 @@ def convert_dataset(
     *,
     verify: bool = True,
     sync_every: int = 1000,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
     **options: Any,
 ) -> Conversion:
     """Write `source` to `target` as `kind`: "rec", "tar", "folder" or "list" (None: by the suffix of `target`).
@@ -185,7 +189,7 @@ def _listed_names(source: RecordDataset) -> list[str] | None:
 
 
 def _compare(
-    source: EncodedDataset, target: Path, writer: Target, names: Callable[[int, bytes], str], progress: Callable[[int, int], None] | None
+    source: EncodedDataset, target: Path, writer: Target, names: Callable[[int, bytes], str], progress: Progress | None
 ) -> None:
     """Every image and label of the target against the source."""
     written = KINDS[writer.kind](writer.readable, decode=False)

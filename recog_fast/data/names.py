@@ -74,11 +74,6 @@ class PackedNames(Names):
     def __len__(self) -> int:
         return len(self._starts) - 1
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of text and starts."""
-        return self._text.nbytes + self._starts.nbytes
-
     def _name(self, index: int) -> str:
         start, end = self._starts[index : index + 2].tolist()
         return os.path.join(self.folder, self._text[start:end].tobytes().decode("utf-8", "surrogatepass"))

@@ -16,6 +16,8 @@ from .devices import HOST_WORKSPACE, PROCESS, WORKSPACE, Device
 HEADER = 24  # bytes: rows, digest of what must agree, flags
 Kind = Literal["all-gather", "all-reduce", "reduce-scatter"]
 STATES = {"headsgd": 1, "sgd": 1, "adamw": 2}  # tensors like W that an optimizer keeps
+WEIGHTS = ("float32", "split")  # formats of W
+MOMENTA = ("float32", "bfloat16")  # of HeadSGD's velocity
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .devices import DEVICES, Device
-from .model import STATES, Head, Item, Message, Times, flops, memory, messages, times, traffic
+from .model import MOMENTA, STATES, WEIGHTS, Head, Item, Message, Times, flops, memory, messages, times, traffic
 
 _MOST = 1 << 20  # devices that are tried
 
@@ -104,8 +104,8 @@ def estimate(
 def _check_choices(optimizer: str, weight_format: str, momentum_dtype: str) -> None:
     for name, value, known in (
         ("optimizer", optimizer, tuple(STATES)),
-        ("weight_format", weight_format, ("float32", "split")),
-        ("momentum_dtype", momentum_dtype, ("float32", "bfloat16")),
+        ("weight_format", weight_format, WEIGHTS),
+        ("momentum_dtype", momentum_dtype, MOMENTA),
     ):
         if value not in known:
             raise ValueError(f"estimate: expected {name} in {', '.join(known)}, got {value!r}")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from recog_fast.data import Augmentation
-from recog_fast.data.opening import KINDS
+from recog_fast.data.formats import DRAWN, MIXED, training_kinds
 
 
 @dataclass(frozen=True)
@@ -300,7 +300,7 @@ def _check(config: TrainConfig) -> None:
     for label, data in sources:
         if data is not None:
             _check_kind(label, data.kind)
-        if data is not None and data.kind not in ("synthetic", "mixed") and not data.path:
+        if data is not None and data.kind not in (DRAWN, MIXED) and not data.path:
             raise ValueError(f"train: expected {label}.path with {label}.kind = {data.kind!r}, got none")
         if data is not None and (data.size < 8 or min(data.min_images - 1, data.holdout_classes, data.max_corrupt, data.shuffle_buffer) < 0):
             raise ValueError(
@@ -329,7 +329,7 @@ def _check(config: TrainConfig) -> None:
 
 
 def _check_kind(label: str, kind: str) -> None:
-    known = (*KINDS, "synthetic", "mixed")
+    known = training_kinds()
     if kind not in known:
         near = difflib.get_close_matches(kind, known, n=1)
         raise ValueError(f"train: expected {label}.kind in {', '.join(known)}, got {kind!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
