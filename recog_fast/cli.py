@@ -31,7 +31,7 @@ from recog_fast.commands import (
     scale,
     warmup,
 )
-from recog_fast.terminal.console import SAID, Parser, UsageError, one_line, parsers_of
+from recog_fast.terminal.console import SAID, Parser, UsageError, one_line, parsers_of, usable_streams
 from recog_fast.training.commands import add_commands, add_train
 
 _OWN_REST = ("train", "sweep")  # their settings belong to jsonargparse: they stay unparsed here
@@ -43,9 +43,12 @@ class _Terminated(KeyboardInterrupt):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code; `arguments` default to the process's own."""
+    usable_streams()
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     if options.command is None:
+        if rest:
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
         parser.print_help()
         return 2
     if rest and options.command not in _OWN_REST:

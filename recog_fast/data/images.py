@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import io
+import operator
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
@@ -272,7 +273,7 @@ class EncodedDataset(Dataset[tuple[Any, int]]):
 
 def checked_index(index: int, length: int) -> int:
     """`index` as 0 <= index < length, negative ones counted from the end; IndexError outside."""
-    place = int(index)
+    place = operator.index(index)
     if not -length <= place < length:
         raise IndexError(f"expected an index below {length}, got {index}")
     return place % length

@@ -46,6 +46,16 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
 
+def usable_streams() -> None:
+    """A name that standard output cannot encode is escaped, no error at the end of the work; a closed stream is written to nowhere."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # started with >&-: print would take the other one, or the first file that is opened
+            setattr(sys, name, open(os.devnull, "w"))  # for the life of the process
+        elif getattr(stream, "errors", "") == "strict" and hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def parsers_of(parser: argparse.ArgumentParser, path: str = "") -> Iterator[tuple[str, argparse.ArgumentParser]]:
     """(command path, parser) of a parser, "" for it, and of all commands below it."""
     yield path, parser
