@@ -187,7 +187,10 @@ def read_many(dataset: Any, indices: Sequence[int], rows: Sequence[Image], mirro
 
 def resize_image(image: Image, size: int | tuple[int, int]) -> Image:
     """Resize (H, W, 3) uint8 to (size, size) or size = (height, width): box mean where both sides shrink, bilinear
-    otherwise."""
+    otherwise.
+
+    Raises ValueError for a size below 1.
+    """
     height, width = (size, size) if isinstance(size, int) else size
     if height < 1 or width < 1:
         raise ValueError(f"resize_image: expected size >= 1, got {size}")
@@ -202,7 +205,10 @@ def resize_image(image: Image, size: int | tuple[int, int]) -> Image:
 
 def images_to_tensor(images: Image) -> Tensor:
     """(H, W, 3) or (N, H, W, 3) uint8 -> (3, H, W) or (N, 3, H, W) float32 in [-1, 1]: (x / 255 - 0.5) / 0.5
-    (InsightFace's input)."""
+    (InsightFace's input).
+
+    Raises ValueError for another shape or dtype.
+    """
     if images.dtype != np.uint8 or images.ndim not in (3, 4) or images.shape[-1] != 3:
         raise ValueError(
             f"images_to_tensor: expected images (H, W, 3) or (N, H, W, 3) uint8, got {images.shape} {images.dtype}"
