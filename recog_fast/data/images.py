@@ -32,8 +32,9 @@ _FORMATS = (
 
 
 def image_format(data: bytes) -> tuple[str, str]:
-    """(name, file suffix) of an encoded image by its first bytes; ("unknown", ".img") for none of them."""
-    return next(((name, suffix) for magic, name, suffix in _FORMATS if data.startswith(magic)), ("unknown", ".img"))
+    """(name, file suffix) of an encoded image by its first bytes; "unknown" for none of them, with a suffix that every source looks for:
+    what decodes an image goes by its bytes, and an image that nobody can decode must not get lost in a conversion."""
+    return next(((name, suffix) for magic, name, suffix in _FORMATS if data.startswith(magic)), ("unknown", ".jpg"))
 
 
 class CorruptImage(ValueError):
