@@ -83,7 +83,8 @@ class CombinedMarginLoss:
 
 
 class PartialFC_V2(MarginHead):
-    """`MarginHead` with arcface_torch's arguments: module(local_embeddings, local_labels) -> mean loss; label -1 is nobody.
+    """`MarginHead` with arcface_torch's arguments: module(local_embeddings (N, D), local_labels (N,)) -> mean loss, 0-dim;
+    label -1 is nobody.
 
     margin_loss: a `CombinedMarginLoss`. sample_rate: share of the classes that serve as negatives of a step. fp16: 16-bit
     sweeps. Its state dict takes arcface_torch's {"weight"}. options: further ones of `MarginHead`. Raises TypeError for

@@ -216,8 +216,10 @@ def check_dataset(
 
 
 def plot_class_sizes(report: DataReport, path: str | os.PathLike[str]) -> None:
-    """Histogram of images per class, both axes logarithmic, as the file's suffix says (.svg, .png, .pdf). Needs
-    matplotlib."""
+    """Histogram of images per class, both axes logarithmic, as the file's suffix says (.svg, .png, .pdf).
+
+    Raises ImportError without matplotlib, ValueError for a suffix it does not write.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 3.6), layout="constrained")

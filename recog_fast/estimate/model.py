@@ -66,10 +66,12 @@ class Head:
 
     @property
     def ranks(self) -> int:
+        """R."""
         return len(self.rows)
 
     @property
     def total(self) -> int:
+        """N, the rows of all ranks."""
         return sum(self.rows)
 
     @property
@@ -184,10 +186,12 @@ class Times:
 
     @property
     def sweeps(self) -> float:
+        """Of both sweeps: what is slower, arithmetic or memory."""
         return max(self.arithmetic, self.memory)
 
     @property
     def total(self) -> float:
+        """Of the step: sweeps, then messages."""
         return self.sweeps + self.messages
 
     @property

@@ -253,7 +253,8 @@ def _streams(images: TrainingImages, config: TrainConfig) -> StreamEpochs:
 
 
 def step_batches(images: TrainingImages, config: TrainConfig) -> sources.ResumableBatches | StreamEpochs:
-    """The order of images: one pool, the streams of a mixture with `rows`, or with `unlabelled_share` so many labelled and unlabelled rows in every micro-batch.
+    """The order of images: one pool, the streams of a mixture with `rows`, or with `unlabelled_share` so many labelled and
+    unlabelled rows in every micro-batch.
 
     Raises ValueError for fewer images than a step takes, and where unlabelled rows are wanted and there are none.
     """

@@ -49,7 +49,13 @@ def named(settings: Mapping[str, Any], names: tuple[str, ...] | list[str], what:
             raise ValueError(f"train: unknown key '{what}.{key}'{hint}")
         if isinstance(value, Mapping):
             arguments[key] = named(value, names, f"{what}.{key}")
-    return made(**arguments)
+    missing = [key for key, one in inspect.signature(made).parameters.items() if one.default is one.empty and key not in arguments]
+    if missing:
+        raise ValueError(f"train: expected {', '.join(f'{what}.{key}' for key in missing)} with {what}.name {name}, got none")
+    try:
+        return made(**arguments)
+    except TypeError as error:
+        raise ValueError(f"train: {what}: {error}") from error
 
 
 def check_names(config: TrainConfig) -> None:
