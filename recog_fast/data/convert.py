@@ -72,9 +72,10 @@ def convert_dataset(
     list    a folder of images and labels.csv
     Image files are copied, not decoded. Names are the source's where they fit the target, else <label>/<number>. Every
     `sync_every` images the position goes to `<target>.converting`: the same call after a crash goes on there, any other
-    source is refused, and so is the target by `open_dataset` until it is whole. verify: read the target back and compare every byte and label. progress(done, total) is called after every
-    image written, and with verify after every one read back: total counts both. Raises ValueError for an existing
-    target, a kind or a suffix that is none, a source image that cannot be read (CorruptImage), or a target that does not read back.
+    source is refused, and so is the target by `open_dataset` until it is whole. verify: read the target back and compare every
+    byte and label. progress(done, total) is called after every image written, and with verify after every one read back: total
+    counts both. Raises ValueError for an existing target, a kind or a suffix that is none, a source image that cannot be read
+    (CorruptImage), or a target that does not read back.
     """
     kind = target_kind(target) if kind is None else kind
     if kind not in TARGETS:
