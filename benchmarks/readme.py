@@ -1,4 +1,5 @@
-"""The tables of measured numbers in the README (peers) and docs/benchmarks.md, from stored results: `python -m benchmarks.readme [full.json [peers.json]]` rewrites them.
+"""The tables of measured numbers in the README (peers) and docs/benchmarks.md, from stored results:
+`python -m benchmarks.readme [full.json [peers.json]]` rewrites them.
 
 Without arguments: this machine's. A table whose results are not there stays as it is.
 """
@@ -40,7 +41,8 @@ _PEERS: tuple[tuple[type[Contender] | None, str, str], ...] = (
     (peers.MetricLearning, "pytorch-metric-learning, `ArcFaceLoss`", "many losses, miners, samplers; stores N x C; one process"),
     (peers.LinearCrossEntropy, "torch, `F.linear_cross_entropy`", "chunks over rows; no margin, no normalisation of W, no statistics"),
     (None, "cut-cross-entropy", "CUDA only (a row of `python -m benchmarks.gpu_suite`); no margin, no N x C; atomics: not the same bits"),
-    (ours.Native, "recog_fast, any optimizer", "every margin above and MagFace, AdaFace, CurricularFace, ...; memory, unknown people, recognizability; exact; the same bits; classes over ranks; dense dW"),
+    (ours.Native, "recog_fast, any optimizer", "every margin above and MagFace, AdaFace, CurricularFace, ...; memory, unknown people, recognizability; exact; the same bits; "
+     "classes over ranks; dense dW"),
     (ours.FusedStep, "recog_fast, `HeadSGD`, float32", "the same, gradient and step of W in one sweep"),
     (ours.FusedStepKeptExact, "recog_fast, `HeadSGD`, float32, exponentials kept in float32", "the same, 4NC bytes"),
     (ours.FusedStepBF16Kept, "recog_fast, `HeadSGD`, bf16, exponentials kept", "the same, 16-bit products, 2NC bytes"),

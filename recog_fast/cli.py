@@ -1,16 +1,21 @@
 """The command line: `recog-fast COMMAND` = `python -m recog_fast COMMAND`.
 
-Exit codes: 0 done (also when SIGTERM ended a training run after saving), 1 an error, said in one line, 2 bad usage, 130 interrupted.
+Exit codes: 0 done (also when SIGTERM ended a training run after saving), 1 an error, said in one line, 2 bad usage, 130 interrupted,
+143 ended by SIGTERM.
 Results go to standard output; errors, warnings and progress to standard error. Everything heavy is imported by the command that needs it.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import select
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from types import FrameType
 
 from recog_fast import __version__
 from recog_fast.commands import (
@@ -26,25 +31,36 @@ from recog_fast.commands import (
     scale,
     warmup,
 )
-from recog_fast.commands.console import SAID, Parser, UsageError, one_line, parsers_of
+from recog_fast.terminal.console import SAID, Parser, UsageError, one_line, parsers_of, usable_streams
 from recog_fast.training.commands import add_commands, add_train
 
 _OWN_REST = ("train", "sweep")  # their settings belong to jsonargparse: they stay unparsed here
 
 
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM: everything on the way tidies up as after Ctrl-C."""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code; `arguments` default to the process's own."""
+    usable_streams()
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     if options.command is None:
+        if rest:
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
         parser.print_help()
         return 2
     if rest and options.command not in _OWN_REST:
         options.parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
-        code: int = options.run(options, rest)
-        sys.stdout.flush()
+        with _sigterm():
+            code: int = options.run(options, rest)
+            sys.stdout.flush()
         return code
+    except _Terminated:
+        print("recog-fast: terminated", file=sys.stderr)
+        return 143
     except KeyboardInterrupt:
         print("recog-fast: interrupted", file=sys.stderr)
         return 130
@@ -59,6 +75,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 2
         print(f"{options.parser.prog}: error: {_message(error, options)}", file=sys.stderr)
         return 1
+
+
+@contextlib.contextmanager
+def _sigterm() -> Iterator[None]:
+    """SIGTERM as an exception, so that a bar gives the cursor back; training has handlers of its own. Ranks of torchrun keep the default: an
+    exception would wait for the collective they are in."""
+    ours = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    if not ours or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        yield
+        return
+    process = os.getpid()
+
+    def stop(number: int, _: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        if os.getpid() != process:  # a forked child: ends as ever
+            os.kill(os.getpid(), number)
+        raise _Terminated
+
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _message(error: Exception, options: argparse.Namespace) -> str:

@@ -34,11 +34,12 @@ class MarginHead(ClassQueries):
             updated once per training forward. scale: s. subcenters: K; W is then (C, K, D) and c = max over k.
         memory: a `PrototypeMemory` whose rows are injected into the prototypes; part of state_dict. Something must fill it:
             pass `keys=` to every training forward (the momentum encoder's embeddings, or `embeddings.detach()`), or call
-            `memory.write(embeddings, labels, step)` after backward. The head owns its clock: writes take effect after the optimizer step (without HeadSGD: at the next training forward).
+            `memory.write(embeddings, labels, step)` after backward. The head owns its clock: writes take effect after the optimizer
+            step (without HeadSGD: at the next training forward).
         sample_rate: share of the classes that serve as negatives of a training step (Partial FC): the batch's own classes,
             and others drawn by (sample_seed, step) until there are int(sample_rate * C); `last_sampled` has their ids. The
-            first forward of a HeadSGD step (without HeadSGD: every training forward) draws them for all its micro-batches: a later row of another class meets the
-            same negatives, and its own class through the target cosine alone. Rows labelled -1 and all use outside training
+            first forward of a HeadSGD step (without HeadSGD: every training forward) draws them for all its micro-batches: a later row of
+            another class meets the same negatives, and its own class through the target cosine alone. Rows labelled -1 and all use outside training
             see every class. weight.grad is dense, 0 in the other rows. sample_seed: None takes torch.initial_seed().
         unknown_weight: weight of the UIR excess of rows labelled -1 (UIR: 0.1). compute_dtype: as `margin_softmax_loss`.
         keep_exponentials: keep e^{s f(c) - offset} of the forward sweep for the class sweep, which then saves its first product:
@@ -123,10 +124,8 @@ class MarginHead(ClassQueries):
         self.memory = memory
         if memory is not None:
             memory.held = True
-        self._fused: object | None = None
+        self._fused, self._epoch, self._cache = None, 0, None
         self._pending: list[RowRecords] = []
-        self._epoch = 0
-        self._cache: tuple[Key, Tensor] | None = None
         self._class_set: tuple[int, Tensor] | None = None  # step and ids of the classes sampled for it
         self._redraw = False  # zero_grad came after the set was drawn
         self.last_sampled: Tensor | None = None  # (M,) int64 sorted ids of the last training forward's classes; None: all
@@ -168,7 +167,8 @@ class MarginHead(ClassQueries):
 
         keys: raw embeddings of the momentum encoder, queued into the memory with the labels (training mode).
         step: the clock the memory is read at; None: the head's own count of optimizer steps (training forwards
-        without HeadSGD); with HeadSGD and a memory only that count. Raises RuntimeError inside activation checkpointing: its second forward would move all state twice.
+        without HeadSGD); with HeadSGD and a memory only that count. Raises RuntimeError inside activation checkpointing: its second
+        forward would move all state twice.
         """
 
         flags: RowFlags | None = None
@@ -187,26 +187,15 @@ class MarginHead(ClassQueries):
         now = self._clock(step)
         rows = GlobalBatch(embeddings, labels, sample_weight) if shard is None else gather_batch(embeddings, labels, sample_weight, shard, flags)
         options = LossOptions(
-            margin=self.margin,
-            scale=self.scale,
-            injection=self._injection(now),
-            unknown_weight=self.unknown_weight,
-            sample_weight=rows.sample_weight,
-            reduction=reduction,
-            normalizer=normalizer,
+            margin=self.margin, scale=self.scale, injection=self._injection(now), unknown_weight=self.unknown_weight,
+            sample_weight=rows.sample_weight, reduction=reduction, normalizer=normalizer,
             on_rows=self._keep_rows if recording and self._fused is not None else None,
-            key=self._key(now),
-            members=self._sample(rows.labels, now, recording),
+            key=self._key(now), members=self._sample(rows.labels, now, recording),
             unknown_stats=return_stats if shard is None else shard.admission.statistics,
-            buffers=self._gradients,
-            compute_dtype=self.compute_dtype,
-            keep=self.keep if recording else None,
-            drop_mass=self.drop_mass if recording else 0.0,
-            drop_elements=self.drop_elements,
-            flags=flags,
-            spoiled=rows.spoiled,
-            residual=self.weight_low,
-        )
+            buffers=self._gradients, compute_dtype=self.compute_dtype,
+            keep=self.keep if recording else None, drop_mass=self.drop_mass if recording else 0.0, drop_elements=self.drop_elements,
+            flags=flags, spoiled=rows.spoiled, residual=self.weight_low,
+        )  # fmt: skip
         if shard is None:
             loss, stats = margin_softmax(embeddings, self.weight, labels, options)
         else:

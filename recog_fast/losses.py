@@ -122,16 +122,9 @@ def margin_softmax_loss(
     _checks.check_margin(margin, where)
     check_options(where, embeddings, scale, reduction, unknown_weight, sample_weight, normalizer, compute_dtype)
     options = LossOptions(
-        margin=margin,
-        scale=float(scale),
-        injection=Injection(memory_rows, strength, slot),
-        unknown_weight=unknown_weight,
-        sample_weight=sample_weight,
-        reduction=reduction,
-        normalizer=normalizer,
-        compute_dtype=compute_dtype,
-        flags=flags,
-    )
+        margin=margin, scale=float(scale), injection=Injection(memory_rows, strength, slot), unknown_weight=unknown_weight,
+        sample_weight=sample_weight, reduction=reduction, normalizer=normalizer, compute_dtype=compute_dtype, flags=flags,
+    )  # fmt: skip
     loss, stats = margin_softmax(embeddings, weight, labels, options)
     return (loss, stats) if return_stats else loss
 

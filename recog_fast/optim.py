@@ -126,8 +126,9 @@ class HeadSGD(torch.optim.Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update from all pending rows; returns the closure's loss if one is given.
 
-        Raises ValueError for rows a CUDA batch had to leave out (`MarginHead.check_rows`; the others stay pending), RuntimeError for stale rows, a dense weight.grad (it would be lost), a GradScaler, a weight other than the one
-        this was made for, and where another HeadSGD took over; ValueError for options set in `param_groups` that are refused.
+        Raises ValueError for rows a CUDA batch had to leave out (`MarginHead.check_rows`; the others stay pending), RuntimeError for stale rows,
+        a dense weight.grad (it would be lost), a GradScaler, a weight other than the one this was made for, and where
+        another HeadSGD took over; ValueError for options set in `param_groups` that are refused.
         """
         self._refuse_scaler()
         if self.head.shards is None:  # ranks raise together, at the next forward

@@ -311,7 +311,8 @@ def sgd_update(
 def center_sparsity(weight: Tensor) -> Tensor:
     """mean_{j<k}(1 - <W^_j, W^_k>) = 1 - (|sum W^|^2 - C)/(C (C - 1)), in float64 (math.md 3); 0-dim.
 
-    weight (C, D) raw class centres, C >= 2, any float dtype (of a split head: `full_weight()`). ValueError for another shape.
+    weight (C, D) raw class centres, C >= 2, any float dtype (of a split head: `full_weight()`). Raises TypeError for what is no dense
+    tensor, ValueError for another shape.
     """
     if not isinstance(weight, Tensor) or weight.layout != torch.strided:
         raise TypeError(f"center_sparsity: expected weight to be a dense torch.Tensor, got {getattr(weight, 'layout', type(weight).__name__)}")

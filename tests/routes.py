@@ -82,7 +82,8 @@ def each(routes: list[Route]) -> pytest.MarkDecorator:
 
 
 def isas() -> list[str]:
-    """The ISAs of the compiled kernels that this CPU can run, and the emulated one, whose vectors are as wide as AVX-512's; the module that asks is skipped where there are none."""
+    """The ISAs of the compiled kernels that this CPU can run, and the emulated one, whose vectors are as wide as AVX-512's; the module that
+    asks is skipped where there are none."""
     if not native.available_isas():
         pytest.skip(f"compiled kernels {native.load()[1]}", allow_module_level=True)
     return [*native.available_isas(), "emulated_bf16"]

@@ -52,6 +52,7 @@ _CASES: list[tuple[Callable[..., Any], Callable[[], dict[str, Any]]]] = [
     (models.MobileNetV1, lambda: {"embedding_dim": 4, "input_size": 16}), (models.MobileNetV2, lambda: {"embedding_dim": 4, "input_size": 16}),
     (models.TinyNet, lambda: {"embedding_dim": 4, "input_size": 16}), (models.Preprocessing, dict),
     (data.Augmentation, dict), (data.Augmented, lambda: {"dataset": Images()}), (data.Resized, lambda: {"dataset": Images(), "size": 8}),
+    (data.MadeNames, lambda: {"length": 3, "name": str}),
     (data.SkipCorrupt, lambda: {"dataset": Images()}), (data.MixedDataset, lambda: {"datasets": [Images()]}),
     (data.ResumableBatches, lambda: {"length": 10, "batch_size": 2}), (data.StreamBatches, lambda: {"lengths": [10], "counts": [2]}),
     (data.SyntheticIdentities, dict), (evaluation.ScoreHistograms, dict),

@@ -143,7 +143,7 @@ def test_eval_of_a_run_a_checkpoint_and_a_file(tmp_path: Path, capsys: pytest.Ca
     )
     assert code == 1
     assert "wrong shape" in capsys.readouterr().err
-    assert main(["eval", str(output / "model.pt"), "--target", str(target)]) == 1
+    assert main(["eval", str(output / "model.pt"), "--target", str(target)]) == 2
 
 
 def test_command_line_starts_light() -> None:

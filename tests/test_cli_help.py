@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import shlex
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from paths import ROOT
 
 from recog_fast.cli import _parser, main
-from recog_fast.commands.console import Parser, at_least, count, parsers_of
+from recog_fast.terminal.console import Parser, at_least, between, count, device_name, parsers_of
 
 PARSERS = dict(parsers_of(_parser()))
 OPTIONS = [(path, action) for path, parser in PARSERS.items() for action in parser._actions]
@@ -90,3 +91,11 @@ def test_numbers_of_options() -> None:
     for read, text, said in ((count, "0", "from 1 on"), (at_least(20), "3", "expected at least 20, got 3"), (at_least(0), "x", "whole number, got 'x'")):
         with pytest.raises(argparse.ArgumentTypeError, match=said):
             read(text)
+    assert (between(0, 1)("0"), between(0, 1, above=True)("1"), between(0, math.inf, above=True)("2.5")) == (0.0, 1.0, 2.5)
+    for low, high, above, text in ((0, 1, False, "1.1"), (0, 1, True, "0"), (0, math.inf, True, "inf"), (0, 1, False, "nan"), (0, 1, False, "x")):
+        with pytest.raises(argparse.ArgumentTypeError, match=f"expected a number.*got '?{text}"):
+            between(low, high, above)(text)
+    assert [device_name(name) for name in ("cpu", "cuda", "cuda:1")] == ["cpu", "cuda", "cuda:1"]
+    for text in ("meta", "cpu:0", "cuda:", "cuda:x"):
+        with pytest.raises(argparse.ArgumentTypeError, match="expected cpu, cuda or cuda:N"):
+            device_name(text)

@@ -23,7 +23,12 @@ pytest.importorskip("safetensors")
 
 from recog_fast.cli import main
 from recog_fast.commands import doctor as doctor_command
-from recog_fast.commands.console import print_json
+from recog_fast.commands.evaluate import names_of
+from recog_fast.data import FolderDataset, register_source
+from recog_fast.data.formats import SOURCES
+from recog_fast.data.opening import KINDS
+from recog_fast.terminal.console import print_json
+from recog_fast.training.config import read_config
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +126,33 @@ def test_log_of_json_training_goes_to_standard_error(place: Path, tmp_path: Path
         (["data", "check", "faces", "--sample", "-1"], 2, "expected at least 0, got -1"),
         (["train"], 2, "expected a settings file"),
         (["train", "settings.yaml", "--lrr", "1"], 2, "did you mean 'lr'"),
-        (["sweep", "broken.yaml", "--output", "x"], 1, "no valid YAML"),
+        (["train", "settings.yaml", "--network", "foo"], 2, "expected network in iresnet18"),
+        (["train", "settings.yaml", "--margin.name", "Foo"], 2, "expected margin.name in Softmax"),
+        (["train", "settings.yaml", "--method", "foo"], 2, "expected method of margin"),
+        (["train", "settings.yaml", "--device", "abacus"], 2, "expected device auto"),
+        (["train", "--help-settings", "--json"], 2, "got both"),
+        (["sweep", "broken.yaml", "--output", "x"], 2, "no valid YAML"),
+        (["sweep", "sweep.yaml", "--output", "x", "--lrr", "1"], 2, "did you mean 'lr'"),
+        (["sweep", "sweep.yaml", "--output", "x", "--margin.name", "Foo"], 2, "expected margin.name in Softmax"),
+        (["sweep", "absent.yaml", "--output", "x"], 1, "no file absent.yaml"),
+        (["filter-overlap", "run", "--path", "faces", "--output", "x.jsonl", "--threshold", "3"], 2, "in [0, 1], got 3"),
+        (["eval", "run", "--target", "pairs.bin", "--device", "foo"], 2, "expected cpu, cuda or cuda:N, got 'foo'"),
+        (["eval", "run", "--target", "pairs.bin", "--target", "./pairs.bin"], 2, "once, got pairs.bin twice"),
+        (["eval", "run", "--target", "pairs.bin", "--down", "8", "--down", "8"], 2, "once, got pairs@8 twice"),
+        (["eval", "run/model.pt", "--target", "pairs.bin"], 2, "expected --network for the weights file"),
+        (["eval", "run/model.pt", "--target", "pairs.bin", "--network", "foo"], 2, "expected --network in iresnet18"),
+        (["import", "run/model.pt", "x", "--network", "foo"], 2, "expected --network in iresnet18"),
+        (["identify", "run", "--gallery", "faces", "--probes", "faces", "--fpir", "2"], 2, "in [0, 1], got 2"),
+        (["identify", "run", "--gallery", "faces", "--probes", "faces", "--threshold", "nan"], 2, "in [-1, 1], got nan"),
+        (["identify", "run", "--gallery", "faces", "--probes", "faces", "--device", "foo"], 2, "expected cpu, cuda or cuda:N"),
+        (["estimate", "--classes", "1", "--batch", "1", "--optimizer", "foo"], 2, "invalid choice: 'foo'"),
+        (["estimate", "--classes", "1", "--batch", "1", "--weight-format", "x"], 2, "invalid choice: 'x'"),
+        (["estimate", "--classes", "1", "--batch", "1", "--sample-rate", "2"], 2, "in (0, 1], got 2"),
+        (["estimate", "--classes", "1", "--batch", "1", "--link", "inf"], 2, "a number above 0, got inf"),
+        (["estimate", "--classes", "9", "--batch", "1", "--gpus", "2", "--weight-format", "split"], 2, "expected weight_format float32"),
+        (["classes", "add", "broken", "x", "--count", "1", "--images", "faces"], 2, "got --count and --images"),
+        (["warmup", "settings.yaml", "--batch", "4", "--arch", "sm_10"], 2, "expected --arch sm_80"),
+        (["warmup", "broken.yaml", "--arch", "sm_80"], 2, "no valid YAML"),
         (["eval", "run", "--target", "pairs.bin", "--target", "absent.bin"], 1, "no pair file absent.bin"),
         (["identify", "run", "--gallery", "faces", "--probes", "faces", "--strangers", "faces"], 2, "expected --fpir with --strangers"),
         (["identify", "run", "--gallery", "faces", "--probes", "faces", "--top", "0"], 2, "from 1 on"),
@@ -131,8 +162,8 @@ def test_log_of_json_training_goes_to_standard_error(place: Path, tmp_path: Path
         (["unknowns", "run", "--kind", "rec"], 2, "expected --path with --kind rec"),
         (["classes", "add", "run", "x"], 2, "expected one of --count, --embeddings and --images"),
         (["classes", "merge", "run", "x", "--groups", "absent.csv"], 1, "absent.csv"),
-        (["bench", "--device", "abacus"], 2, "expected device cpu or cuda"),
-        (["estimate", "--classes", "1", "--batch", "1", "--device", "abacus"], 2, "expected device in A100"),
+        (["bench", "--device", "abacus"], 2, "expected cpu, cuda or cuda:N, got 'abacus'"),
+        (["estimate", "--classes", "1", "--batch", "1", "--device", "abacus"], 2, "invalid choice: 'abacus'"),
         (["warmup", "--arch", "sm_80"], 2, "expected a settings file or --batch"),
         (["report", "faces"], 1, "expected the output folder of a training run"),
         (["data"], 2, "ACTION"),
@@ -157,6 +188,54 @@ def test_errors(arguments: list[str], code: int, text: str, place: Path, monkeyp
     assert text in said.err and command and command[0].split(":")[0].split()[1] == arguments[0]
     assert said.err.rstrip().endswith("--help)") == (code == 2)
     assert not (place / "out.xyz").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
+@pytest.mark.parametrize(
+    "command", [["bench"], ["warmup", "--batch", "4"], ["eval", "run", "--target", "pairs.bin"], ["identify", "run", "--gallery", "faces", "--probes", "faces"]],
+    ids=lambda words: words[0],
+)  # fmt: skip
+def test_a_missing_device_is_one_code(command: list[str], place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(place)
+    if command[0] == "warmup":
+        pytest.importorskip("triton")
+    assert main([*command, *([] if command[0] == "warmup" else ["--device", "cuda"])]) == 1
+    assert "CUDA device" in capsys.readouterr().err
+
+
+def test_files_of_one_name_keep_their_results(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "lfw.bin").symlink_to(place / "pairs.bin")
+    (tmp_path / "cfp.bin").symlink_to(place / "pairs.bin")
+    assert main(["eval", str(place / "run"), *[word for t in ("a/lfw.bin", "cfp.bin", "b/lfw.bin") for word in ("--target", t)], "--json"]) == 0
+    assert list(json.loads(capsys.readouterr().out)) == ["a/lfw", "cfp", "b/lfw"]
+    assert names_of(["x/a/lfw.bin", "x/b/lfw.bin", "lfw.txt"]) == ["a/lfw", "b/lfw", "lfw.txt"]
+
+
+def test_options_are_checked_before_the_checkpoint_is_read(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("recog_fast.checkpoint.latest_checkpoint", lambda *a, **k: pytest.fail("read a checkpoint"))
+    for more in ([], ["--count", "1", "--labels", "l.npy"]):
+        assert main(["classes", "add", "run", "x", *more]) == 2
+    assert "expected --embeddings with --labels" in capsys.readouterr().err
+
+
+def test_a_registered_source_is_a_kind_of_the_commands(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(place)
+    register_source("mine", FolderDataset)
+    try:
+        register_source("mine", FolderDataset)
+        assert SOURCES.count("mine") == 1
+        assert main(["data", "check", "faces", "--kind", "mine", "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["images"] == 32
+        assert main(["unknowns", "run", "--kind", "mine", "--path", "faces"]) == 0
+        assert read_config("settings.yaml", ["--data.kind", "mine"]).data.kind == "mine"
+    finally:
+        SOURCES.remove("mine")
+        del KINDS["mine"]
 
 
 def test_an_error_nobody_thought_of_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,9 +22,9 @@ pty = pytest.importorskip("pty")
 pytest.importorskip("rich")
 
 from recog_fast.cli import main
-from recog_fast.commands import progress as bars
-from recog_fast.commands.progress import progress, say, shows
-from recog_fast.training.counting import counted
+from recog_fast.counting import Progress, counted
+from recog_fast.terminal import progress as bars
+from recog_fast.terminal.progress import progress, say, shows
 
 COLOUR = re.compile(r"\x1b\[[\d;]*(?:3[0-79]|38|9[0-7]|4[0-7]|48|10[0-7])[\d;]*m")
 
@@ -110,6 +110,24 @@ def test_a_measured_report_and_json_training(
     assert re.search(r"step\W.*2/2" if name == "train" else r"parts measured\W.*1/2", shown), shown[-200:]
     assert ("Global Step: 2" in shown) == (name == "train")
     assert capsys.readouterr().out.count("\n") == 1
+
+
+@pytest.mark.parametrize("streams", [[], ["stdout"]], ids=["tee", "terminal"])
+def test_the_report_of_training_has_a_bar_where_its_log_has(
+    streams: list[str], place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, terminal: Callable[..., Terminal]  # noqa: F811
+) -> None:
+    """`train ... | tee log`: nothing in between the lines."""
+
+    def report(output: Path, progress: Progress | None) -> Path:
+        if progress is not None:
+            progress(1, 2)
+        return output / "report.html"
+
+    monkeypatch.setattr("recog_fast.training.run_report.report_run", report)
+    seen = terminal(*streams)
+    assert run(place, tmp_path, monkeypatch, "train", "--report", "true") == 0
+    shown = seen.read()
+    assert ("report: parts measured" in shown) == bool(streams) and bool(shown) == bool(streams)
 
 
 @pytest.mark.parametrize(("variable", "value"), [("NO_COLOR", "1"), ("TERM", "dumb")])
@@ -220,3 +238,17 @@ def test_a_process_at_a_terminal(tmp_path: Path) -> None:
     shown = seen.read()
     assert "images checked" in shown and not COLOUR.search(shown)
     assert done.stdout.startswith("6 images, 3 classes") and "\x1b" not in done.stdout
+
+
+def test_a_killed_process_gives_the_cursor_back() -> None:
+    """SIGTERM under a bar, as a scheduler sends it: exit code 143, a line, no traceback, and whoever comes next sees the cursor."""
+    code = (
+        "import os, signal, sys, recog_fast.commands.doctor as d\nfrom recog_fast.cli import main\nfrom recog_fast.terminal.progress import progress\n"
+        "def killed():\n  with progress('x') as step:\n    step(1, 2)\n    os.kill(os.getpid(), signal.SIGTERM)\n    step(2, 2)\n"
+        "d.describe = killed\nsys.exit(main(['doctor']))"
+    )
+    seen = Terminal()
+    killed = subprocess.run([sys.executable, "-c", code], env={**environment(), "TERM": "xterm"}, stdout=subprocess.PIPE, stderr=seen.stream.fileno(), text=True)
+    shown = seen.read()
+    assert (killed.returncode, killed.stdout) == (143, "") and "Traceback" not in shown
+    assert "1/2" in shown and shown.rpartition("\x1b[?25")[2].startswith("h") and "recog-fast: terminated" in shown

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import importlib.util
 import json
@@ -15,7 +16,7 @@ pytest.importorskip("jsonargparse")
 import numpy as np
 import torch
 
-from recog_fast.cli import main
+from recog_fast.cli import _parser, main
 from recog_fast.evaluation.report import read_metrics
 from recog_fast.training import demo, loop
 from recog_fast.training.config import read_config
@@ -28,7 +29,7 @@ CONDITIONS = list(demo.CONDITIONS)
 def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
     threads = torch.get_num_threads()
     folder = tmp_path_factory.mktemp("demo")
-    assert demo.main(["--quick", "--output", str(folder)]) == 0
+    assert main(["demo", "--quick", "--output", str(folder)]) == 0
     assert torch.get_num_threads() == threads
     return folder
 
@@ -95,7 +96,8 @@ def test_second_run_starts_over_and_agrees(
     assert main(["demo", "--quick", "--output", str(output), "--json"]) == 0
     said = capsys.readouterr()
     assert "Global Step" in said.err
-    assert json.loads(said.out)["trained"] == first["trained"]
+    document = json.loads(said.out)
+    assert document["finished"] and document["trained"] == first["trained"]
     again = json.loads((output / "results.json").read_text())
     assert again["trained"] == first["trained"]
     assert again["untrained"] == first["untrained"]
@@ -126,28 +128,39 @@ def test_test_people_are_not_training_people() -> None:
 )
 def test_bad_options(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as error:
-        demo.main(options)
+        main(["demo", *options])
     assert error.value.code == 2
     assert message in capsys.readouterr().err
 
 
 def test_options_override_the_size() -> None:
-    options = demo._options(["--quick", "--identities", "50", "--epochs", "3", "--output", "x", "--seed", "5"])
+    def read(*options: str) -> argparse.Namespace:
+        return _parser().parse_args(["demo", *options])
+
+    options = read("--quick", "--identities", "50", "--epochs", "3", "--output", "x", "--seed", "5")
     assert size_of(options) == dataclasses.replace(QUICK, identities=50, epochs=3)
     assert (options.output, options.seed) == (Path("x"), 5)
-    assert size_of(demo._options([])) == Size()
+    assert size_of(read()) == Size()
 
 
+@pytest.mark.parametrize("more", [[], ["--json"]], ids=["text", "json"])
 def test_a_signal_during_training_leaves_no_report(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    more: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(demo, "train", lambda config: loop.TrainResult(1, False, {}, tmp_path))
-    assert demo.main(["--quick", "--output", str(tmp_path)]) == 1
-    assert "stopped by a signal" in capsys.readouterr().err
+    """Exit code 0, as of `train`; with --json one document that says so."""
+    monkeypatch.setattr(demo, "train", lambda config: loop.TrainResult(7, False, {}, tmp_path))
+    assert main(["demo", "--quick", "--output", str(tmp_path), *more]) == 0
+    said = capsys.readouterr()
+    assert "recog-fast demo: stopped by a signal at step 7; no report\n" in said.err
+    if more:
+        assert json.loads(said.out) == {"finished": False, "step": 7, "output": str(tmp_path), "report": None}
     assert not list(tmp_path.glob("report*"))
 
 
-def test_missing_matplotlib_is_said_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_matplotlib_is_said_before_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ImportError, match="plots need matplotlib"):
-        demo.main(["--quick", "--output", str(tmp_path)])
+    assert main(["demo", "--quick", "--output", str(tmp_path)]) == 1
+    said = capsys.readouterr()
+    assert "plots need matplotlib" in said.err and said.out == ""

@@ -148,7 +148,11 @@ def test_training_logs_the_dropped_share(tmp_path: Path) -> None:
     assert max(shares["on"]) > 0 and max(shares["lists"]) > 0
 
 
-@pytest.mark.parametrize(("change", "message"), [({"drop_mass": 1.0}, r"drop_mass in \[0, 1\)"), ({"keep_exponentials": "float16"}, "keep_exponentials"), ({"keep_exponentials": "float32", "drop_mass": 0.1}, "at most one"), ({"drop_elements": -0.1}, r"drop_elements in \[0, 1\)"), ({"drop_mass": 0.1, "drop_elements": 0.1}, "at most one")])
+@pytest.mark.parametrize(("change", "message"), [
+    ({"drop_mass": 1.0}, r"drop_mass in \[0, 1\)"), ({"keep_exponentials": "float16"}, "keep_exponentials"),
+    ({"keep_exponentials": "float32", "drop_mass": 0.1}, "at most one"), ({"drop_elements": -0.1}, r"drop_elements in \[0, 1\)"),
+    ({"drop_mass": 0.1, "drop_elements": 0.1}, "at most one"),
+])  # fmt: skip
 def test_bad_settings_are_named(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     folder = make_folder(tmp_path / "faces")
     with pytest.raises(ValueError, match=message):

@@ -201,13 +201,11 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert "29,000,000 classes x 512, 8 H100" in shown and "14.9 GB  together: fits" in shown and "reduce-scatter" in shown
     assert cli.main(["estimate", "--classes", "1e9", "--gpus", "2", "--batch", "1024", "--optimizer", "sgd"]) == 0
     assert "does not fit" in capsys.readouterr().out
-    assert cli.main(["estimate", "--classes", "10", "--batch", "1", "--device", "abacus"]) == 2
-    assert "expected device in A100" in capsys.readouterr().err
     assert cli.main(["estimate", "--classes", "1e5", "--batch", "64", "--float32", "--device", "cpu", "--json"]) == 0
     said: dict[str, Any] = json.loads(capsys.readouterr().out)
     assert said["memory"]["items"]["W, float32"] == 4 * 10**5 * 512 and said["device"]["bandwidth"] > 1e8
     assert set(said["measured"]) in ({"none"}, {"seconds", "source"})
-    assert cli.main(["estimate", "--classes", "1e5", "--batch", "64", "--device", "cpu", "--gpus", "2"]) == 1
+    assert cli.main(["estimate", "--classes", "1e5", "--batch", "64", "--device", "cpu", "--gpus", "2"]) == 2
     assert "speed of a link" in capsys.readouterr().err
     for bad in ("2.5", "abc", "nan", "inf", "1e999", "0", "-5"):
         with pytest.raises(SystemExit) as stop:

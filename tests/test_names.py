@@ -72,7 +72,9 @@ def test_many_names_and_absolute_ones() -> None:
     names = [f"{k:x}/é{k}.jpg" for k in range(9001)] + ["/elsewhere/a.png"]
     packed = PackedNames(names, "faces")
     assert list(packed) == [f"faces/{name}" for name in names[:-1]] + names[-1:]
-    assert packed[4096] == f"faces/{names[4096]}" and packed.nbytes == sum(map(len, map(str.encode, names))) + 8 * 9003
+    assert packed[4096] == f"faces/{names[4096]}"
+    held = sum(map(len, map(str.encode, names))) + 8 * 9003
+    assert held <= len(pickle.dumps(packed)) < held + 1000, "text and starts, nothing else"
     assert repr(packed) == "<9002 names: 'faces/0/é0.jpg', 'faces/1/é1.jpg', 'faces/2/é2.jpg', ...>"
 
 

@@ -58,6 +58,7 @@ CASES: dict[Callable[..., Any], dict[str, Any]] = {
     evaluation.search: {"probes": UNIT, "gallery": P, "k": 2},
     evaluation.subgroup_report: {"scores": SCORES, "same": SAME, "groups": ["a", "b"] * 12, "fars": [0.1]},
     evaluation.four_forms: {"embeddings": X, "mirrored": UNIT},
+    evaluation.resize: {"image": np.zeros((4, 6, 3), np.uint8), "size": 3},
     evaluation.survface_identification: {"similarity": SIMILARITY, "mated": MATED},
     evaluation.survface_verification: {"scores": SCORES, "same": SAME},
     evaluation.tinyface_identification: {"probes": X, "probe_ids": np.arange(8) % 4, "gallery": P, "gallery_ids": np.arange(10) % 4},
@@ -65,7 +66,7 @@ CASES: dict[Callable[..., Any], dict[str, Any]] = {
     evaluation.to_input: {"images": np.zeros((2, 8, 8, 3), np.uint8)},
 }  # fmt: skip
 # Of files, of images and models, or a text of two booleans: their own tests.
-OTHERS = set("backends load_checkpoint save_checkpoint class_activation embed_images evaluate_bin overlay pair_galleries png_data_uri post_processing require_plots resize robustness".split())
+OTHERS = set("backends load_checkpoint save_checkpoint class_activation embed_images evaluate_bin overlay pair_galleries png_data_uri post_processing require_plots robustness".split())
 OTHERS |= set("scface strip write_report ytf".split())
 # Only their truth is used; a margin is the user's own code, whose errors are its own.
 ANY = set("cap detach fixed_threshold bgr renormalize check_labels return_stats skip_equal_index margin".split())

@@ -71,6 +71,10 @@ def test_pack_and_unpack() -> None:
         unpack_record(b"short")
     with pytest.raises(ValueError, match="4294967295 labels"):
         unpack_record(struct.pack("<IfQQ", 2**32 - 1, 0, 0, 0))
+    for name in ("key", "id2"):
+        for value in (-1, 2**64):
+            with pytest.raises(ValueError, match=rf"pack_record: expected {name} in \[0, 2\^64\), got {value}"):
+                pack_record(5, b"", **{name: value})
 
 
 def test_insightface_layout(tmp_path: Path) -> None:

@@ -21,7 +21,8 @@ SCRIPT = ROOT / "slurm" / "train.sbatch"
 STANDINS = {
     "srun": 'while [ "${1#--}" != "$1" ]; do shift; done; exec "$@"',
     "scontrol": 'if [ "$1" = show ]; then echo node1; echo node2; else echo "$@" >> "$LOGS/requeued"; fi',
-    "torchrun": 'printf "%s\\n" "$@" > "$LOGS/torchrun"; echo "$TRITON_CACHE_DIR $OMP_NUM_THREADS" > "$LOGS/environment"; until [ -e "$LOGS/signalled" ]; do sleep 0.05; done; sleep 0.2; exit ${CODE:-0}',
+    "torchrun": 'printf "%s\\n" "$@" > "$LOGS/torchrun"; echo "$TRITON_CACHE_DIR $OMP_NUM_THREADS" > "$LOGS/environment"; '
+    'until [ -e "$LOGS/signalled" ]; do sleep 0.05; done; sleep 0.2; exit ${CODE:-0}',
     "pkill": 'printf "%s\\n" "$@" > "$LOGS/signalled"',
     "recog-fast": 'echo "$@" > "$LOGS/doctor"',
 }

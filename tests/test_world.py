@@ -7,9 +7,10 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 
-from recog_fast.sharding import World, environment, one_process
+from recog_fast.sharding import World, environment, load_optimizer, one_process
 from recog_fast.sharding.world import _check_sizes
 from recog_fast.training.sweep import sweep
 
@@ -83,3 +84,15 @@ def test_shares_cover_the_rows_in_order() -> None:
                 world.rank, world.size = rank, size
                 found += range(rows)[world.share(rows)]
             assert found == list(range(rows))
+
+
+def test_a_state_of_more_parameters_is_refused_as_torch_refuses_it() -> None:
+    def optimizer(count: int) -> torch.optim.Optimizer:
+        made = torch.optim.SGD([torch.nn.Parameter(torch.ones(2)) for _ in range(count)], lr=0.1, momentum=0.9)
+        for parameter in made.param_groups[0]["params"]:
+            parameter.grad = torch.ones(2)
+        made.step()
+        return made
+
+    with pytest.raises(ValueError, match="size of optimizer's group"):
+        load_optimizer(optimizer(1), optimizer(2).state_dict())

@@ -133,7 +133,11 @@ def _tile_job(
         "D": dimension, "K": subcenters, "BN": tile.rows, "BC": tile.classes, "BK": tile.depth, "TMA": tma, "LAZY": tile.lazy_index, **own
     }  # fmt: skip
     named = getattr(_MODULES[module], function).arg_names
-    label = ", ".join(part for part in (name, f"{tile.rows}x{tile.classes}x{tile.depth}", f"{tile.stages} stages" if tile.stages > 3 else "", f"K={subcenters}" if subcenters > 1 else "", f"D={dimension}" if dimension != DIMENSION else "", variant) if part)
+    parts = (
+        name, f"{tile.rows}x{tile.classes}x{tile.depth}", f"{tile.stages} stages" if tile.stages > 3 else "",
+        f"K={subcenters}" if subcenters > 1 else "", f"D={dimension}" if dimension != DIMENSION else "", variant,
+    )  # fmt: skip
+    label = ", ".join(filter(None, parts))
     return Job(
         arch, kernel, f"{label}{' TMA' if tma else ''}", module, function, tuple(types.items()), tuple((name, value) for name, value in constants.items() if name in named),
         tile.warps, tile.stages, dtype == torch.bfloat16,

@@ -53,7 +53,10 @@ def latest_checkpoint(folder: str | os.PathLike[str], *, verified: bool = False)
 
 
 def prune_checkpoints(folder: str | os.PathLike[str], keep: int) -> None:
-    """Deletes all but the last `keep` checkpoints of a run's checkpoint folder, and temporary folders of crashed saves."""
+    """Deletes all but the last `keep` checkpoints of a run's checkpoint folder, and temporary folders of crashed saves.
+
+    Raises ValueError for keep < 1: nothing is deleted then.
+    """
     if keep < 1:
         raise ValueError(f"prune_checkpoints: expected keep >= 1, got {keep}")
     latest_checkpoint(folder)  # puts back what a crash left half replaced, so that only leftovers are deleted

@@ -42,7 +42,9 @@ def save_checkpoint_async(
 
     Returns a future: `result()` waits until the folder is there and raises what went wrong. Saves of one process are written one
     after the other. Ranks use a process group of their own for it, made at the first call; where the head's group is a part of all
-    ranks there is none, and it is written at once. Errors of arguments are raised at once.
+    ranks there is none, and it is written at once.
+
+    Raises ValueError and TypeError for arguments as `save_checkpoint`, at once; what goes wrong while writing is the future's.
     """
     ranks = _ranks(head)
     content = _content(ranks, head, optimizer, step, more)

@@ -9,13 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recog_fast.commands.console import UsageError, count, json_option, print_json
-from recog_fast.commands.progress import progress
+from recog_fast.terminal.console import Commands, count, device_name, json_option, print_json
+from recog_fast.terminal.progress import progress
 
 if TYPE_CHECKING:
     from recog_fast.commands.head_bench import Measured
-
-Commands = Any  # argparse's subparsers object has no public name
 
 
 def add(commands: Commands, parents: list[argparse.ArgumentParser]) -> None:
@@ -34,7 +32,7 @@ def add(commands: Commands, parents: list[argparse.ArgumentParser]) -> None:
     bench.add_argument("--dim", type=count, default=512, metavar="D", help="embedding size (%(default)s)")
     bench.add_argument("--rounds", type=count, default=5, metavar="N", help="measured steps of each contender (%(default)s)")
     bench.add_argument("--threads", type=count, default=1, metavar="N", help="of torch on the CPU (%(default)s)")
-    bench.add_argument("--device", default="cpu", help="cpu, cuda or cuda:1 (%(default)s)")
+    bench.add_argument("--device", type=device_name, default="cpu", help="cpu, cuda or cuda:1 (%(default)s)")
     bench.add_argument("--output", type=Path, metavar="FOLDER", help="folder for bench.json and report.html (the page needs matplotlib)")
     json_option(bench, "machine, rounds, and per contender and size seconds, extra memory, loss")
     bench.set_defaults(run=_bench)
@@ -49,13 +47,9 @@ def _bench(options: argparse.Namespace, _: list[str]) -> int:
 
     import recog_fast as rf
     from recog_fast.commands.head_bench import bench
-    from recog_fast.commands.host import cpu_name
+    from recog_fast.commands.host import cpu_name, device_here
 
-    if options.device.partition(":")[0] not in ("cpu", "cuda"):
-        raise UsageError(f"bench: expected device cpu or cuda, got {options.device!r}")
-    device = torch.device(options.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("bench: expected a CUDA device for --device cuda, got none that torch sees")
+    device = device_here(options.device)
     if options.output is not None:
         from recog_fast.evaluation import require_plots
 

@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from recog_fast.commands.console import UsageError, at_least, count, json_option, print_json
-from recog_fast.commands.progress import progress
+from recog_fast.terminal.console import Commands, UsageError, at_least, count, json_option, print_json
+from recog_fast.terminal.progress import progress
 
 
-def add(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
+def add(commands: Commands, parents: list[argparse.ArgumentParser]) -> None:
     """Adds the commands to the subparsers `commands`."""
     classes = commands.add_parser(
         "classes",
@@ -71,13 +71,16 @@ def _add(options: argparse.Namespace, _: list[str]) -> int:
     old class is which new one."""
     from recog_fast.checkpoint import add_classes
 
+    ways = [f"--{name}" for name in ("count", "embeddings", "images") if getattr(options, name) is not None]
+    if len(ways) != 1:
+        raise UsageError(f"classes add: expected one of --count, --embeddings and --images, got {' and '.join(ways) or 'none'}")
+    if options.labels is not None and options.embeddings is None:
+        raise UsageError(f"classes add: expected --embeddings with --labels {options.labels}, got none")
     checkpoint, target = _open(options)
     directions = _directions(options)
-    if (options.count is None) == (directions is None):
-        raise UsageError("classes add: expected one of --count, --embeddings and --images")
-    count = options.count if directions is None else len(directions)
-    label_map = add_classes(checkpoint, target, count, directions=directions, at=options.at, seed=options.seed, images=options.total_images)
-    return _finish(options, checkpoint, target, label_map.tolist(), "added", count)
+    added = options.count if directions is None else len(directions)
+    label_map = add_classes(checkpoint, target, added, directions=directions, at=options.at, seed=options.seed, images=options.total_images)
+    return _finish(options, checkpoint, target, label_map.tolist(), "added", added)
 
 
 def _merge(options: argparse.Namespace, _: list[str]) -> int:
@@ -141,10 +144,6 @@ def _directions(options: argparse.Namespace) -> Any:
     import numpy as np
     import torch
 
-    if options.embeddings is not None and options.images is not None:
-        raise UsageError("classes add: expected one of --embeddings and --images, got both")
-    if options.labels is not None and options.embeddings is None:
-        raise UsageError(f"classes add: expected --embeddings with --labels {options.labels}, got none")
     if options.embeddings is not None:
         rows = torch.from_numpy(np.load(options.embeddings, allow_pickle=False)).float()
         labels = torch.arange(len(rows)) if options.labels is None else torch.from_numpy(np.load(options.labels, allow_pickle=False))
@@ -155,19 +154,19 @@ def _directions(options: argparse.Namespace) -> Any:
     if labels.is_floating_point() or rows.dim() != 2 or labels.shape != rows.shape[:1] or not len(rows):
         raise ValueError(f"classes add: expected embeddings (M, D) with integer labels (M,), got {tuple(rows.shape)} and {labels.dtype} {tuple(labels.shape)}")
     labels = labels.long()
-    count = int(labels.max()) + 1
-    if int(labels.min()) < 0 or len(labels.unique()) != count:
-        raise ValueError(f"classes add: expected labels 0 .. A - 1 with no gap, got {len(labels.unique())} from {int(labels.min())} to {count - 1}")
-    return torch.zeros(count, rows.shape[1]).index_add_(0, labels, torch.nn.functional.normalize(rows, dim=1))
+    size = int(labels.max()) + 1
+    if int(labels.min()) < 0 or len(labels.unique()) != size:
+        raise ValueError(f"classes add: expected labels 0 .. A - 1 with no gap, got {len(labels.unique())} from {int(labels.min())} to {size - 1}")
+    return torch.zeros(size, rows.shape[1]).index_add_(0, labels, torch.nn.functional.normalize(rows, dim=1))
 
 
 def _embedded(options: argparse.Namespace) -> tuple[Any, Any]:
     """Embeddings of a folder's images by the run's backbone, and whose they are."""
     import torch
 
+    from recog_fast.counting import counted
     from recog_fast.data import FolderDataset, resize_image
     from recog_fast.evaluation import embed_images
-    from recog_fast.training.counting import counted
     from recog_fast.training.verification import load_backbone
 
     backbone, size = load_backbone(options.source, None, 0, 0)

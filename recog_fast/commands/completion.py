@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass
-from typing import Any
 
-from recog_fast.commands.console import parsers_of
+from recog_fast.terminal.console import Commands, actions_of, parsers_of
 
 _BASH = """# recog-fast completion bash >> ~/.bash_completion (zsh: autoload -U bashcompinit && bashcompinit first)
 _recog_fast() {{
@@ -37,7 +36,7 @@ class _Command:
     options: dict[str, list[str]]
 
 
-def add(commands: Any, parents: list[argparse.ArgumentParser], parser: argparse.ArgumentParser) -> None:
+def add(commands: Commands, parents: list[argparse.ArgumentParser], parser: argparse.ArgumentParser) -> None:
     """Registers `completion`, of the commands of `parser`."""
     found = commands.add_parser(
         "completion", parents=parents, help="print a shell's completion script", description=_completion.__doc__,
@@ -62,7 +61,7 @@ def _completion(options: argparse.Namespace, parser: argparse.ArgumentParser) ->
 def _command(parser: argparse.ArgumentParser) -> _Command:
     words: list[str] = []
     options: dict[str, list[str]] = {}
-    for action in parser._actions:  # argparse shows its actions in no other way
+    for action in actions_of(parser):
         choices = [str(choice) for choice in action.choices or ()]
         if action.option_strings:
             options.update((option, choices) for option in action.option_strings)

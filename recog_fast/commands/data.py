@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from typing import Any
 
-from recog_fast.commands.console import UsageError, at_least, count, json_option, print_json
-from recog_fast.commands.progress import progress
+from recog_fast.data.formats import SOURCES, TARGETS
+from recog_fast.terminal.console import Commands, UsageError, at_least, count, json_option, print_json
+from recog_fast.terminal.progress import progress
 
-Commands = Any  # argparse's subparsers object has no public name
-
-KINDS = ("rec", "folder", "list", "zip", "tar")
-TARGETS = ("rec", "tar", "folder", "list")
 _SOURCE = "folder, .rec, .csv, .jsonl, .zip, .tar, or a folder of tars"
 
 
@@ -34,7 +30,7 @@ def add(commands: Commands, parents: list[argparse.ArgumentParser]) -> None:
         example=("recog-fast data check faces/", "recog-fast data check train.rec --sample 1000 --json"),
     )
     check.add_argument("path", help=_SOURCE)
-    check.add_argument("--kind", choices=KINDS, help="format, where the path does not tell")
+    check.add_argument("--kind", choices=tuple(SOURCES), help="format, where the path does not tell")
     check.add_argument("--sample", type=at_least(0), metavar="N", help="read only so many images, evenly spread; 0: labels only (without: all)")
     check.add_argument("--plot", metavar="FILE", help="histogram of images per class (.svg, .png, .pdf)")
     json_option(check, "counts, gaps, unreadable and repeated images, sizes, problems")
@@ -54,7 +50,7 @@ def add(commands: Commands, parents: list[argparse.ArgumentParser]) -> None:
     )
     convert.add_argument("source", help=_SOURCE)
     convert.add_argument("target", help="new .rec or .tar file, or new folder (ending in / where its name has a dot)")
-    convert.add_argument("--kind", choices=KINDS, help="format of the source, where the path does not tell")
+    convert.add_argument("--kind", choices=tuple(SOURCES), help="format of the source, where the path does not tell")
     convert.add_argument("--to", choices=TARGETS, help="format of the target, where the path does not tell; list: a folder with labels.csv")
     convert.add_argument("--layout", choices=("auto", "identities", "plain"), help=".rec with or without record 0 (without: auto)")
     convert.add_argument("--images-per-shard", type=count, metavar="N", help="a folder of tars of so many images")

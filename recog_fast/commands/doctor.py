@@ -13,7 +13,7 @@ from typing import Any
 
 from recog_fast import __version__
 from recog_fast.commands import host
-from recog_fast.commands.console import json_option, print_json
+from recog_fast.terminal.console import Commands, json_option, print_json
 
 _LIBRARIES = "numpy triton jsonargparse yaml rich tensorboard PIL simplejpeg scipy sklearn matplotlib safetensors onnx onnxruntime faiss"
 _PREFIXES = ("NCCL_", "TORCH_NCCL_", "GLOO_", "FI_", "UCX_")
@@ -24,7 +24,7 @@ _SHARED_FILE_SYSTEMS = ("nfs", "lustre", "gpfs", "beegfs", "ceph", "fuse", "cifs
 _SIZES = (1 << 10, 1 << 15, 1 << 20, 1 << 24)  # bytes of probed messages: a header's latency up to a large batch's embeddings
 
 
-def add(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
+def add(commands: Commands, parents: list[argparse.ArgumentParser]) -> None:
     """Adds the command to the subparsers `commands`."""
     doctor = commands.add_parser(
         "doctor",

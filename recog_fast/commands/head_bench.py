@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import recog_fast as rf
+from recog_fast.counting import Progress
 
 MARGIN, SCALE = 0.5, 64.0
 EAGER = "eager PyTorch, float32"
@@ -56,7 +57,7 @@ class Measured:
 
 
 def bench(
-    rows: int, classes: int, dimension: int, rounds: int, device: torch.device, progress: Callable[[int, int], None] | None = None
+    rows: int, classes: int, dimension: int, rounds: int, device: torch.device, progress: Progress | None = None
 ) -> list[Measured]:
     """Every contender at one size; progress(done, total) is called between steps. Raises RuntimeError where one's loss is not eager's."""
     generator = torch.Generator().manual_seed(0)
@@ -101,7 +102,7 @@ def bench(
     return list(found.values())
 
 
-def _counter(progress: Callable[[int, int], None] | None, total: int) -> Callable[[], None]:
+def _counter(progress: Progress | None, total: int) -> Callable[[], None]:
     """Tells how much is done when called before each step."""
     done = itertools.count()
     return lambda: None if progress is None else progress(next(done), total)

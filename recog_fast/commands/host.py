@@ -23,6 +23,14 @@ _ZEN = (
 _CGROUPS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
+def device_here(name: str) -> torch.device:
+    """The device of a --device option. Raises ValueError where torch does not see it."""
+    device, count = torch.device(name), torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise ValueError(f"expected a CUDA device for --device {name}, got {count or 'none'} that torch sees")
+    return device
+
+
 def cpu_fields() -> dict[str, str]:
     """The first processor's entry in /proc/cpuinfo; empty where there is none."""
     try:

@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from recog_fast.commands.console import UsageError, count, json_option, print_json
-from recog_fast.commands.progress import progress
+from recog_fast.terminal.console import Commands, UsageError, between, count, device_name, json_option, print_json
+from recog_fast.terminal.progress import progress
 
 
-def add(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
+def add(commands: Commands, parents: list[argparse.ArgumentParser]) -> None:
     """Register the command."""
     find = commands.add_parser(
         "identify",
@@ -31,9 +31,9 @@ def add(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
     find.add_argument("--probes", required=True, metavar="SOURCE", help="images to look for, in the same formats")
     find.add_argument("--top", type=count, default=5, metavar="N", help="matches shown per image (%(default)s)")
     limit = find.add_mutually_exclusive_group()
-    limit.add_argument("--threshold", type=float, metavar="COSINE", help="no match below this cosine")
+    limit.add_argument("--threshold", type=between(-1, 1), metavar="COSINE", help="no match below this cosine")
     limit.add_argument(
-        "--fpir", type=float, metavar="SHARE", help="choose the threshold so that at most this share of people who are not in the gallery gets a match"
+        "--fpir", type=between(0, 1), metavar="SHARE", help="choose the threshold so that at most this share of people who are not in the gallery gets a match"
     )
     find.add_argument(
         "--strangers", metavar="SOURCE", help="with --fpir: images of people who are not in the gallery; else the probes whose class is not in it"
@@ -41,7 +41,7 @@ def add(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
     find.add_argument("--per-person", action="store_true", help="one mean vector per class of the gallery")
     find.add_argument("--faiss", action="store_true", help="search with faiss instead of exact products")
     find.add_argument("--block", type=count, default=4096, metavar="N", help="gallery images embedded and searched at a time (%(default)s)")
-    find.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (%(default)s)")
+    find.add_argument("--device", type=device_name, default="cpu", help="cpu, cuda, cuda:1, ... (%(default)s)")
     json_option(find, "probes with their matches, rank 1, and with --fpir the threshold (open_set)")
     find.set_defaults(run=_identify)
 
@@ -51,14 +51,16 @@ def _identify(options: argparse.Namespace, _: list[str]) -> int:
     images too) or people. The gallery comes by in blocks: what is held is the probes and their matches (with --faiss or --per-person also the index
     or a vector per person). Where both have classes of the same names, rank-1 accuracy is printed too; with --fpir the
     open-set threshold and the share of known people found above it."""
+    from recog_fast.commands.host import device_here
     from recog_fast.data import open_dataset
     from recog_fast.evaluation import GallerySearch
     from recog_fast.training.model_files import open_model
 
     if options.strangers and options.fpir is None:
         raise UsageError(f"identify: expected --fpir with --strangers {options.strangers}, got none")
+    device = device_here(options.device)
     network, card = open_model(options.model)
-    network.to(options.device)
+    network.to(device)
     gallery, probes = (open_dataset(path) for path in (options.gallery, options.probes))
     looked, shown = _embedded("probes embedded", network, probes, card.input_size)
     asked, strangers = looked, 0

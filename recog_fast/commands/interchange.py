@@ -7,11 +7,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from recog_fast.commands.console import UsageError, count, json_option, print_json
-from recog_fast.commands.progress import progress
+from recog_fast.terminal.console import Commands, UsageError, count, json_option, print_json
+from recog_fast.terminal.progress import progress
 
 
-def add(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
+def add(commands: Commands, parents: list[argparse.ArgumentParser]) -> None:
     """Register both commands."""
     take = commands.add_parser(
         "import",
@@ -121,8 +121,10 @@ def _import(options: argparse.Namespace, _: list[str]) -> int:
         return _import_onnx(options)
     if options.network is None:
         raise UsageError(f"import: expected --network for the weights {source}, got none")
-    from recog_fast.models import ModelCard, build_model, load_backbone, save_model
+    from recog_fast.models import ModelCard, build_model, load_backbone, model_names, save_model
 
+    if options.network not in model_names():
+        raise UsageError(f"import: expected --network in {', '.join(model_names())}, got {options.network}")
     arguments = {k: tuple(v) if isinstance(v, list) else v for k, v in options.network_options.items()}
     backbone = build_model(options.network, embedding_dim=options.embedding_size, input_size=options.size, **arguments)
     read = str(load_backbone(backbone, source))

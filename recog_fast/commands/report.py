@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
-from recog_fast.commands.console import json_option, print_json
-from recog_fast.commands.progress import progress
-
-Commands = Any  # argparse's subparsers object has no public name
+from recog_fast.terminal.console import Commands, json_option, print_json
+from recog_fast.terminal.progress import progress
 
 
 def add(commands: Commands, parents: list[argparse.ArgumentParser]) -> None:

@@ -8,10 +8,12 @@ import math
 from pathlib import Path
 from typing import Any
 
-from recog_fast.commands.console import UsageError, at_least, count, json_option, print_json
+from recog_fast.estimate.devices import DEVICES
+from recog_fast.estimate.model import MOMENTA, STATES, WEIGHTS
+from recog_fast.terminal.console import Commands, UsageError, at_least, between, count, json_option, print_json
 
 
-def add(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
+def add(commands: Commands, parents: list[argparse.ArgumentParser]) -> None:
     """Adds the command to the subparsers `commands`."""
     cost = commands.add_parser(
         "estimate",
@@ -24,16 +26,16 @@ def add(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
     cost.add_argument("--gpus", type=count, default=1, metavar="N", help="devices that share the classes (%(default)s)")
     cost.add_argument("--batch", type=count, required=True, metavar="N", help="rows of a step, over all devices")
     cost.add_argument("--dim", type=count, default=512, metavar="D", help="embedding size (%(default)s)")
-    cost.add_argument("--device", default="H100", help="A100, H100, H200, B200, or cpu: this host, measured now (%(default)s)")
-    cost.add_argument("--optimizer", default="headsgd", help="headsgd, sgd or adamw (%(default)s)")
-    cost.add_argument("--weight-format", default="float32", help="float32, or split: two 16-bit planes (%(default)s)")
-    cost.add_argument("--momentum-dtype", default="float32", help="float32 or bfloat16 (%(default)s)")
+    cost.add_argument("--device", choices=(*DEVICES, "cpu"), default="H100", help="whose data sheet; cpu: this host, measured now (%(default)s)")
+    cost.add_argument("--optimizer", choices=tuple(STATES), default="headsgd", help="optimizer of the head (%(default)s)")
+    cost.add_argument("--weight-format", choices=WEIGHTS, default="float32", help="format of W; split: two 16-bit planes (%(default)s)")
+    cost.add_argument("--momentum-dtype", choices=MOMENTA, default="float32", help="format of the momentum (%(default)s)")
     cost.add_argument("--no-momentum", action="store_true", help="momentum 0")
-    cost.add_argument("--sample-rate", type=float, default=1.0, metavar="SHARE", help="share of the classes that are a step's negatives, above 0 and up to 1 (%(default)s)")
+    cost.add_argument("--sample-rate", type=between(0, 1, above=True), default=1.0, metavar="SHARE", help="share of the classes that are a step's negatives, above 0 and up to 1 (%(default)s)")
     cost.add_argument("--float32", action="store_true", help="float32 sweeps instead of 16-bit ones")
     cost.add_argument("--subcenters", type=count, default=1, metavar="K", help="centres per class (%(default)s)")
     cost.add_argument("--memory-steps", type=at_least(0), default=0, metavar="STEPS", help="delta of a prototype memory, 0 for none (%(default)s)")
-    cost.add_argument("--link", type=float, metavar="GB/S", help="speed of a device's link in one direction, instead of the data sheet's")
+    cost.add_argument("--link", type=between(0, math.inf, above=True), metavar="GB/S", help="speed of a device's link in one direction, instead of the data sheet's")
     cost.add_argument("--results", type=Path, metavar="FOLDER", help="folder of stored measurements (default: benchmarks/results of a source checkout)")
     json_option(cost, "bytes, flops, seconds")
     cost.set_defaults(run=_estimate)
@@ -46,20 +48,19 @@ def _estimate(options: argparse.Namespace, _: list[str]) -> int:
     from recog_fast.commands.host import cpu_name, host_device
 
     link = None if options.link is None else options.link * 1e9
-    if options.link is not None and not 0 < options.link < math.inf:
-        raise UsageError(f"estimate: expected link > 0 GB/s, got {options.link}")
     device: Any = options.device
     if device == "cpu":
         device = host_device(link)
-    elif device not in model.DEVICES:
-        raise UsageError(f"estimate: expected device in {', '.join(model.DEVICES)}, cpu, got {device!r}")
     elif link is not None:
         device = dataclasses.replace(model.DEVICES[device], node_link=link, network=link)
-    report = model.estimate(
-        options.classes, options.gpus, options.batch, dimension=options.dim, device=device, optimizer=options.optimizer,
-        momentum=not options.no_momentum, half=not options.float32, subcenters=options.subcenters, memory_steps=options.memory_steps,
-        weight_format=options.weight_format, momentum_dtype=options.momentum_dtype, sample_rate=options.sample_rate,
-    )  # fmt: skip
+    try:
+        report = model.estimate(
+            options.classes, options.gpus, options.batch, dimension=options.dim, device=device, optimizer=options.optimizer,
+            momentum=not options.no_momentum, half=not options.float32, subcenters=options.subcenters, memory_steps=options.memory_steps,
+            weight_format=options.weight_format, momentum_dtype=options.momentum_dtype, sample_rate=options.sample_rate,
+        )  # fmt: skip
+    except ValueError as error:  # options that do not go together
+        raise UsageError(str(error)) from error
     found: model.Measured | str = f"none of {report.device.name}"
     if report.device.host:
         results = options.results or Path(__file__).parents[2] / "benchmarks" / "results"

@@ -10,13 +10,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from recog_fast.commands.console import UsageError, count, json_option, print_json
-from recog_fast.commands.progress import Step, progress
+from recog_fast.counting import Progress
+from recog_fast.terminal.console import Commands, UsageError, count, json_option, print_json
+from recog_fast.terminal.progress import progress
 
 _MOST = 1 << 17  # classes of the trial head: several slabs and several chunks of any device
 
 
-def add(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
+def add(commands: Commands, parents: list[argparse.ArgumentParser]) -> None:
     """Adds the command to the subparsers `commands`."""
     warm = commands.add_parser(
         "warmup",
@@ -49,7 +50,7 @@ def _warmup(options: argparse.Namespace, _: list[str]) -> int:
         os.environ["TRITON_CACHE_DIR"] = str(options.cache)
     archs: list[int | None] = [_architecture(text) for text in options.arch or []]
     if not archs and not torch.cuda.is_available():
-        raise UsageError("warmup: expected --arch sm_80, sm_89, sm_90 or sm_100 where torch sees no CUDA device, got none")
+        raise ValueError("warmup: expected --arch sm_80, sm_89, sm_90 or sm_100 where torch sees no CUDA device, got none")
     results: list[dict[str, Any]] = []
     for arch in archs or [None]:
         began = time.perf_counter()
@@ -68,7 +69,7 @@ def _warmup(options: argparse.Namespace, _: list[str]) -> int:
     return 0
 
 
-def _telling(step: Step | None) -> Callable[[Any], None] | None:
+def _telling(step: Progress | None) -> Callable[[Any], None] | None:
     """Counts kernels; nobody knows how many there will be."""
     if step is None:
         return None
@@ -113,7 +114,10 @@ def _settings(options: argparse.Namespace) -> Any:
     from recog_fast.training.config import TrainConfig, read_config
     from recog_fast.training.methods import apply_method
 
-    config = TrainConfig(data=_no_data()) if options.config is None else apply_method(read_config(options.config))
+    try:
+        config = TrainConfig(data=_no_data()) if options.config is None else apply_method(read_config(options.config))
+    except ValueError as error:
+        raise UsageError(str(error)) from error
     sizes = {"batch_size": options.batch, "embedding_size": options.dim}
     if options.config is None and options.batch is None:
         raise UsageError("warmup: expected a settings file or --batch, got neither")

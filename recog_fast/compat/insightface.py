@@ -14,7 +14,7 @@ import os
 import pickle
 import re
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from recog_fast._arguments import are_numbers, is_number, is_whole, refusal
+from recog_fast.counting import Progress
 from recog_fast.heads import MarginHead
 from recog_fast.margins import ArcFace, CosFace, InterclassFilter
 
@@ -82,7 +83,8 @@ class CombinedMarginLoss:
 
 
 class PartialFC_V2(MarginHead):
-    """`MarginHead` with arcface_torch's arguments: module(local_embeddings, local_labels) -> mean loss; label -1 is nobody.
+    """`MarginHead` with arcface_torch's arguments: module(local_embeddings (N, D), local_labels (N,)) -> mean loss, 0-dim;
+    label -1 is nobody.
 
     margin_loss: a `CombinedMarginLoss`. sample_rate: share of the classes that serve as negatives of a step. fp16: 16-bit
     sweeps. Its state dict takes arcface_torch's {"weight"}. options: further ones of `MarginHead`. Raises TypeError for
@@ -170,7 +172,7 @@ Source = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
 
 def _shards(
-    source: Source, classes: int | None, dim: int | None, progress: Callable[[int, int], None] | None = None
+    source: Source, classes: int | None, dim: int | None, progress: Progress | None = None
 ) -> tuple[list[Tensor], Placed]:
     """The parts of W and where they go, their sizes checked."""
     paths = head_shards(source)
@@ -193,7 +195,7 @@ def _shards(
 
 
 def read_head(
-    source: Source, num_classes: int | None = None, progress: Callable[[int, int], None] | None = None
+    source: Source, num_classes: int | None = None, progress: Progress | None = None
 ) -> tuple[Tensor, Placed]:
     """(W (C, D), [(file, first class, past last)]) of arcface_torch's per-rank files, whatever the number of ranks and
     however the classes were split: rows follow each other in the order of the ranks. progress(done, total) is called after every

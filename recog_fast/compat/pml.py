@@ -123,7 +123,9 @@ def _arcface(name: str, degrees: float) -> ArcFace:
 class ArcFaceLoss(_MarginLoss):
     """ArcFace: target logit scale * cos(theta + m), m = radians(margin); past theta = pi - m: scale * (cos theta - m sin m).
 
-    margin: degrees. Raises ValueError for sizes below 1, a margin outside [0, 180], a scale that is not positive.
+    margin: degrees. embeddings (N, D), labels (N,) -> the mean loss, 0-dim; W (D, C) float32.
+    Raises ValueError for sizes below 1, a margin outside [0, 180], a scale that is not positive; TypeError for options other than
+    weight_init_func. Source: pytorch-metric-learning's losses.ArcFaceLoss; Deng et al. 2019.
     """
 
     def __init__(
@@ -134,7 +136,12 @@ class ArcFaceLoss(_MarginLoss):
 
 
 class CosFaceLoss(_MarginLoss):
-    """CosFace: target logit scale * (cos theta - margin). Raises ValueError for sizes below 1 or a scale that is not positive."""
+    """CosFace: target logit scale * (cos theta - margin).
+
+    embeddings (N, D), labels (N,) -> the mean loss, 0-dim; W (D, C) float32.
+    Raises ValueError for sizes below 1, a margin outside [-2, 2] or a scale that is not positive; TypeError for options other than
+    weight_init_func. Source: pytorch-metric-learning's losses.CosFaceLoss; Wang et al. 2018.
+    """
 
     def __init__(
         self, num_classes: int, embedding_size: int, margin: float = 0.35, scale: float = 64, **options: Any
@@ -144,7 +151,12 @@ class CosFaceLoss(_MarginLoss):
 
 
 class NormalizedSoftmaxLoss(_MarginLoss):
-    """NormFace: softmax over cosine / temperature. Raises ValueError for sizes below 1 or a temperature that is not positive."""
+    """NormFace: softmax over cosine / temperature.
+
+    embeddings (N, D), labels (N,) -> the mean loss, 0-dim; W (D, C) float32.
+    Raises ValueError for sizes below 1 or a temperature that is not positive; TypeError for options other than weight_init_func.
+    Source: pytorch-metric-learning's losses.NormalizedSoftmaxLoss; Wang et al., NormFace, 2017.
+    """
 
     def __init__(self, num_classes: int, embedding_size: int, temperature: float = 0.05, **options: Any) -> None:
         if not is_number(temperature, 0, above=True):
@@ -155,7 +167,11 @@ class NormalizedSoftmaxLoss(_MarginLoss):
 
 class SubCenterArcFaceLoss(_MarginLoss):
     """Sub-center ArcFace (Deng et al. 2020): a class's cosine is the largest of its `sub_centers`; column
-    label * sub_centers + k of W is sub-center k. margin: degrees."""
+    label * sub_centers + k of W (D, C K) is sub-center k. margin: degrees.
+
+    embeddings (N, D), labels (N,) -> the mean loss, 0-dim. Raises ValueError and TypeError as `ArcFaceLoss`, and for sub_centers
+    below 1. Source: pytorch-metric-learning's losses.SubCenterArcFaceLoss.
+    """
 
     def __init__(
         self,

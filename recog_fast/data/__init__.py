@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from .images import resize_image as resize_image
     from .mixed import MixedDataset as MixedDataset
     from .mixed import StreamBatches as StreamBatches
+    from .names import MadeNames as MadeNames
     from .opening import open_dataset as open_dataset
     from .opening import register_source as register_source
     from .protocols import read_ijb_landmarks as read_ijb_landmarks
@@ -55,6 +56,7 @@ _HOME = {
     "DataReport": "check",
     "FolderDataset": "datasets",
     "ListDataset": "datasets",
+    "MadeNames": "names",
     "MixedDataset": "mixed",
     "RecordDataset": "record_dataset",
     "Resized": "wrappers",

@@ -67,7 +67,7 @@ class _Files:
 
 class ZipDataset(NamedDataset):
     """Images in a zip file, read in place; the folder an image lies in is its class, named by its whole path below
-    `prefix`.
+    `prefix`. Items are (image (H, W, 3) uint8 RGB, label int), with decode=False (the file's bytes, label).
 
     Raises ValueError where `path` is no zip file or holds no image below `prefix`. Each process opens the file for
     itself; of its directory, 48 bytes and the name are kept of each image.
@@ -112,7 +112,8 @@ class ZipDataset(NamedDataset):
 
 
 class TarDataset(NamedDataset):
-    """Images in uncompressed WebDataset tars (one path, several, or a folder of them), indexed once, then read at random.
+    """Images in uncompressed WebDataset tars (one path, several, or a folder of them), indexed once, then read at random. Items are
+    (image (H, W, 3) uint8 RGB, label int), with decode=False (the file's bytes, label).
 
     A sample is all members of one name up to the first dot of the base name: an image, and a label in `.cls` (text) or
     in the "label" of `.json`. Labels that are all whole numbers >= -1 (-1: unlabelled) are taken as they are, others are

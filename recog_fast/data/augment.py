@@ -156,11 +156,14 @@ def coins(seed: int, epochs: NDArray[np.int64], samples: NDArray[np.int64], coun
 
 
 class Augmented(Wrapper):
-    """Images resized to `size`, augmented, as the network's input: ((3, H, W) float32 in [-1, 1], label).
+    """Images resized to `size`, augmented, as the network's input: items are (tensor (3, H, W) float32 in [-1, 1], label int).
 
     A key is (epoch, index), as `ResumableBatches` yields them, or an index, which takes the epoch of `set_epoch` (that
     call does not reach workers that already run). The random numbers come from (seed, epoch, index) alone.
     augmentation=None leaves pixels alone.
+
+    Raises ValueError for a seed or epoch below 0 or a size below 1, TypeError for a dataset without images and labels, and for an
+    augmentation that cannot be called.
     """
 
     def __init__(

@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from recog_fast.counting import Progress
 
 from .images import CorruptImage, EncodedDataset, decode_image, image_format
 
@@ -186,7 +187,7 @@ class _Pixels:
 
 
 def check_dataset(
-    dataset: EncodedDataset, sample: int | None = None, progress: Callable[[int, int], None] | None = None
+    dataset: EncodedDataset, sample: int | None = None, progress: Progress | None = None
 ) -> DataReport:
     """Read a source and report counts, label faults, unreadable and repeated images, sizes, colours.
 
@@ -215,8 +216,10 @@ def check_dataset(
 
 
 def plot_class_sizes(report: DataReport, path: str | os.PathLike[str]) -> None:
-    """Histogram of images per class, both axes logarithmic, as the file's suffix says (.svg, .png, .pdf). Needs
-    matplotlib."""
+    """Histogram of images per class, both axes logarithmic, as the file's suffix says (.svg, .png, .pdf).
+
+    Raises ImportError without matplotlib, ValueError for a suffix it does not write.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 3.6), layout="constrained")

@@ -13,6 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from recog_fast.counting import Progress
+
+from . import formats
 from .archives import TarDataset, ZipDataset
 from .datasets import FolderDataset, ListDataset
 from .images import EncodedDataset, image_format
@@ -20,7 +23,8 @@ from .opening import JOURNAL, KINDS
 from .record_dataset import RecordDataset
 from .targets import FolderTarget, ListTarget, RecordTarget, Target, TarTarget
 
-TARGETS: dict[str, type[Target]] = {"rec": RecordTarget, "tar": TarTarget, "folder": FolderTarget, "list": ListTarget}
+_WRITERS = (RecordTarget, TarTarget, FolderTarget, ListTarget)
+TARGETS: dict[str, type[Target]] = dict(zip(formats.TARGETS, _WRITERS, strict=True))
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,7 @@ def convert_dataset(
     *,
     verify: bool = True,
     sync_every: int = 1000,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
     **options: Any,
 ) -> Conversion:
     """Write `source` to `target` as `kind`: "rec", "tar", "folder" or "list" (None: by the suffix of `target`).
@@ -68,9 +72,10 @@ def convert_dataset(
     list    a folder of images and labels.csv
     Image files are copied, not decoded. Names are the source's where they fit the target, else <label>/<number>. Every
     `sync_every` images the position goes to `<target>.converting`: the same call after a crash goes on there, any other
-    source is refused, and so is the target by `open_dataset` until it is whole. verify: read the target back and compare every byte and label. progress(done, total) is called after every
-    image written, and with verify after every one read back: total counts both. Raises ValueError for an existing
-    target, a kind or a suffix that is none, a source image that cannot be read (CorruptImage), or a target that does not read back.
+    source is refused, and so is the target by `open_dataset` until it is whole. verify: read the target back and compare every
+    byte and label. progress(done, total) is called after every image written, and with verify after every one read back: total
+    counts both. Raises ValueError for an existing target, a kind or a suffix that is none, a source image that cannot be read
+    (CorruptImage), or a target that does not read back.
     """
     kind = target_kind(target) if kind is None else kind
     if kind not in TARGETS:
@@ -185,7 +190,7 @@ def _listed_names(source: RecordDataset) -> list[str] | None:
 
 
 def _compare(
-    source: EncodedDataset, target: Path, writer: Target, names: Callable[[int, bytes], str], progress: Callable[[int, int], None] | None
+    source: EncodedDataset, target: Path, writer: Target, names: Callable[[int, bytes], str], progress: Progress | None
 ) -> None:
     """Every image and label of the target against the source."""
     written = KINDS[writer.kind](writer.readable, decode=False)

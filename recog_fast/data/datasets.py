@@ -77,7 +77,7 @@ def folder_of(name: str) -> str:
 
 class FolderDataset(NamedDataset):
     """Images below `root`; the folder an image lies in is its class, named by its path relative to `root`; sorted by
-    class, then name.
+    class, then name. Items are (image (H, W, 3) uint8 RGB, label int), with decode=False (the file's bytes, label).
 
     Raises ValueError where `root` is no folder or holds no image.
     """
@@ -141,7 +141,7 @@ def _list_rows(path: Path) -> Iterator[tuple[int, str, str]]:
 
 class ListDataset(NamedDataset):
     """Images named by a .csv (path,label; header optional) or .jsonl ({"path", "label"} per line) list, in the list's
-    order.
+    order. Items are (image (H, W, 3) uint8 RGB, label int), with decode=False (the file's bytes, label).
 
     Relative paths start at `root`, by default the list's folder. Labels that are all whole numbers >= -1 (-1:
     unlabelled) are taken as they are; otherwise they are names, numbered in sorted order. Raises ValueError for a

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import io
+import operator
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
@@ -32,8 +33,9 @@ _FORMATS = (
 
 
 def image_format(data: bytes) -> tuple[str, str]:
-    """(name, file suffix) of an encoded image by its first bytes; ("unknown", ".img") for none of them."""
-    return next(((name, suffix) for magic, name, suffix in _FORMATS if data.startswith(magic)), ("unknown", ".img"))
+    """(name, file suffix) of an encoded image by its first bytes; "unknown" for none of them, with a suffix that every source looks for:
+    what decodes an image goes by its bytes, and an image that nobody can decode must not get lost in a conversion."""
+    return next(((name, suffix) for magic, name, suffix in _FORMATS if data.startswith(magic)), ("unknown", ".jpg"))
 
 
 class CorruptImage(ValueError):
@@ -187,7 +189,10 @@ def read_many(dataset: Any, indices: Sequence[int], rows: Sequence[Image], mirro
 
 def resize_image(image: Image, size: int | tuple[int, int]) -> Image:
     """Resize (H, W, 3) uint8 to (size, size) or size = (height, width): box mean where both sides shrink, bilinear
-    otherwise."""
+    otherwise.
+
+    Raises ValueError for a size below 1.
+    """
     height, width = (size, size) if isinstance(size, int) else size
     if height < 1 or width < 1:
         raise ValueError(f"resize_image: expected size >= 1, got {size}")
@@ -202,7 +207,10 @@ def resize_image(image: Image, size: int | tuple[int, int]) -> Image:
 
 def images_to_tensor(images: Image) -> Tensor:
     """(H, W, 3) or (N, H, W, 3) uint8 -> (3, H, W) or (N, 3, H, W) float32 in [-1, 1]: (x / 255 - 0.5) / 0.5
-    (InsightFace's input)."""
+    (InsightFace's input).
+
+    Raises ValueError for another shape or dtype.
+    """
     if images.dtype != np.uint8 or images.ndim not in (3, 4) or images.shape[-1] != 3:
         raise ValueError(
             f"images_to_tensor: expected images (H, W, 3) or (N, H, W, 3) uint8, got {images.shape} {images.dtype}"
@@ -272,7 +280,7 @@ class EncodedDataset(Dataset[tuple[Any, int]]):
 
 def checked_index(index: int, length: int) -> int:
     """`index` as 0 <= index < length, negative ones counted from the end; IndexError outside."""
-    place = int(index)
+    place = operator.index(index)
     if not -length <= place < length:
         raise IndexError(f"expected an index below {length}, got {index}")
     return place % length

@@ -21,8 +21,9 @@ class MixedDataset(Dataset[tuple[Any, int]]):
 
     share_classes=False: every dataset has people of its own, and its labels come after those of the datasets before it.
     share_classes=True: label k is the same person in all of them. unlabelled: numbers of the datasets whose images are
-    of nobody known, whatever they are called there: label -1, no classes. Label -1 stays -1. Raises ValueError for no
-    datasets or a number that is none.
+    of nobody known, whatever they are called there: label -1, no classes. Label -1 stays -1. Items are those of the datasets:
+    (image (H, W, 3) uint8 RGB, label int). Raises ValueError for no datasets or a number that is none, TypeError for datasets
+    without labels and unlabelled that are no whole numbers.
     """
 
     def __init__(

@@ -17,6 +17,8 @@ from typing import overload
 import numpy as np
 from numpy.typing import NDArray
 
+from recog_fast._arguments import is_whole
+
 from .images import checked_index
 
 Int64 = NDArray[np.int64]
@@ -74,11 +76,6 @@ class PackedNames(Names):
     def __len__(self) -> int:
         return len(self._starts) - 1
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of text and starts."""
-        return self._text.nbytes + self._starts.nbytes
-
     def _name(self, index: int) -> str:
         start, end = self._starts[index : index + 2].tolist()
         return os.path.join(self.folder, self._text[start:end].tobytes().decode("utf-8", "surrogatepass"))
@@ -93,9 +90,16 @@ class PackedNames(Names):
 
 
 class MadeNames(Names):
-    """`length` names, each of them name(index)."""
+    """`length` names, each of them name(index): what a source's `paths` gives, so that no list of its names is ever made.
+
+    Raises ValueError for a length below 0, TypeError for a name that cannot be called.
+    """
 
     def __init__(self, length: int, name: Callable[[int], str]) -> None:
+        if not is_whole(length, 0):
+            raise ValueError(f"MadeNames: expected length as an integer >= 0, got {length!r}")
+        if not callable(name):
+            raise TypeError(f"MadeNames: expected name as a function of the index, got {name!r}")
         self._length, self._made = length, name
 
     def __len__(self) -> int:

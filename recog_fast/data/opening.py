@@ -9,14 +9,13 @@ from typing import Any
 
 from .archives import TarDataset, ZipDataset
 from .datasets import FolderDataset, ListDataset
+from .formats import SOURCES, training_kinds
 from .images import EncodedDataset
 from .record_dataset import RecordDataset
 
-KINDS: dict[str, Any] = {
-    "rec": RecordDataset, "folder": FolderDataset, "list": ListDataset, "zip": ZipDataset, "tar": TarDataset,
-}  # fmt: skip
+_READERS = (RecordDataset, FolderDataset, ListDataset, ZipDataset, TarDataset)
+KINDS: dict[str, Any] = dict(zip(SOURCES, _READERS, strict=True))
 JOURNAL = ".converting"  # beside the target of a conversion until it is whole
-_OWN = ("synthetic", "mixed")  # kinds of the training script that are no format
 _SUFFIXES = {".rec": "rec", ".csv": "list", ".jsonl": "list", ".zip": "zip", ".tar": "tar"}
 
 
@@ -37,7 +36,7 @@ def source_kind(path: str | os.PathLike[str]) -> str:
 
 
 def register_source(kind: str, reader: Callable[..., Any]) -> None:
-    """Makes `kind` a name for `open_dataset(path, kind)` and for `data.kind` of a training run in this process.
+    """Makes `kind` a name for `open_dataset(path, kind)`, for `data.kind` of a training run and for --kind of the commands in this process.
 
     reader: (path, **options) -> a dataset of (image (H, W, 3) uint8 RGB, label int) with `__len__`, `num_classes`, `paths` and `labels`
     (N,) int64, -1 where nobody knows; usually its class. Registering the same reader again changes nothing.
@@ -48,9 +47,12 @@ def register_source(kind: str, reader: Callable[..., Any]) -> None:
         raise ValueError(f"register_source: expected kind to be one word of letters and digits, got {kind!r}")
     if not callable(reader):
         raise TypeError(f"register_source: expected a callable reader, got {reader!r}")
-    if kind in _OWN or KINDS.get(kind, reader) is not reader:
-        raise ValueError(f"register_source: expected a kind that is not taken ({', '.join((*KINDS, *_OWN))}), got {kind!r}")
+    if KINDS.get(kind) is reader:
+        return
+    if kind in training_kinds():
+        raise ValueError(f"register_source: expected a kind that is not taken ({', '.join(training_kinds())}), got {kind!r}")
     KINDS[kind] = reader
+    SOURCES.append(kind)
 
 
 def refuse_unfinished(path: str | os.PathLike[str]) -> None:

@@ -105,10 +105,10 @@ class IJBLandmarks(NamedTuple):
 
 
 def _rows(data: bytes, columns: int) -> list[list[str]]:
-    """Space-separated fields of every line that is not blank."""
+    """Fields between spaces and tabs of every line that is not blank; other white space of Unicode belongs to the names."""
     rows = []
-    for number, line in enumerate(data.decode("utf-8").splitlines(), 1):
-        fields = line.split()
+    for number, line in enumerate(data.decode("utf-8").replace("\r\n", "\n").replace("\r", "\n").split("\n"), 1):
+        fields = list(filter(None, line.replace("\t", " ").split(" ")))
         if fields and len(fields) != columns:
             raise ValueError(f"{len(fields)} fields instead of {columns} in line {number}")
         if fields:
@@ -140,7 +140,7 @@ def _number_table(data: bytes, columns: int) -> Int64 | None:
 
 
 def _whole(fields: list[str]) -> Int64:
-    numbers = [int(field) for field in fields if len(field) < 20]
+    numbers = [int(field) for field in fields if len(field.lstrip("-")) < 20]
     if len(numbers) != len(fields) or max(numbers) > _LARGEST or min(numbers) < -_LARGEST:
         raise ValueError("a number beyond 64 bits")
     return np.array(numbers, np.int64)

@@ -47,7 +47,13 @@ class ImageRecord(NamedTuple):
 
 def pack_record(label: float | Sequence[float], image: bytes, *, key: int = 0, id2: int = 0) -> bytes:
     """The payload of an image record, as mxnet.recordio.pack writes it: a number gives flag 0, a sequence gives flag =
-    its length. An int label of 2^24 or more, which float32 may round, is also written to `id2` (where that is 0)."""
+    its length. An int label of 2^24 or more, which float32 may round, is also written to `id2` (where that is 0).
+
+    Raises ValueError for a key or id2 outside [0, 2^64).
+    """
+    for name, value in (("key", key), ("id2", id2)):
+        if not 0 <= value < 1 << 64:
+            raise ValueError(f"pack_record: expected {name} in [0, 2^64), got {value!r}")
     if isinstance(label, int) and label >= EXACT and not id2:
         id2 = label
     if isinstance(label, Sequence):
@@ -56,8 +62,10 @@ def pack_record(label: float | Sequence[float], image: bytes, *, key: int = 0, i
 
 
 def unpack_record(payload: bytes, source: str = "record") -> ImageRecord:
-    """Header, labels and image of an image record's payload. Raises ValueError naming `source` where the payload is too
-    short."""
+    """Header, labels and image of an image record's payload, as mxnet.recordio.unpack takes it apart.
+
+    Raises ValueError naming `source` where the payload is too short.
+    """
     if len(payload) < _HEADER.size:
         raise ValueError(
             f"unpack_record: expected {source} to hold a header of {_HEADER.size} bytes, got {len(payload)} bytes"
@@ -225,7 +233,7 @@ def load_index(file: RecordFile, idx: PathLike | None) -> tuple[Int64, Int64]:
 
 
 def read_records(path: PathLike, idx: PathLike | None = None) -> Iterator[tuple[int, bytes]]:
-    """Iterate over (key, payload bytes) of a RecordIO file.
+    """Iterate over (key, payload bytes) of a RecordIO file, as mxnet.recordio and im2rec write them.
 
     Order and keys are those of `idx`, of the .idx beside the file, or the file's own order with keys 0, 1, 2, ... where
     there is none. Image records' payloads are taken apart by `unpack_record`. Raises ValueError naming file, offset and
@@ -292,7 +300,7 @@ class RecordWriter:
 
 
 def write_records(path: PathLike, items: Iterable[tuple[int, bytes]], *, idx: PathLike | None = None) -> int:
-    """Write (key, payload) pairs as .rec and .idx (`RecordWriter`); returns their number.
+    """Write (key, payload) pairs as .rec and .idx, byte for byte as mxnet.recordio.MXIndexedRecordIO does; returns their number.
 
     `idx` defaults to the .idx beside `path`. Image payloads come from `pack_record`. Raises ValueError for a repeated
     key or a payload of 2^29 bytes or more.

@@ -50,7 +50,8 @@ class ResumableBatches(Sampler[list[tuple[int, int]]]):
                 ...                                  # batches.state_dict() here counts this batch as done
 
     The state is (seed, epoch, images done in it) and fits any later batch size and number of ranks. Raises ValueError
-    for sizes below 1, a rank outside [0, world_size), and drop_last with fewer images than one global batch.
+    for sizes below 1, a rank outside [0, world_size), and drop_last with fewer images than one global batch; TypeError for a
+    length that is no number and has none.
     """
 
     def __init__(

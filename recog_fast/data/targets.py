@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from .datasets import IMAGE_SUFFIXES
+from .datasets import is_image
 from .images import EncodedDataset
 from .records import RecordWriter, pack_record
 
@@ -55,7 +55,7 @@ class Target:
 def _harmless(name: str) -> bool:
     path = PurePosixPath(name)
     plain = not path.is_absolute() and ".." not in path.parts and path.as_posix() == name and "\\" not in name
-    return plain and name.isprintable() and path.name.lower().endswith(IMAGE_SUFFIXES) and not path.name.startswith(".")
+    return plain and name.isprintable() and is_image(name)
 
 
 def _places_classes(names: list[str], labels: NDArray[np.int64]) -> bool:

@@ -51,13 +51,14 @@ class Wrapper(Dataset[tuple[Any, int]]):
 
 
 class SkipCorrupt(Wrapper):
-    """A corrupt image is replaced by the next readable one (its image and label), written down once and counted; too
-    many raise.
+    """A corrupt image is replaced by the next readable one (its image (H, W, 3) and label), written down once and counted;
+    too many raise.
 
     quarantine  a JSON-lines file {"source", "index", "error"}; None keeps it in a temporary file. All DataLoader
                 workers append to it and count in it, and a resumed run counts on; delete it to start afresh
     budget      how many different corrupt images are endured; one more raises RuntimeError with both numbers
     The replacement depends on the index alone, so every worker, epoch and resumed run sees the same one.
+    Raises ValueError for a budget below 0, TypeError for a dataset without images and labels or a quarantine that is no path.
     """
 
     def __init__(self, dataset: LabelledImages, quarantine: Path | str | None = None, budget: int = 100) -> None:
@@ -145,7 +146,10 @@ def _remove(name: str, process: int) -> None:
 
 
 class Resized(Wrapper):
-    """Images brought to (size, size) or size = (height, width) by `resize_image`."""
+    """Images brought to (size, size) or size = (height, width) by `resize_image`; items are (image (H, W, 3) uint8, label int).
+
+    Raises ValueError for a size below 1, TypeError for a dataset without images and labels.
+    """
 
     def __init__(self, dataset: LabelledImages, size: int | tuple[int, int]) -> None:
         super().__init__(dataset)

@@ -16,6 +16,8 @@ from .devices import HOST_WORKSPACE, PROCESS, WORKSPACE, Device
 HEADER = 24  # bytes: rows, digest of what must agree, flags
 Kind = Literal["all-gather", "all-reduce", "reduce-scatter"]
 STATES = {"headsgd": 1, "sgd": 1, "adamw": 2}  # tensors like W that an optimizer keeps
+WEIGHTS = ("float32", "split")  # formats of W
+MOMENTA = ("float32", "bfloat16")  # of HeadSGD's velocity
 
 
 @dataclass(frozen=True)
@@ -64,10 +66,12 @@ class Head:
 
     @property
     def ranks(self) -> int:
+        """R."""
         return len(self.rows)
 
     @property
     def total(self) -> int:
+        """N, the rows of all ranks."""
         return sum(self.rows)
 
     @property
@@ -182,10 +186,12 @@ class Times:
 
     @property
     def sweeps(self) -> float:
+        """Of both sweeps: what is slower, arithmetic or memory."""
         return max(self.arithmetic, self.memory)
 
     @property
     def total(self) -> float:
+        """Of the step: sweeps, then messages."""
         return self.sweeps + self.messages
 
     @property

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .devices import DEVICES, Device
-from .model import STATES, Head, Item, Message, Times, flops, memory, messages, times, traffic
+from .model import MOMENTA, STATES, WEIGHTS, Head, Item, Message, Times, flops, memory, messages, times, traffic
 
 _MOST = 1 << 20  # devices that are tried
 
@@ -37,6 +37,7 @@ class Report:
 
     @property
     def bytes(self) -> int:
+        """Of all items."""
         return sum(item.bytes for item in self.items)
 
     @property
@@ -71,8 +72,8 @@ def estimate(
 ) -> Report:  # fmt: skip
     """Cost of a head of `classes` on `gpus` devices with `batch` rows of all of them a step; memory_steps: a prototype memory's delta.
 
-    device: a name of DEVICES, or a Device. Raises ValueError for sizes below 1, memory_steps below 0, unknown names, and what `MarginHead` and `HeadSGD`
-    refuse: formats without HeadSGD, planes on several devices, a sample_rate outside (0, 1].
+    device: a name of DEVICES, or a Device. Raises ValueError for sizes below 1, memory_steps below 0, unknown names, and what
+    `MarginHead` and `HeadSGD` refuse: formats without HeadSGD, planes on several devices, a sample_rate outside (0, 1].
     """
     for name, value in (("classes", classes), ("gpus", gpus), ("batch", batch), ("dimension", dimension), ("subcenters", subcenters)):
         if value < 1:
@@ -104,8 +105,8 @@ def estimate(
 def _check_choices(optimizer: str, weight_format: str, momentum_dtype: str) -> None:
     for name, value, known in (
         ("optimizer", optimizer, tuple(STATES)),
-        ("weight_format", weight_format, ("float32", "split")),
-        ("momentum_dtype", momentum_dtype, ("float32", "bfloat16")),
+        ("weight_format", weight_format, WEIGHTS),
+        ("momentum_dtype", momentum_dtype, MOMENTA),
     ):
         if value not in known:
             raise ValueError(f"estimate: expected {name} in {', '.join(known)}, got {value!r}")
@@ -129,7 +130,9 @@ def _options(head: Head, device: Device, memory_steps: int) -> Iterator[Option]:
     elif head.momentum and not head.half_momentum:
         yield tried("bfloat16 momentum", half_momentum=True)
     if head.momentum:
-        yield tried("HeadSGD with momentum 0" if head.optimizer == "adamw" else "momentum 0 for the head", optimizer="headsgd" if head.optimizer == "adamw" else head.optimizer, momentum=False, half_momentum=False)
+        adamw = head.optimizer == "adamw"
+        what = "HeadSGD with momentum 0" if adamw else "momentum 0 for the head"
+        yield tried(what, optimizer="headsgd" if adamw else head.optimizer, momentum=False, half_momentum=False)
     if head.optimizer == "headsgd" and not head.split and head.ranks == 1:
         yield tried("weight_format split", split=True)
     if head.sample_rate == 1:
@@ -168,7 +171,10 @@ def _fewer_rows(head: Head, device: Device, memory_steps: int) -> Option:
 
 
 def crossover(classes: int, batch_per_gpu: int, *, device: str = "H100", dimension: int = 512, most: int = 1024) -> int | None:
-    """The first power of two of ranks on which messages take longer than the sweeps; None up to `most`."""
+    """The first power of two of ranks on which messages take longer than the sweeps; None up to `most`.
+
+    Raises ValueError as `estimate`.
+    """
     for k in range(1, int(math.log2(most)) + 1):
         ranks = 1 << k
         report = estimate(classes, ranks, batch_per_gpu * ranks, device=device, dimension=dimension)

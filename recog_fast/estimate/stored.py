@@ -24,6 +24,8 @@ def measured(head: Head, cpu: str, results: Path) -> Measured | str:
 
     Rows and embedding size must be those measured, one process, plain HeadSGD; of several numbers of classes the nearest is taken and
     the time multiplied by the ratio (W does not fit in any cache: time grows with the classes), which `source` says.
+
+    Raises ValueError for a file that is no JSON, KeyError for one of another layout.
     """
     if head.ranks > 1 or head.optimizer != "headsgd" or head.split or head.half_momentum or head.sample_rate < 1 or head.subcenters > 1 or head.ring:
         return "only steps of plain HeadSGD in one process are stored"

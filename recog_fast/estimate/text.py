@@ -49,7 +49,10 @@ def text(report: Report, measured: Measured | str | None = None) -> str:
 
 
 def scale_table(device: str = "H100", batch_per_gpu: int = 128) -> str:
-    """The table of docs/scale.md: memory of a device, sweeps and messages of a step, from 1 to 1024 devices and 1M to 1B classes."""
+    """The table of docs/scale.md: memory of a device, sweeps and messages of a step, from 1 to 1024 devices and 1M to 1B classes.
+
+    Raises ValueError as `estimate`.
+    """
     lines = ["| classes | devices | memory of one | flops of one | sent by one | sweeps | messages |", "|---|---|---|---|---|---|---|"]
     for classes in (10**6, 10**7, 10**8, 10**9):
         for gpus in (1, 8, 64, 256, 1024):
@@ -63,7 +66,10 @@ def scale_table(device: str = "H100", batch_per_gpu: int = 128) -> str:
 
 
 def format_table(device: str = "H100", batch: int = 128) -> str:
-    """The table of docs/scale.md: one device, 10M classes, by optimizer, momentum and sampling."""
+    """The table of docs/scale.md: one device, 10M classes, by optimizer, momentum and sampling.
+
+    Raises ValueError as `estimate`.
+    """
     lines = ["| head of 10M classes | memory | most classes that fit | sweeps of a step |", "|---|---|---|---|"]
     for what, options in (
         ("AdamW", {"optimizer": "adamw"}),

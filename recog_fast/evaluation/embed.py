@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
+from recog_fast._arguments import is_whole
 from recog_fast.evaluation._arrays import BoolArray, FloatArray, booleans, both_kinds, floats, to_numpy, unit_rows
 from recog_fast.evaluation.verification import equal_error_rate, tar_at_far, verification_accuracy
 
@@ -71,6 +72,7 @@ def to_input(
     """(x / 255 - mean) / std as (B, 3, H, W) float32: what the backbones take; `partial` it for other conventions.
 
     `bgr` reverses the channels after normalising by RGB mean and std (AdaFace checkpoints).
+    Raises ValueError for images that are not (B, H, W, 3) uint8, and a mean or std that are not three numbers, std > 0.
     """
     where = "to_input"
     pixels = np.ascontiguousarray(images) if isinstance(images, np.ndarray) else None
@@ -86,7 +88,16 @@ def to_input(
 
 
 def resize(image: Image, size: int) -> Image:
-    """(H, W, 3) uint8 -> (size, size, 3) uint8, bilinear with antialiasing; unchanged where it has that size."""
+    """(H, W, 3) uint8 -> (size, size, 3) uint8, bilinear with antialiasing; unchanged where it has that size.
+
+    Raises TypeError for what is no array, ValueError for another shape or dtype and a size outside [1, 2^15].
+    """
+    if not isinstance(image, np.ndarray):
+        raise TypeError(f"resize: expected image as an array (H, W, 3) uint8, got {type(image).__name__}")
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
+        raise ValueError(f"resize: expected image (H, W, 3) uint8, got {image.dtype} {image.shape}")
+    if not is_whole(size, 1, 1 << 15):
+        raise ValueError(f"resize: expected size as an integer in [1, 2^15], got {size!r:.80}")
     if image.shape[:2] == (size, size):
         return image
     x = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None].float()
@@ -196,8 +207,10 @@ def verification_result(
     fars: Sequence[float] = FARS,
     form: str = "",
 ) -> VerificationResult:
-    """Every number of the 1:1 protocol for embedded pairs: accuracy, EER, TAR at FAR (conservative), cosines as
-    scores."""
+    """Every number of the 1:1 protocol for embedded pairs: accuracy, EER, TAR at FAR (conservative), cosines as scores.
+
+    emb1, emb2 (P, D), same (P,) bool. Raises what `verification_accuracy` and `tar_at_far` raise.
+    """
     mean, std, per_fold = verification_accuracy(emb1, emb2, same, folds)
     a, b = (unit_rows(to_numpy(e).astype(np.float64)) for e in (emb1, emb2))
     mask = booleans("verification_result", "same", same, (len(a),))

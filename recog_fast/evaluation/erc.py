@@ -103,7 +103,7 @@ def _check_rate(where: str, fmr: float) -> None:
 
 
 def erc_protocol(fmr: float, fixed_threshold: bool = True) -> str:
-    """The protocol in words, for captions: two ERCs compare only where it is the same."""
+    """The protocol in words, for captions: two ERCs compare only where it is the same. Raises ValueError for an fmr outside [0, 1]."""
     how = "fixed on the full set" if fixed_threshold else "re-estimated on the pairs left"
     _check_rate("erc_protocol", fmr)
     return f"FNMR at FMR {fmr:g}, threshold {how}, pair quality = the lower of the two"
@@ -137,8 +137,9 @@ def compare_qualities(
 ) -> QualityComparison:
     """`error_versus_reject` of each measure under one protocol, and of random rejection.
 
-    Raises what `error_versus_reject` raises, and ValueError without a measure or for one called "random" beside the
-    random one.
+    scores, same and each measure's qualities (P,); reject (R,) -> curves (R,).
+    Raises what `error_versus_reject` raises, ValueError without a measure or for one called "random" beside the random one, and
+    TypeError for pair_qualities that are no mapping.
     """
     where = "compare_qualities"
     if not isinstance(pair_qualities, Mapping):

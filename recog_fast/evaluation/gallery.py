@@ -23,7 +23,7 @@ Image = NDArray[np.uint8]  # (H, W, 3) RGB
 
 @dataclass(frozen=True)
 class GalleryItem:
-    """One picture with a caption and a second line; `tone` marks a right or a wrong decision."""
+    """One picture (H, W, 3) uint8 RGB with a caption and a second line; `tone` marks a right or a wrong decision."""
 
     image: Image
     caption: str
@@ -84,7 +84,7 @@ def image_data_uri(image: Image, largest: int = 192, quality: int = 85) -> str:
 
 
 def strip(images: Sequence[Image]) -> Image:
-    """Images of one size side by side, (H, n W, 3)."""
+    """n images (H, W, 3) of one size side by side, (H, n W, 3). Raises ValueError for none, and for sizes that differ."""
     if not images:
         raise ValueError("strip: expected at least one image, got none")
     return np.concatenate(list(images), axis=1)
@@ -95,7 +95,10 @@ def pair_galleries(
     result: VerificationResult,
     count: int = 6,
 ) -> list[Gallery]:
-    """The pairs to look at: same people least alike, different people most alike, and the surest right decisions."""
+    """The pairs to look at: same people least alike, different people most alike, and the surest right decisions.
+
+    images: 2 P of (H, W, 3) uint8, those of a pair of one size. Raises ValueError for another number of them than `result` has pairs for.
+    """
     if len(images) != 2 * len(result.same):
         raise ValueError(f"pair_galleries: expected {2 * len(result.same)} images, got {len(images)}")
     genuine, impostor = np.flatnonzero(result.same), np.flatnonzero(~result.same)

@@ -25,6 +25,7 @@ class ScoreHistograms:
     genuine, impostor  (bins,) int64 counts; bin b holds the scores in [edge b, edge b + 1), the last one also 1.
     Exactness: counts are exact, and so are FAR and TAR at every edge. A threshold can only lie on an edge, so a rate
     asked for between two edges is off by at most the share of pairs in that one bin (`tar_at_far` bounds it).
+    Raises ValueError for bins outside [2, 2^27].
     """
 
     bins: int = BINS
@@ -111,6 +112,8 @@ def all_pairs(
     tile: int = 1024,
 ) -> ScoreHistograms:
     """Histograms of the cosines of ALL pairs i < j of one set, or of every (row, other row); O(tile^2) memory.
+
+    embeddings (M, D), ids (M,); others (K, D), other_ids (K,); a quality of each row.
 
     skip_equal_index: leave (i, i) out where `others` are the same images in another condition (clean against 8x8).
     quality, gamma: the pair decision of ERS (math.md 5): an unrecognizable pair is a non-match, score -1.

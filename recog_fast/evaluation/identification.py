@@ -21,6 +21,8 @@ def identification(
 ) -> tuple[FloatArray, FloatArray]:
     """Closed-set rank rates and open-set TPIR -> (rates (len(ranks),), tpir (len(fpirs),)), in the order asked.
 
+    similarity (Q, G): higher = more alike; mated (Q, G) bool: entry g is of the person of query q.
+
     A query with a mate in the gallery is mated; its rank is 1 + the number of gallery scores above its best mate, and
     rank-k is the share of mated queries with rank <= k. Open set: the alarm threshold is the k-th highest of the
     non-mated queries' best scores, k = round(fpir * non-mated) (k = 0: above all of them); a mated query is found
@@ -63,7 +65,7 @@ def fpir_threshold(best: ArrayLike | torch.Tensor, fpir: float) -> float:
     gets one: the smallest t with (best >= t) in at most floor(fpir Q) of the Q non-mated searches, ties included.
 
     best (Q,): each non-mated search's highest score. With fewer than 1 / fpir searches that is above all of them, and
-    says little. Raises ValueError for no or non-finite scores and an fpir outside [0, 1].
+    says little. Raises ValueError for no or non-finite scores and an fpir outside [0, 1]. Source: NIST FRVT 1:N's FPIR.
     """
     where = "fpir_threshold"
     scores = np.sort(floats(where, "best", best, 1))[::-1]
@@ -110,6 +112,7 @@ def mean_average_precision(
 ) -> float:
     """Mean over queries of the average precision of their ranked gallery, in [0, 1] (the re-identification mAP).
 
+    similarity (Q, G), query_ids (Q,), gallery_ids (G,), junk (Q, G) bool.
     AP = mean over the relevant entries of (relevant entries up to and including it / its position), junk entries
     removed from the list beforehand. Ties keep gallery order (stable). Queries without a relevant entry do not count.
     Raises ValueError for shapes that do not match, NaN similarity, or when no query has a relevant entry.
@@ -129,8 +132,8 @@ def cumulative_match(
     """CMC: share of queries with a relevant entry among the first k of their list, junk removed beforehand ->
     (len(ranks),).
 
-    Ties keep gallery order (stable). Queries without a relevant entry do not count.
-    Raises what `mean_average_precision` raises, and ValueError for ranks < 1. Source: Market-1501.
+    Arguments as `mean_average_precision`: similarity (Q, G). Ties keep gallery order (stable). Queries without a relevant entry do
+    not count. Raises what `mean_average_precision` raises, and ValueError for ranks < 1. Source: Market-1501.
     """
     places = integers("cumulative_match", "ranks", ranks)
     if (places < 1).any():

@@ -30,7 +30,7 @@ def four_forms(embeddings: Rows, mirrored: Rows) -> dict[str, FloatArray]:
 
     flip summed: f(x) + f(mirrored x); feature norm removed: divided by its L2 norm (a zero row stays zero). Templates
     built from the forms with the norm kept weigh images by it. The names are those of `post_processing`.
-    Raises ValueError for shapes that differ.
+    Raises ValueError for shapes that differ. Source: InsightFace's IJB evaluation (use_flip_test, use_norm_score).
     """
     where = "four_forms"
     plain, other = floats(where, "embeddings", embeddings, 2), floats(where, "mirrored", mirrored, 2)
@@ -80,7 +80,12 @@ def ytf(
     weights: Rows | None = None,  # (M,) >= 0, e.g. ERS; None: plain average
     folds: int = 10,
 ) -> VerificationResult:
-    """YouTube Faces: frames to one template per video (average, or weighted by quality), then 10-fold verification."""
+    """YouTube Faces: frames to one template per video (average, or weighted by quality), then 10-fold verification.
+
+    embeddings (M, D) and weights (M,) of frames, video_ids (M,); first, second, same (P,) of pairs of videos.
+    Raises what `template_embeddings` and `verification_result` raise, and ValueError for a video that has no frame.
+    Source: Wolf, Hassner, Maoz, Face Recognition in Unconstrained Videos with Matched Background Similarity, 2011.
+    """
     ids, templates = template_embeddings(embeddings, video_ids, weights=weights)
     rows = []
     for name, asked in (("first", first), ("second", second)):
@@ -100,6 +105,7 @@ def scface(
 ) -> dict[str, float]:
     """SCFace: rank-1 of the probes of each distance, farthest first, as {"4.2 m": ..., ..., "average": mean of them}.
 
+    probes (Q, D), probe_ids and distances (Q,); gallery (G, D), gallery_ids (G,).
     Raises ValueError for a probe without a mate in the gallery.
     """
     where = "scface"
@@ -124,12 +130,18 @@ def scface(
 
 
 def survface_verification(scores: Rows, same: Rows) -> dict[float, float]:
-    """SurvFace 1:1: TPR at FAR 0.3, 0.1, 0.01, 0.001 (conservative), {far: tpr}."""
+    """SurvFace 1:1: TPR at FAR 0.3, 0.1, 0.01, 0.001 (conservative), {far: tpr}; scores (P,), same (P,) bool.
+
+    Raises what `tar_at_far` raises.
+    """
     return dict(zip(SURVFACE_FARS, map(float, tar_at_far(scores, same, SURVFACE_FARS)), strict=True))
 
 
 def survface_identification(similarity: Rows, mated: Rows) -> dict[float, float]:
-    """SurvFace open set: TPIR20 at FPIR 0.3, 0.2, 0.1, {fpir: tpir}; queries without a mate set the threshold."""
+    """SurvFace open set: TPIR20 at FPIR 0.3, 0.2, 0.1, {fpir: tpir}; queries without a mate set the threshold.
+
+    similarity (Q, G), mated (Q, G) bool. Raises what `identification` raises.
+    """
     _, tpir = identification(similarity, mated, fpirs=SURVFACE_FPIRS, tpir_rank=20)
     return dict(zip(SURVFACE_FPIRS, map(float, tpir), strict=True))
 
@@ -139,7 +151,8 @@ def tinyface_identification(
 ) -> dict[int, float]:
     """TinyFace 1:N: rank-1, 5 and 20 of every probe against the gallery and, with them, the distractors, {rank: rate}.
 
-    distractors (K, D): faces of nobody (the protocol's 153,428); more of them can only lower a rate.
+    probes (Q, D), gallery (G, D), their ids; distractors (K, D): faces of nobody (the protocol's 153,428), more of them can only lower
+    a rate. Raises ValueError for widths that differ and without a probe that has a mate. Source: Cheng et al., TinyFace, 2018.
     """
     where = "tinyface_identification"
     q, g = floats(where, "probes", probes, 2), floats(where, "gallery", gallery, 2)
@@ -171,7 +184,7 @@ def tinyface_pairs(
     seed: int = 0,
 ) -> tuple[IntArray, IntArray, BoolArray]:
     """TinyFace 1:1 as RI and QAFace use it: (first, second, same), all genuine pairs (20,888) and `impostors` distinct
-    impostor pairs drawn by `seed`. State the seed.
+    impostor pairs drawn by `seed`. State the seed. ids (M,) int -> rows of the pairs (P,) int64 and same (P,) bool.
 
     Raises ValueError where there are not that many impostor pairs, or no genuine one.
     """
@@ -209,7 +222,7 @@ def robustness(
 ) -> dict[str, VerificationResult]:
     """The same pair set at full size and down-sampled to each of `sizes` and back: {"full size", "16x16", "8x8"}.
 
-    Raises what `evaluate_bin` raises.
+    images (H, W, 3) uint8, as in `evaluate_bin`. Raises what `evaluate_bin` raises.
     """
     results = {"full size": evaluate_bin(model, pairs, **options)}
     for size in sizes:

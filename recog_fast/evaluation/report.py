@@ -79,25 +79,17 @@ def write_report(
     object.
     """
     shown = dict(results or {})
-    if baseline is not None and list(baseline) != list(shown):
-        raise ValueError(f"write_report: expected baseline of {list(shown)}, got {list(baseline)}")
-    rates = {result.fars for result in (*shown.values(), *(baseline or {}).values())}
-    if len(rates) > 1:
-        raise ValueError(f"write_report: expected the same fars in every result, got {sorted(rates)}")
+    _check_comparable(shown, baseline)
     metrics = read_metrics(metrics_jsonl) if isinstance(metrics_jsonl, (str, Path)) else list(metrics_jsonl or [])
     absent = list(missing)
     if not shown:
         absent.insert(0, "No evaluation target: accuracy, ROC, DET and rejection curves are not in this page.")
-    costs_figures = [
-        ("Throughput", "Flat is good; dips are data loading, verification or other work on the machine.", plots.history_plot(metrics, "speed")),
-        ("Peak memory", "Highest resident (CPU) or allocated (CUDA) memory so far; a rising line would be a leak.", plots.history_plot(metrics, "memory")),
-    ]  # fmt: skip
     sections = [
         _verification(shown, baseline, baseline_name),
         Section("Training", "Curves over optimizer steps: the pale line is the log, the strong one its moving mean.", page.figures(_training(metrics))),
         Section("Quality", quality_note, page.figures(figures)),
         Section("Faces", "", "".join(map(page.gallery, galleries))),
-        Section("Throughput and memory", "", page.columns(costs or {}) + page.figures(costs_figures)),
+        Section("Throughput and memory", "", page.columns(costs or {}) + page.figures(_costs(metrics))),
         Section("Kernels and versions", "", page.columns({"Which path ran": backends, "Versions": versions})),
         Section("Configuration", "", page.settings(config or {})),
     ]  # fmt: skip
@@ -106,6 +98,14 @@ def write_report(
     return page.write_page(
         path, title=title, sections=sections, eyebrow="recog_fast run report", lead=summary, top=top, footer=_FOOTER
     )
+
+
+def _check_comparable(results: Results, baseline: Results | None) -> None:
+    if baseline is not None and list(baseline) != list(results):
+        raise ValueError(f"write_report: expected baseline of {list(results)}, got {list(baseline)}")
+    rates = {result.fars for result in (*results.values(), *(baseline or {}).values())}
+    if len(rates) > 1:
+        raise ValueError(f"write_report: expected the same fars in every result, got {sorted(rates)}")
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
@@ -170,6 +170,14 @@ def _training(metrics: plots.Metrics) -> list[Figure]:
         ("Recognizability index", INDEX, drawn(metrics, "index")),
         ("Feature norm", "Of the embeddings before normalisation; a sudden jump is a sign of trouble.", drawn(metrics, "norm")),
         ("Learning rate", "Of the backbone, warm-up first.", drawn(metrics, "lr")),
+    ]  # fmt: skip
+
+
+def _costs(metrics: plots.Metrics) -> list[Figure]:
+    drawn = plots.history_plot
+    return [
+        ("Throughput", "Flat is good; dips are data loading, verification or other work on the machine.", drawn(metrics, "speed")),
+        ("Peak memory", "Highest resident (CPU) or allocated (CUDA) memory so far; a rising line would be a leak.", drawn(metrics, "memory")),
     ]  # fmt: skip
 
 

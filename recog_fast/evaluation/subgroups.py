@@ -61,7 +61,7 @@ def subgroup_report(
     threshold: Literal["own", "pooled"] = "own",
 ) -> SubgroupReport:
     """FRR at the conservative threshold of each FAR, for each subgroup, pooled over all pairs, and as the mean of
-    subgroups.
+    subgroups: scores, same and groups (P,) -> tables (G, F).
 
     threshold "pooled" applies the one threshold of all impostors to every subgroup (what a deployed system does; the
     subgroups' real FARs then differ and are in `.far`), "own" sets each subgroup's from its own impostors.

@@ -34,8 +34,8 @@ def verification_accuracy(
 ) -> tuple[float, float, FloatArray]:
     """LFW protocol accuracy -> (mean, standard deviation, per fold (folds,)), each in [0, 1].
 
-    Rows are L2-normalised here, so raw, flip-summed and unit embeddings are all welcome. A pair is accepted when its
-    squared Euclidean distance is BELOW the threshold; for each contiguous fold the threshold of `arange(0, 4, 0.01)`
+    emb1, emb2 (P, D), same (P,) bool. Rows are L2-normalised here, so raw, flip-summed and unit embeddings are all welcome.
+    A pair is accepted when its squared Euclidean distance is BELOW the threshold; for each contiguous fold the threshold of `arange(0, 4, 0.01)`
     with the best accuracy on the other folds (the lowest among equals) is applied to it. The first P mod folds folds
     hold one pair more. The standard deviation is the population one over folds (as LFW and InsightFace report it);
     it says little where folds hold pairs of one kind only (a file that lists all genuine pairs first). Pairs keep their
@@ -86,8 +86,8 @@ def roc_curve(
     falling.
 
     U = number of distinct scores; the first point is (0, 0) at threshold +inf, the last (1, 1) at the lowest score.
-    Tied scores move together: no point lies inside a tie, none is dropped. far and tar never fall.
-    Raises ValueError for shapes that do not match, NaN or infinite scores, and pairs of one kind only.
+    scores (P,), same (P,) bool. Tied scores move together: no point lies inside a tie, none is dropped. far and tar never fall.
+    Raises ValueError for shapes that do not match, NaN or infinite scores, and pairs of one kind only. Source: math.md 6.
     """
     checked, mask = scored_pairs("roc_curve", scores, same)
     return _roc(checked, mask)
@@ -108,7 +108,7 @@ def tar_at_far(
     fars: Sequence[float] | FloatArray,  # false accept rates asked for, each in [0, 1]
     rule: FarRule = "conservative",
 ) -> FloatArray:
-    """True accept rate at each false accept rate, in the order asked -> (len(fars),) in [0, 1].
+    """True accept rate at each false accept rate, in the order asked: scores (P,), same (P,) bool -> (len(fars),) in [0, 1].
 
     conservative  the FAR is never above the target: accept score > the (k+1)-th highest impostor, k = floor(far *
                   impostors).
@@ -151,12 +151,12 @@ def equal_error_rate(
     scores: ArrayLike | torch.Tensor,  # (P,) higher = more alike
     same: ArrayLike | torch.Tensor,  # (P,) bool
 ) -> tuple[float, float]:
-    """(eer, threshold): where the false accept rate equals the false reject rate, eer in [0, 1].
+    """(eer, threshold): where the false accept rate equals the false reject rate, eer in [0, 1]. scores (P,), same (P,) bool.
 
     The two neighbouring ROC points around the crossing of FAR and FRR = 1 - TAR are joined by a straight line (in
     rates and in the threshold), so the rate does not jump with the number of pairs. Perfect separation gives 0 at the
     lowest genuine score, one constant score gives 0.5.
-    Raises ValueError for shapes that do not match, NaN scores, and pairs of one kind only.
+    Raises ValueError for shapes that do not match, NaN scores, and pairs of one kind only. Source: math.md 6.
     """
     checked, mask = scored_pairs("equal_error_rate", scores, same)
     far, tar, thresholds = _roc(checked, mask)

@@ -101,7 +101,8 @@ class PrototypeMemory(nn.Module):
     def write(self, embeddings: Tensor, labels: Tensor, step: SupportsIndex) -> None:
         """Queues a batch: embeddings (N, D) raw (their norm is the quality), labels (N,) int, -1 = ignored; step >= 0.
 
-        Of several rows of a class the last one stored wins. Of a sharded head's memory: own rows, every rank calls. Rows are copied: later changes of `embeddings` do no harm.
+        Of several rows of a class the last one stored wins. Of a sharded head's memory: own rows, every rank calls. Rows are copied: later
+        changes of `embeddings` do no harm.
         Raises TypeError for wrong types and dtypes; ValueError for shapes, devices, a step outside [0, 2^31), labels
         outside [-1, C) and non-finite rows, naming the first; a refused batch leaves all state untouched. On CUDA the
         last two do not wait for the device: such rows are ignored and the error comes from a later `write`, `flush` or

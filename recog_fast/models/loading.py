@@ -117,7 +117,8 @@ def load_backbone(
 
     strict=True: a missing, unexpected or wrongly shaped key raises ValueError with the report and the model is left untouched.
     strict=False: what matches is loaded, the rest is named in a UserWarning and in the report; nothing matching raises ValueError.
-    Raises FileNotFoundError for a path that is no file, ValueError for a file that is not tensors only.
+    Raises FileNotFoundError for a path that is no file, ValueError for a file that is not tensors only, TypeError for what is neither
+    path nor mapping. Sources of the layouts: arcface_torch, github.com/mk-minchul/AdaFace.
     """
     content: object
     if isinstance(path_or_state, Mapping):

@@ -142,6 +142,8 @@ class MobileNetV2(Backbone):
 
     Input: RGB over 255, ImageNet mean and std (`preprocessing`), because the published weights were trained so.
     Under autocast conv3 and bn, the last projection, run in the parameters' own dtype.
+
+    Raises TypeError or ValueError as `Backbone`. Sources: Chen et al., MobileFaceNets, 2018; Sandler et al., MobileNetV2, 2018.
     """
 
     def __init__(

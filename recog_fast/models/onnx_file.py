@@ -21,7 +21,7 @@ _DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(d
 
 
 class OnnxModel(nn.Module):
-    """images (B, 3, H, W) -> embeddings (B, D) float32 by onnxruntime on the CPU, without gradients.
+    """images (B, 3, H, W) -> embeddings (B, D) float32 of an ONNX file, by onnxruntime on the CPU, without gradients.
 
     preprocessing: how 8-bit pixels become the input. A file with a fixed batch is run in parts of that size.
     Raises ImportError without onnxruntime, ValueError for a file that is no such network.
@@ -79,7 +79,10 @@ def card_path(path: str | os.PathLike[str]) -> Path:
 
 
 def save_onnx_card(path: str | os.PathLike[str], backbone: Backbone, card: ModelCard, inside: bool) -> ModelCard:
-    """Write the card of an exported file beside it: `card` with the input the file takes and its hash."""
+    """Write the card of an exported ONNX file beside it: `card` with the input the file takes and its hash.
+
+    inside: what `export_onnx` returned. Raises FileNotFoundError where there is no such file.
+    """
     written = dataclasses.replace(
         card, embedding_dim=backbone.embedding_dim, input_size=backbone.input_size,
         preprocessing=RAW if inside else backbone.preprocessing, sha256=file_hash(Path(path)),
@@ -89,7 +92,7 @@ def save_onnx_card(path: str | os.PathLike[str], backbone: Backbone, card: Model
 
 
 def load_onnx(path: str | os.PathLike[str]) -> tuple[OnnxModel, ModelCard]:
-    """(network, card) of an .onnx file; how pixels are prepared comes from the card beside it (<name>.card.json, or card.json).
+    """(network, card) of an ONNX file; how pixels are prepared comes from the card beside it (<name>.card.json, or card.json).
 
     Raises FileNotFoundError; ValueError for no card, a card whose hash is of another file, or one that contradicts what
     `export_onnx` noted in the file; ImportError without onnxruntime.
@@ -119,10 +122,10 @@ def load_onnx(path: str | os.PathLike[str]) -> tuple[OnnxModel, ModelCard]:
 
 
 def import_onnx(path: str | os.PathLike[str], folder: str | os.PathLike[str], card: ModelCard, pixels: Preprocessing | None) -> ModelCard:
-    """Copy another's .onnx file into a model folder with a card. pixels: what it takes; None: what its metadata say, else
+    """Copy another's ONNX file into a model folder with a card. pixels: what it takes; None: what its metadata say, else
     what InsightFace's reader concludes from the names of its first nodes (`reader_pixels`, needs onnx).
 
-    Raises ValueError for a file that is no network of one input and one output.
+    Raises FileNotFoundError where there is no file, ValueError for one that is no network of one input and one output.
     """
     source, place = Path(path), Path(folder)
     if not source.is_file():

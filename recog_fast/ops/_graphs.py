@@ -11,7 +11,7 @@ import contextlib
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -151,25 +151,11 @@ class LoopGraphs:
 
 _STREAMS: dict[tuple[int, int], LoopGraphs] = {}
 _LOCK = threading.RLock()  # backward passes come from other threads
-_state = threading.local()
 
 
 def _wanted() -> bool:
-    return bool(getattr(_state, "wanted", os.environ.get("RECOG_FAST_GRAPHS", "1") != "0"))
-
-
-@contextlib.contextmanager
-def loop_graphs(wanted: bool) -> Iterator[None]:
-    """Within it this thread's chunk loops on CUDA run as graphs, or kernel by kernel (comparisons, debugging).
-
-    RECOG_FAST_GRAPHS=0 in the environment turns them off for all threads.
-    """
-    before = _wanted()
-    _state.wanted = wanted
-    try:
-        yield
-    finally:
-        _state.wanted = before
+    """RECOG_FAST_GRAPHS=0 in the environment turns graphs off (comparisons, debugging)."""
+    return os.environ.get("RECOG_FAST_GRAPHS", "1") != "0"
 
 
 def _graphs_here(device: torch.device) -> LoopGraphs:

@@ -105,20 +105,10 @@ def _cpu_kernel(
     operands = _cpu.Operands(module, weight, memory_rows, strength, slot, renormalize=renormalize, members=visited, seen=seen)
     rows = operands.rows(unit_embeddings, targets, rules, scale, half)
     module.class_sweep(
-        operands.classes,
-        rows,
-        terms=packed.data_ptr(),
-        mode=STEP,
-        weight=weight.data_ptr(),
-        velocity=_cpu.address(velocity),
-        lr=lr,
-        momentum=momentum,
-        weight_decay=weight_decay,
-        nesterov=nesterov,
-        sparse=sparse,
-        kept=_cpu.kept(module, _cpu.kept_of(kept, members, visited)),
-        threads=_cpu.threads(),
-    )
+        operands.classes, rows, terms=packed.data_ptr(), mode=STEP, weight=weight.data_ptr(), velocity=_cpu.address(velocity),
+        lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov, sparse=sparse,
+        kept=_cpu.kept(module, _cpu.kept_of(kept, members, visited)), threads=_cpu.threads(),
+    )  # fmt: skip
     return None
 
 

@@ -69,16 +69,10 @@ def _cpu_kernel(
     cosine, pull = torch.empty(n, dtype=torch.float32), torch.empty(n if want_pull else 0, dimension, dtype=torch.float32)
     index = torch.empty(n, dtype=torch.int64)
     module.row_sweep(
-        operands.classes,
-        rows,
-        lse=lse.data_ptr(),
-        nearest_cosine=cosine.data_ptr(),
-        nearest_index=index.data_ptr(),
-        pull=_cpu.address(pull if want_pull else None),
-        kept=_cpu.kept(module, kept, floor),
-        threads=_cpu.threads(),
+        operands.classes, rows, lse=lse.data_ptr(), nearest_cosine=cosine.data_ptr(), nearest_index=index.data_ptr(),
+        pull=_cpu.address(pull if want_pull else None), kept=_cpu.kept(module, kept, floor), threads=_cpu.threads(),
         listed=_cpu.address(listed),
-    )
+    )  # fmt: skip
     if members is not None:
         index = torch.where(index >= 0, members[index.clamp_min(0)], index)
     return lse, cosine, index, pull

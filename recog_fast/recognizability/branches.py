@@ -138,7 +138,8 @@ class RecognizabilityModel(nn.Module):
     """Inference: images (N, 3, H, W) -> (embeddings (N, D), quality (N,)).
 
     backbone: any module with forward_features (images -> map) and embed (map -> embeddings), as recog_fast.models have;
-    branches: `RecognizabilityBranches` trained with it. Images and maps that do not fit raise the ValueError of the part that takes them. Source: Recognizability Index (math.md 4).
+    branches: `RecognizabilityBranches` trained with it. Raises TypeError where they are none; images and maps that do not fit raise the
+    ValueError of the part that takes them. Source: Recognizability Index (math.md 4).
     """
 
     def __init__(self, backbone: nn.Module, branches: RecognizabilityBranches) -> None:

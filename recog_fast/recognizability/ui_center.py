@@ -124,7 +124,8 @@ def components(unit: Tensor, threshold: float, tile: int = _TILE) -> Labels:
 
 
 class ClusterRow(NamedTuple):
-    """One threshold of `cluster_table`: the clusters of the (N, D) embeddings at it, how many rows the largest has, how far it is from the direct centre (D,)."""
+    """One threshold of `cluster_table`: the clusters of the (N, D) embeddings at it, how many rows the largest has, how far it is from
+    the direct centre (D,)."""
 
     threshold: float
     clusters: int

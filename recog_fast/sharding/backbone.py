@@ -17,7 +17,10 @@ _SHARDED = 1 << 16  # parameters a child must have to be gathered by itself
 
 def spread_backbone(backbone: nn.Module, world: World, parallel: Parallel, device: torch.device) -> nn.Module | None:
     """What to call instead of `backbone` so that its gradient is the mean over the ranks; None: `backbone` itself (one process, or
-    fsdp2, whose parameters become DTensors in place: make optimizers afterwards)."""
+    fsdp2, whose parameters become DTensors in place: make optimizers afterwards).
+
+    Raises RuntimeError (DistributedDataParallel's) for a backbone without a parameter to train, or of other shapes on other ranks.
+    """
     if world.group is None:
         return None
     if parallel == "ddp":
@@ -79,10 +82,11 @@ def load_module(module: nn.Module, state: Mapping[str, Any]) -> None:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
-    """`optimizer.load_state_dict` of a whole state."""
+    """`optimizer.load_state_dict` of a whole state. Raises ValueError as there, for other groups of parameters."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     spread = {
-        number: {name: _like(parameters[int(number)], value) for name, value in buffers.items()} for number, buffers in state["state"].items()
+        number: {name: _like(parameters[int(number)], value) if int(number) < len(parameters) else value for name, value in buffers.items()}
+        for number, buffers in state["state"].items()
     }
     optimizer.load_state_dict({**state, "state": spread})
 

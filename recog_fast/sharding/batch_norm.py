@@ -66,7 +66,11 @@ class RanksBatchNorm(nn.modules.batchnorm._BatchNorm):
 
 
 def synchronise_batch_norm(module: nn.Module, ranks: ShardGroup, cuda: bool) -> nn.Module:
-    """Batch normalisation layers of `module` take the statistics of all ranks: torch's SyncBatchNorm on GPUs, ours on the CPU."""
+    """Batch normalisation layers of `module` take the statistics of all ranks: torch's SyncBatchNorm on GPUs, ours on the CPU.
+
+    Layers inside `module` are replaced in place, with their parameters and buffers; `module` is returned.
+    The layers raise ValueError for an input that is not (N, C, ...).
+    """
     if cuda:
         made: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(module, ranks.group)
         return made

@@ -17,7 +17,7 @@ _PIECE = 1 << 22  # elements drawn at a time; a multiple of 16: torch.normal_ ma
 
 
 class GlobalBatch(NamedTuple):
-    """The rows of all ranks, in rank order."""
+    """The rows of all ranks, in rank order: embeddings (N, D), labels and sample weights (N,)."""
 
     embeddings: Tensor  # (N, D) raw
     labels: Tensor  # (N,) int64, global
@@ -26,7 +26,8 @@ class GlobalBatch(NamedTuple):
 
 
 def gather_batch(embeddings: Tensor, labels: Tensor, sample_weight: Tensor | None, shard: Shard, flags: RowFlags | None = None) -> GlobalBatch:
-    """One all-gather of x (x^ and |x| follow from it, in double, on every rank alike), label and sample weight.
+    """One all-gather of x (x^ and |x| follow from it, in double, on every rank alike), label and sample weight: embeddings (n, D),
+    labels (n,) and sample_weight (n,) or None of this rank -> the rows of all ranks, in every tensor's own dtype.
 
     flags: where rows were not looked at before (CUDA), they take this rank's bad ones, which have label -2 on every rank.
     """
@@ -44,7 +45,8 @@ def gather_batch(embeddings: Tensor, labels: Tensor, sample_weight: Tensor | Non
 def initial_rows(shape: tuple[int, ...], start: int, stop: int) -> Tensor:
     """Rows start .. stop - 1 of `torch.empty(shape).normal_(0, 0.01)`: the same W whatever the number of ranks.
 
-    Draws all of it from torch's global generator, a piece at a time (about 3 ns per element of the whole W), and keeps these.
+    shape (C, D) or (C, K, D) -> (stop - start, ...) float32 on the CPU. Draws all of it from torch's global generator, a piece at a
+    time (about 3 ns per element of the whole W), and keeps these.
     """
     width = 1
     for size in shape[1:]:

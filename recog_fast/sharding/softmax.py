@@ -91,7 +91,8 @@ def sharded_margin_softmax(
 
     embeddings (n, D) are this rank's rows, weight this rank's classes. The loss is the global one on every rank (reduction
     "none": of own rows), RowStats are of own rows with global class ids; d_embeddings is times R where DDP will average it,
-    dW is the gradient of the global loss.
+    dW is the gradient of the global loss. `MarginHead` has checked arguments; raises ValueError for a margin that gives another shape
+    and, in backward, RuntimeError where the memory was written since.
     """
     dtype = torch.bfloat16 if wants_half(embeddings, options.compute_dtype) else torch.float32
     options = dataclasses.replace(options, record=torch.is_grad_enabled(), compute_dtype=dtype)

@@ -70,7 +70,8 @@ class World:
         return done[0]
 
     def first(self, act: Callable[[], T]) -> T:
-        """act() on rank 0 alone; every rank gets what it returns (small, of plain types) or its error, however long it takes."""
+        """act() on rank 0 alone; every rank gets what it returns (small, of plain types), however long it takes. Its error
+        is raised there, a ValueError that tells it on the others."""
         if self._patient is None:
             return act()
         result: Any = None

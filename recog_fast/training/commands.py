@@ -6,16 +6,18 @@ import argparse
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from recog_fast.commands.console import UsageError, json_option, one_line, only_json, print_json
-from recog_fast.commands.progress import progress
+from recog_fast.data.formats import DRAWN, SOURCES
+from recog_fast.terminal.console import Commands, UsageError, between, json_option, one_line, only_json, print_json
+from recog_fast.terminal.progress import progress
 from recog_fast.training.demo_size import add_options
 
-KINDS = ("rec", "folder", "list", "zip", "tar", "synthetic")
+if TYPE_CHECKING:
+    from recog_fast.training.config import TrainConfig
 
 
-def add_train(commands: Any, debug: argparse.ArgumentParser) -> None:
+def add_train(commands: Commands, debug: argparse.ArgumentParser) -> None:
     """Adds `demo` and `train` to the subparsers `commands`."""
     demo = commands.add_parser(
         "demo",
@@ -47,7 +49,7 @@ def add_train(commands: Any, debug: argparse.ArgumentParser) -> None:
     train.set_defaults(run=_train)
 
 
-def add_commands(commands: Any, debug: argparse.ArgumentParser) -> None:
+def add_commands(commands: Commands, debug: argparse.ArgumentParser) -> None:
     """Adds the other commands of this file to the subparsers `commands`."""
     sweep = commands.add_parser(
         "sweep",
@@ -73,7 +75,7 @@ def add_commands(commands: Any, debug: argparse.ArgumentParser) -> None:
     )
     overlap.add_argument("model", help="output folder of the stage-1 run, or one of its checkpoints")
     _add_source(overlap, "where they are")
-    overlap.add_argument("--threshold", type=float, default=0.9, help="largest p_max kept, from 0 to 1 (%(default)s)")
+    overlap.add_argument("--threshold", type=between(0, 1), default=0.9, help="largest p_max kept, from 0 to 1 (%(default)s)")
     overlap.add_argument("--output", required=True, metavar="FILE", help="list to write (.jsonl)")
     json_option(overlap, "statistics of p_max, numbers of images kept, overlapping and unreadable")
     overlap.set_defaults(run=_filter_overlap)
@@ -92,7 +94,7 @@ def add_commands(commands: Any, debug: argparse.ArgumentParser) -> None:
 
 
 def _add_source(parser: argparse.ArgumentParser, where: str) -> None:
-    parser.add_argument("--kind", choices=KINDS, default="folder", help="format of the images (%(default)s)")
+    parser.add_argument("--kind", choices=(*SOURCES, DRAWN), default="folder", help="format of the images (%(default)s)")
     parser.add_argument("--path", default="", help=where)
     parser.add_argument("--options", default="{}", metavar="JSON", help="further arguments of the source, an object (%(default)s)")
 
@@ -104,17 +106,16 @@ def _demo(options: argparse.Namespace, _: list[str]) -> int:
 
 
 def _train(options: argparse.Namespace, rest: list[str]) -> int:
-    from recog_fast.training.config import help_text, read_config
+    from recog_fast.training.config import help_text
 
+    if options.help_settings and options.json:
+        raise UsageError("train: expected --help-settings or --json, got both")
     if options.help_settings:
         print(help_text())
         return 0
     if options.config is None or options.config.startswith("-"):
         raise UsageError("train: expected a settings file, got none")
-    try:
-        config = read_config(options.config, rest)
-    except ValueError as error:
-        raise UsageError(str(error)) from error
+    config = _settings(options.config, rest)
     if options.config.endswith(".py"):
         from recog_fast.compat.recipe import read_recipe, recipe_settings
 
@@ -131,7 +132,8 @@ def _train(options: argparse.Namespace, rest: list[str]) -> int:
         print(f"{'Finished' if result.finished else 'Stopped'} at step {result.step}: {result.output}   {metrics}".rstrip(), flush=True)
     page = None
     if result.finished and int(os.environ.get("RANK", "0")) == 0 and config.report:
-        page = _write_report(result.output)
+        with only_json(options.json):  # as its log: the bar shows where both streams are terminals
+            page = _write_report(result.output)
     if options.json:
         print_json({"step": result.step, "finished": result.finished, "output": result.output, "metrics": result.metrics, "report": page})
     elif page is not None:
@@ -139,12 +141,25 @@ def _train(options: argparse.Namespace, rest: list[str]) -> int:
     return 0
 
 
+def _settings(file: str, rest: list[str]) -> TrainConfig:
+    """The settings of a run. Raises UsageError for what is wrong with them before any work starts."""
+    from recog_fast.training.config import read_config
+    from recog_fast.training.model import check_names
+
+    try:
+        config = read_config(file, rest)
+        check_names(config)
+    except (ValueError, TypeError) as error:
+        raise UsageError(str(error)) from error
+    return config
+
+
 def _write_report(output: Path) -> Path | None:
     """The run's page; a trained network is worth its exit code 0 whatever becomes of it."""
     from recog_fast.training.run_report import report_run
 
     try:
-        with progress("report: parts measured") as step:
+        with progress("report: parts measured", lines=True) as step:
             return report_run(output, progress=step)
     except Exception as error:
         print(f"recog-fast train: no report: {one_line(error)}; `recog-fast report {output}` tries again", file=sys.stderr)
@@ -152,12 +167,16 @@ def _write_report(output: Path) -> Path | None:
 
 
 def _sweep(options: argparse.Namespace, rest: list[str]) -> int:
-    from recog_fast.training.sweep import read_sweep, sweep, table
+    from recog_fast.training.sweep import plan_sweep, run_sweep, table
 
+    try:
+        planned = plan_sweep(options.sweep, options.output, rest)
+    except (ValueError, TypeError) as error:
+        raise UsageError(str(error)) from error
     with only_json(options.json), progress("points", lines=True) as step:
-        results = sweep(options.sweep, options.output, rest, progress=step)
+        results = run_sweep(planned, options.output, progress=step)
     if options.json:
-        print_json({"output": options.output, "finished": len(results) == len(read_sweep(options.sweep)[1]), "results": results})
+        print_json({"output": options.output, "finished": len(results) == len(planned), "results": results})
     else:
         print(table(results))
     return 0

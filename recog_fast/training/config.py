@@ -15,12 +15,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from recog_fast.data import Augmentation
-from recog_fast.data.opening import KINDS
+from recog_fast.data.formats import DRAWN, MIXED, training_kinds
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where images come from. The number of classes is counted, never typed."""
+    """Where images come from. The number of classes is counted, never typed.
+
+    `TrainConfig` raises the ValueError for what does not fit.
+    """
 
     kind: str = "synthetic"  # rec, folder, list, zip, tar, synthetic, mixed, or a kind of `recog_fast.data.register_source`
     path: str = ""
@@ -43,7 +46,7 @@ class DataConfig:
 class RecognizabilityConfig:
     """The recognizability index (method ri): L = L_cls + regression L_L1 + diversion L_ID + attention L_MSE (math.md 4).
 
-    A weight of 0 switches its term off.
+    A weight of 0 switches its term off. `TrainConfig` raises the ValueError for what does not fit.
     """
 
     regression: float = 5.0
@@ -64,7 +67,10 @@ class RecognizabilityConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One training run; `recog-fast train --help-settings` lists the fields."""
+    """One training run; `recog-fast train --help-settings` lists the fields.
+
+    Raises ValueError naming the setting, what was expected and what came.
+    """
 
     # margin, vpl, qaface, uir, ri, or several joined by +: fills in what the method needs where it is null (methods.py)
     method: str = "margin"
@@ -154,7 +160,8 @@ class TrainConfig:
 def read_config(
     path: str | Path, overrides: Sequence[str] = (), changes: Mapping[str, Any] | None = None
 ) -> TrainConfig:
-    """The settings in a YAML file, or in an arcface_torch recipe (.py), with `changes` ({"data.size": 56}), then `--key value` overrides (nested: `--data.size 56`) on top.
+    """The settings in a YAML file, or in an arcface_torch recipe (.py), with `changes` ({"data.size": 56}), then `--key value`
+    overrides (nested: `--data.size 56`) on top.
 
     Raises FileNotFoundError, and ValueError naming an unknown key (and its nearest match) or a value of the wrong type.
     """
@@ -300,7 +307,7 @@ def _check(config: TrainConfig) -> None:
     for label, data in sources:
         if data is not None:
             _check_kind(label, data.kind)
-        if data is not None and data.kind not in ("synthetic", "mixed") and not data.path:
+        if data is not None and data.kind not in (DRAWN, MIXED) and not data.path:
             raise ValueError(f"train: expected {label}.path with {label}.kind = {data.kind!r}, got none")
         if data is not None and (data.size < 8 or min(data.min_images - 1, data.holdout_classes, data.max_corrupt, data.shuffle_buffer) < 0):
             raise ValueError(
@@ -329,7 +336,7 @@ def _check(config: TrainConfig) -> None:
 
 
 def _check_kind(label: str, kind: str) -> None:
-    known = (*KINDS, "synthetic", "mixed")
+    known = training_kinds()
     if kind not in known:
         near = difflib.get_close_matches(kind, known, n=1)
         raise ValueError(f"train: expected {label}.kind in {', '.join(known)}, got {kind!r}" + (f"; did you mean {near[0]!r}?" if near else ""))

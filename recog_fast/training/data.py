@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
 from recog_fast import data as sources
+from recog_fast.data.formats import DRAWN, MIXED, SOURCES
 from recog_fast.data.images import read_many
 from recog_fast.data.mixed import read_parts
 from recog_fast.data.names import Names, chosen_names
@@ -66,9 +67,9 @@ def open_source(config: DataConfig, label: str = "data") -> Any:
 
     Raises FileNotFoundError for a missing path and ValueError for options the dataset does not take.
     """
-    if config.kind == "mixed":
+    if config.kind == MIXED:
         return _mixed(config)
-    reader: Any = sources.SyntheticIdentities if config.kind == "synthetic" else KINDS[config.kind]
+    reader: Any = sources.SyntheticIdentities if config.kind == DRAWN else KINDS[config.kind]
     if config.path and not Path(config.path).exists():
         raise FileNotFoundError(f"train: {label}.path {config.path} does not exist")
     if config.path:
@@ -80,7 +81,7 @@ def open_source(config: DataConfig, label: str = "data") -> Any:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"{config.kind} takes: {', '.join(known)}"
             raise ValueError(f"train: unknown key '{label}.options.{name}'; {hint}")
-    if config.kind != "synthetic":
+    if config.kind != DRAWN:
         source = reader(config.path, **arguments)
     else:
         source = reader(**{"size": config.size, **arguments})
@@ -102,8 +103,8 @@ def _mixed(config: DataConfig) -> Any:
         raise ValueError(f"train: unknown key 'data.options.{unknown[0]}'; mixed takes: sources, share_classes, unlabelled, rows")
     parts = [DataConfig(size=config.size, cache=config.cache, **one) for one in listed]
     for part in parts:
-        if part.kind not in (*KINDS, "synthetic"):
-            raise ValueError(f"train: expected kind of a source in {', '.join((*KINDS, 'synthetic'))}, got {part.kind!r}")
+        if part.kind not in (*SOURCES, DRAWN):
+            raise ValueError(f"train: expected kind of a source in {', '.join((*SOURCES, DRAWN))}, got {part.kind!r}")
     return sources.MixedDataset([open_source(part) for part in parts], **options)
 
 
@@ -252,7 +253,8 @@ def _streams(images: TrainingImages, config: TrainConfig) -> StreamEpochs:
 
 
 def step_batches(images: TrainingImages, config: TrainConfig) -> sources.ResumableBatches | StreamEpochs:
-    """The order of images: one pool, the streams of a mixture with `rows`, or with `unlabelled_share` so many labelled and unlabelled rows in every micro-batch.
+    """The order of images: one pool, the streams of a mixture with `rows`, or with `unlabelled_share` so many labelled and
+    unlabelled rows in every micro-batch.
 
     Raises ValueError for fewer images than a step takes, and where unlabelled rows are wanted and there are none.
     """
@@ -264,7 +266,7 @@ def step_batches(images: TrainingImages, config: TrainConfig) -> sources.Resumab
         )
     per_step = config.batch_size * config.gradient_acc
     buffer = config.data.shuffle_buffer
-    if config.data.kind == "mixed" and config.data.options.get("rows") is not None:
+    if config.data.kind == MIXED and config.data.options.get("rows") is not None:
         return _streams(images, config)
     if not config.unlabelled_share:
         if len(images) < per_step:

@@ -1,8 +1,8 @@
 """`make demo`: drawn people, two minutes of training through the native kernels, and a page that shows how it went.
 
-    python -m recog_fast demo                      # runs/demo/report.html and results.json
-    python -m recog_fast demo --quick              # a run of seconds that only shows that every part works
-    python -m recog_fast demo --identities 1000 --epochs 12 --output runs/larger
+    recog-fast demo                                # runs/demo/report.html and results.json
+    recog-fast demo --quick                        # a run of seconds that only shows that every part works
+    recog-fast demo --identities 1000 --epochs 12 --output runs/larger
 
 Three groups of people that share no one: the network trains on the first, the accuracy curve comes from the second, the
 numbers of the report from the third, at full size and taken down to 16x16 and 8x8 and up again. The same network before
@@ -17,7 +17,6 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,14 +29,14 @@ from torch import nn
 import recog_fast as rf
 from recog_fast import data as sources
 from recog_fast import evaluation
-from recog_fast.commands.console import Parser, only_json, print_json
 from recog_fast.evaluation import Gallery, GalleryItem, strip
 from recog_fast.recognizability import RecognizabilityModel
 from recog_fast.sharding import one_process
+from recog_fast.terminal.console import only_json, print_json
 from recog_fast.training.config import DataConfig, RecognizabilityConfig, TrainConfig
 from recog_fast.training.data import TrainingImages
 from recog_fast.training.demo_quality import quality_report
-from recog_fast.training.demo_size import Size, add_options, size_of
+from recog_fast.training.demo_size import Size, size_of
 from recog_fast.training.findings import Findings
 from recog_fast.training.loop import train
 from recog_fast.training.measure import Network, confusions, measure_pairs
@@ -82,19 +81,8 @@ class TestSet:
         return PairSet("drawn people", list(self.images), self.first, self.second, self.same)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """`run` with the options of a command line (the process's own by default); bad ones exit with code 2."""
-    return run(_options(argv))
-
-
-def _options(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(prog="recog-fast demo", description="Trains and evaluates on drawn people; writes a report.")
-    add_options(parser)
-    return parser.parse_args(argv)
-
-
 def run(options: argparse.Namespace) -> int:
-    """Runs the demo; returns 0, or 1 when a signal stopped the training.
+    """Runs the demo; returns 0, also when a signal stopped the training, which leaves no report.
 
     Raises ImportError at once, not after the training, where matplotlib is missing.
     """
@@ -112,9 +100,13 @@ def run(options: argparse.Namespace) -> int:
         test = draw_test_set(size, seed)
         torch.manual_seed(seed)
         untrained = evaluate(build_backbone(config), test)
-        if not train(config).finished:
-            print("demo: stopped by a signal; no report written", file=sys.stderr)
-            return 1
+        trained = train(config)
+    if not trained.finished:
+        print(f"recog-fast demo: stopped by a signal at step {trained.step}; no report", file=sys.stderr)
+        if options.json:
+            print_json({"finished": False, "step": trained.step, "output": options.output, "report": None})
+        return 0
+    with only_json(options.json):
         model, _ = load_quality_model(config.output)
         network = Network(model.backbone, model.branches, 100)
         found = measure_pairs(network, test.pairs, [down for down in CONDITIONS.values() if down], seed, test.owners)
@@ -124,7 +116,7 @@ def run(options: argparse.Namespace) -> int:
         seconds = time.monotonic() - began
         report = write_results(config, size, test, found, quality, seconds)
     if options.json:
-        print_json({"report": report, **json.loads((options.output / "results.json").read_text(encoding="utf-8"))})
+        print_json({"finished": True, "report": report, **json.loads((options.output / "results.json").read_text(encoding="utf-8"))})
     else:
         print(_in_words(found.results, untrained, quality, seconds, report))
     return 0
@@ -278,7 +270,3 @@ def write_results(
 
 def _duration(seconds: float) -> str:
     return f"{seconds:.0f} seconds" if seconds < 100 else f"{seconds / 60:.1f} minutes"
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -7,7 +7,7 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
-from recog_fast.commands.console import at_least, json_option
+from recog_fast.terminal.console import at_least, json_option
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/demo"), metavar="FOLDER", help="folder to write to (%(default)s)")
     parser.add_argument("--seed", type=at_least(0), default=0, help="of people, weights and order (%(default)s)")
     parser.add_argument("--threads", type=at_least(0), default=0, help="of torch; 1 is faster on a busy machine, 0 is torch's choice (%(default)s)")
-    json_option(parser, "results of the trained and the untrained network, seconds, report")
+    json_option(parser, "finished, report, results of the trained and the untrained network, seconds; the log goes to standard error")
 
 
 def size_of(options: argparse.Namespace) -> Size:

@@ -14,8 +14,8 @@ from typing import Any
 
 from torch import Tensor
 
-from recog_fast.commands.progress import progress, say
 from recog_fast.sharding import World
+from recog_fast.terminal.progress import progress, say
 
 logger = logging.getLogger("recog_fast.training")
 

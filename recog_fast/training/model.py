@@ -12,9 +12,10 @@ import torch
 from torch import nn
 
 import recog_fast as rf
-from recog_fast.models import Backbone, build_model
+from recog_fast.models import Backbone, build_model, model_names
 from recog_fast.training import schedules
 from recog_fast.training.config import TrainConfig
+from recog_fast.training.methods import apply_method
 
 MARGINS = (
     "Softmax SphereFace CosFace CombinedMargin ArcFace MagFace AdaFace CurricularFace MVSoftmax CircleMargin InterclassFilter"
@@ -48,7 +49,31 @@ def named(settings: Mapping[str, Any], names: tuple[str, ...] | list[str], what:
             raise ValueError(f"train: unknown key '{what}.{key}'{hint}")
         if isinstance(value, Mapping):
             arguments[key] = named(value, names, f"{what}.{key}")
-    return made(**arguments)
+    missing = [key for key, one in inspect.signature(made).parameters.items() if one.default is one.empty and key not in arguments]
+    if missing:
+        raise ValueError(f"train: expected {', '.join(f'{what}.{key}' for key in missing)} with {what}.name {name}, got none")
+    try:
+        return made(**arguments)
+    except TypeError as error:
+        raise ValueError(f"train: {what}: {error}") from error
+
+
+def check_names(config: TrainConfig) -> None:
+    """Raises ValueError or TypeError for what can be told from the settings before data is read: a method, network, margin, memory policy or
+    device that is none, and options of these that they refuse."""
+    config = apply_method(config)
+    if config.network not in model_names():
+        near = difflib.get_close_matches(config.network, model_names(), n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"train: expected network in {', '.join(model_names())}, got {config.network!r}{hint}")
+    named(config.margin, MARGINS, "margin")
+    if config.memory is not None:
+        named({k: v for k, v in config.memory.items() if k not in ("capacity", "start_epoch")}, POLICIES, "memory")
+    if config.device != "auto":
+        try:
+            torch.device(config.device)
+        except RuntimeError as error:
+            raise ValueError(f"train: expected device auto, cpu, cuda or cuda:N, got {config.device!r}") from error
 
 
 class MarginRamp:

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from recog_fast import data as sources
 from recog_fast import evaluation
+from recog_fast.counting import Progress, counted
 from recog_fast.models import Backbone, ModelCard, OnnxModel
 from recog_fast.models.card import CARD
 from recog_fast.training.config import read_config
-from recog_fast.training.counting import Progress, counted
 from recog_fast.training.verification import load_backbone, open_card
 
 Network = Backbone | OnnxModel
@@ -64,11 +64,11 @@ def _last_metrics(file: Path) -> tuple[dict[str, Any], ...]:
 
 
 def embed_blocks(
-    backbone: Network, dataset: Any, size: tuple[int, int], rows: int = 4096, batch_size: int = 64, progress: Progress = None
+    backbone: Network, dataset: Any, size: tuple[int, int], rows: int = 4096, batch_size: int = 64, progress: Progress | None = None
 ) -> Iterator[tuple[Tensor, list[int]]]:
     """(flip-summed embeddings (n, D), the places of their images) of `rows` images of a source at a time, so that memory does
-    not grow with it; images that do not decode are left out, and so are blocks without any. progress(done, total) is called after
-    every image of the source."""
+    not grow with it; images that do not decode are left out, and so are blocks without any. progress(done, total) is called
+    at the start and after every image of the source."""
     places = counted(range(len(dataset)), len(dataset), progress)
     for start in range(0, len(dataset), rows):
         kept: list[int] = []
@@ -91,7 +91,7 @@ def _readable(dataset: Any, places: Iterable[int], size: tuple[int, int], kept: 
 
 
 def embed_dataset(
-    backbone: Network, dataset: Any, size: tuple[int, int], batch_size: int = 64, progress: Progress = None
+    backbone: Network, dataset: Any, size: tuple[int, int], batch_size: int = 64, progress: Progress | None = None
 ) -> tuple[Tensor, list[int]]:
     """All blocks of `embed_blocks` as one. Raises ValueError where no image decodes."""
     blocks = list(embed_blocks(backbone, dataset, size, batch_size=batch_size, progress=progress))

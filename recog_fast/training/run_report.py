@@ -19,11 +19,11 @@ import torch
 import recog_fast as rf
 from recog_fast import evaluation
 from recog_fast.checkpoint import latest_checkpoint
+from recog_fast.counting import Progress
 from recog_fast.evaluation import figures, write_report
 from recog_fast.evaluation.page import Figure, Tile
 from recog_fast.evaluation.report import read_metrics
 from recog_fast.training.config import TrainConfig, read_config
-from recog_fast.training.counting import Progress
 from recog_fast.training.data import TrainingImages
 from recog_fast.training.findings import Findings
 from recog_fast.training.measure import (
@@ -44,7 +44,7 @@ _SAMPLE = 400  # training pictures looked at where there is no evaluation target
 _UNREADABLE = (OSError, ValueError, RuntimeError, KeyError, LookupError, ImportError)
 
 
-def report_run(path: str | Path, measure: bool | None = None, progress: Progress = None) -> Path:
+def report_run(path: str | Path, measure: bool | None = None, progress: Progress | None = None) -> Path:
     """Writes RUN/report.html and returns its path.
 
     measure  True: measure the last checkpoint's network now; False: only what is stored; None: measure where nothing newer
@@ -81,7 +81,7 @@ def report_run(path: str | Path, measure: bool | None = None, progress: Progress
     return write_run_page(place / PAGE, found, config, metrics, name=place.resolve().name)
 
 
-def measure_run(run: Path, config: TrainConfig, progress: Progress = None) -> Findings:
+def measure_run(run: Path, config: TrainConfig, progress: Progress | None = None) -> Findings:
     """Everything the data and the last checkpoint give; what fails is named in `missing`."""
     found = Findings()
     try:

@@ -31,7 +31,10 @@ def find_run(path: str | Path) -> tuple[TrainConfig, Path]:
 
 
 def load_run(path: str | Path) -> tuple[TrainConfig, nn.Module, rf.MarginHead]:
-    """(settings, backbone, head) of a run in eval mode, on the CPU; the head has its classes, memory and clock."""
+    """(settings, backbone, head) of a run in eval mode, on the CPU; the head has its classes, memory and clock.
+
+    Raises FileNotFoundError where there is no run, ValueError for a damaged checkpoint.
+    """
     config, checkpoint = find_run(path)
     saved = read_checkpoint(checkpoint, keys=("model", "head", "steps_per_epoch"))
     backbone = build_backbone(config)

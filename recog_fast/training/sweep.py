@@ -20,11 +20,12 @@ from typing import Any
 
 import numpy as np
 
-from recog_fast.commands.progress import say
+from recog_fast.counting import Progress, counted
 from recog_fast.sharding import one_process
+from recog_fast.terminal.progress import say
 from recog_fast.training.config import TrainConfig, read_config
-from recog_fast.training.counting import Progress, counted
 from recog_fast.training.loop import train
+from recog_fast.training.model import check_names
 
 
 @dataclass(frozen=True)
@@ -85,22 +86,37 @@ def point_config(settings: Path, point: Point, overrides: Sequence[str], output:
     return read_config(settings, overrides, changes)
 
 
-def sweep(path: str | Path, output: str | Path, overrides: Sequence[str] = (), progress: Progress = None) -> list[dict[str, Any]]:
+def sweep(path: str | Path, output: str | Path, overrides: Sequence[str] = (), progress: Progress | None = None) -> list[dict[str, Any]]:
     """Runs every point of the sweep file `path` below `output`; one entry {"point", "changes", "seed", "metrics", "step"} per run.
 
-    All settings are read before the first run, so a mistake in the last one costs nothing. Results: output/sweep.json. progress(done, total) is
-    called after every run.
-    Raises what `read_sweep`, `read_config` and `train` raise, and ValueError for overrides of output or resume and under several ranks.
+    All settings are read before the first run, so a mistake in the last one costs nothing. Results: output/sweep.json.
+    progress(done, total) is called at the start and after every run.
+    Raises what `plan_sweep` and `train` raise, and ValueError under several ranks.
     """
-    one_process("sweep")
+    return run_sweep(plan_sweep(path, output, overrides), output, progress)
+
+
+def plan_sweep(path: str | Path, output: str | Path, overrides: Sequence[str] = ()) -> list[tuple[Point, TrainConfig]]:
+    """Every run of the sweep file `path` with its settings.
+
+    Raises what `read_sweep`, `read_config` and `check_names` raise, and ValueError for overrides of output, resume or seed.
+    """
     for argument in overrides:
         if argument.split("=", 1)[0] in ("--output", "--resume", "--seed"):
             raise ValueError(f"sweep: expected settings other than output, resume and seed, got {argument}")
     settings, points = read_sweep(path)
+    planned = [(point, point_config(settings, point, overrides, Path(output))) for point in points]
+    for _, config in planned:
+        check_names(config)
+    return planned
+
+
+def run_sweep(planned: Sequence[tuple[Point, TrainConfig]], output: str | Path, progress: Progress | None = None) -> list[dict[str, Any]]:
+    """What `sweep` does, with the runs of `plan_sweep`."""
+    one_process("sweep")
     folder = Path(output)
-    configs = [point_config(settings, point, overrides, folder) for point in points]
     results = []
-    for point, config in counted(zip(points, configs, strict=True), len(points), progress):
+    for point, config in counted(planned, len(planned), progress):
         place = folder / point.name / "result.json"
         if not place.is_file():
             say(f"sweep: {point.name}")

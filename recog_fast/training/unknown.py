@@ -12,9 +12,10 @@ import torch
 from numpy.typing import NDArray
 
 import recog_fast as rf
+from recog_fast.counting import Progress, counted
+from recog_fast.data.formats import DRAWN
 from recog_fast.training.batches import Image
 from recog_fast.training.config import DataConfig
-from recog_fast.training.counting import Progress, counted
 from recog_fast.training.data import open_source, read_image, split_classes
 from recog_fast.training.kept import write_kept
 from recog_fast.training.saved import load_run
@@ -27,7 +28,8 @@ LEVELS = tuple(round(0.1 * step, 1) for step in range(1, 10))
 def max_probabilities(
     backbone: Any, head: rf.MarginHead, images: Iterable[Image], batch_size: int = 64
 ) -> Probabilities:
-    """p_max = max_j softmax(s c)_j over all classes, (M,), of images (S, S, 3) uint8: exp(s c_max - lse) of the sweep, no N x C tensor.
+    """p_max = max_j softmax(s c)_j over all classes, (M,), of images (S, S, 3) uint8: exp(s c_max - lse) of the sweep, no
+    N x C tensor.
 
     Backbone and head run in eval mode as they are given. A head of one class is sure of everything: 1.
     """
@@ -52,8 +54,8 @@ def max_probabilities(
 
 
 def unknown_statistics(probabilities: Probabilities, head: rf.MarginHead) -> dict[str, Any]:
-    """The UIR paper's report: images, mean of p_max, its cumulative distribution (share of images with p_max <= 0.1 ... 0.9) and the
-    sparsity of the class centres, mean_{j<k}(1 - <W^_j, W^_k>).
+    """The UIR paper's report: images, mean of p_max, its cumulative distribution (share of images with p_max <= 0.1 ... 0.9)
+    and the sparsity of the class centres, mean_{j<k}(1 - <W^_j, W^_k>).
 
     Raises ValueError for no images.
     """
@@ -68,9 +70,9 @@ def unknown_statistics(probabilities: Probabilities, head: rf.MarginHead) -> dic
     }
 
 
-def statistics_of_run(run: str | Path, data: DataConfig | None, progress: Progress = None) -> dict[str, Any]:
+def statistics_of_run(run: str | Path, data: DataConfig | None, progress: Progress | None = None) -> dict[str, Any]:
     """`unknown_statistics` of a run on a source whose people it was not trained on; None: the run's own held-out identities.
-    progress(done, total) is called after every image.
+    progress(done, total) is called at the start and after every image.
 
     Raises FileNotFoundError, and ValueError where there are no such images.
     """
@@ -87,13 +89,13 @@ def statistics_of_run(run: str | Path, data: DataConfig | None, progress: Progre
 
 
 def filter_overlap(
-    run: str | Path, data: DataConfig, output: str | Path, threshold: float = 0.9, progress: Progress = None
+    run: str | Path, data: DataConfig, output: str | Path, threshold: float = 0.9, progress: Progress | None = None
 ) -> dict[str, Any]:
     """Writes the list of the images of `data` that the stage-1 model is NOT sure to know: p_max <= threshold (UIR: 0.9).
 
     The others are probably people of the training set: UIR would push them away from their own centre. Images that cannot be
     decoded are left out too. Give the list to a run as `unlabelled.keep`. Returns what `unknown_statistics` says about all
-    images, with "kept", "overlapping" and "unreadable". progress(done, total) is called after every image.
+    images, with "kept", "overlapping" and "unreadable". progress(done, total) is called at the start and after every image.
 
     Raises ValueError for a threshold outside [0, 1] and where nothing is kept, FileNotFoundError for a run that is not there.
     """
@@ -139,6 +141,6 @@ def data_of(kind: str, path: str, options: str) -> DataConfig:
             raise ValueError(f"expected an object, got {type(given).__name__}")
     except ValueError as error:
         raise ValueError(f"expected --options as a JSON object, got {options!r} ({error})") from error
-    if kind != "synthetic" and not path:
+    if kind != DRAWN and not path:
         raise ValueError(f"expected --path with --kind {kind}, got none")
     return DataConfig(kind=kind, path=path, options=given)

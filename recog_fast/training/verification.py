@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 
 from recog_fast import data as sources
 from recog_fast import evaluation
+from recog_fast.counting import Progress, counted
 from recog_fast.models import Backbone, ModelCard, OnnxModel, load_model, load_onnx, read_card
 from recog_fast.training.batches import Image
 from recog_fast.training.config import DataConfig, TrainConfig
-from recog_fast.training.counting import Progress, counted
 from recog_fast.training.data import Split, TrainingImages, open_source, read_image, split_classes
 
 
@@ -109,14 +109,14 @@ def verify(
     batch_size: int = 64,
     device: torch.device | None = None,
     folds: int = 10,
-    progress: Progress = None,
+    progress: Progress | None = None,
 ) -> tuple[evaluation.VerificationResult, float]:
     """(result, accuracy over balanced folds) of a backbone on a pair set, flip sum; size > 0: images down to it and up again.
 
     The result's folds are the contiguous ones of the pairs' order (the LFW protocol). Files that list all genuine pairs first
     give folds of one kind, whose thresholds come from the other kind mostly: accuracies read low, by several points. The
     second number deals the pairs out alternately first; for balanced files it is the same within noise. progress(done, total) is
-    called after every image.
+    called at the start and after every image.
     """
     images = pairs.images
     if size:

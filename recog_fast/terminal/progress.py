@@ -13,10 +13,11 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, Protocol, TextIO
 
-Step = Callable[[int, int], None]  # (done, total); total 0: nobody knows
+from recog_fast.counting import Progress
+
 _EVERY = 0.1  # seconds between two drawings
 
 
@@ -46,7 +47,7 @@ def _terminal(stream: TextIO | None) -> bool:
 
 
 @contextlib.contextmanager
-def progress(name: str, lines: bool = False) -> Iterator[Step | None]:
+def progress(name: str, lines: bool = False) -> Iterator[Progress | None]:
     """A callback (done, total) that moves the bar `name` while the block runs; None where nothing is shown (`shows`)."""
     if not shows(lines):
         yield None
@@ -120,12 +121,13 @@ class _Bars:
     """rich's bars, drawn when they move."""
 
     def __init__(self) -> None:
+        from rich import progress as rich
         from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-        columns = (TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.fields[counted]}", markup=False), TimeRemainingColumn())
+        text = (rich.TextColumn("{task.description}", markup=False), rich.TextColumn("{task.fields[counted]}", markup=False))
+        columns = (text[0], rich.BarColumn(), text[1], rich.TimeRemainingColumn())
         # Redirected streams would send results to standard error.
-        self.shown = Progress(
+        self.shown = rich.Progress(
             *columns, console=Console(stderr=True), transient=True, auto_refresh=False, redirect_stdout=False, redirect_stderr=False
         )  # fmt: skip
         self.next = 0.0

@@ -7,10 +7,12 @@ import contextlib
 import json
 import math
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn
 
+Commands = Any  # argparse's subparsers object, which has no public name
 # These carry a message for the user; whatever else arrives is named by its type.
 SAID = (ValueError, TypeError, OSError, ArithmeticError, RuntimeError, ImportError)
 
@@ -44,13 +46,28 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
 
+def usable_streams() -> None:
+    """A name that standard output cannot encode is escaped, no error at the end of the work; a closed stream is written to nowhere."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # started with >&-: print would take the other one, or the first file that is opened
+            setattr(sys, name, open(os.devnull, "w"))  # for the life of the process
+        elif getattr(stream, "errors", "") == "strict" and hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def parsers_of(parser: argparse.ArgumentParser, path: str = "") -> Iterator[tuple[str, argparse.ArgumentParser]]:
     """(command path, parser) of a parser, "" for it, and of all commands below it."""
     yield path, parser
-    for action in parser._actions:  # argparse shows its actions in no other way
+    for action in actions_of(parser):
         if isinstance(action, argparse._SubParsersAction):
             for name, child in action.choices.items():
                 yield from parsers_of(child, f"{path} {name}".strip())
+
+
+def actions_of(parser: argparse.ArgumentParser) -> list[argparse.Action]:
+    """The options and places of a parser."""
+    return parser._actions  # argparse shows its actions in no other way
 
 
 def one_line(error: BaseException) -> str:
@@ -114,3 +131,26 @@ def at_least(low: int) -> Callable[[str], int]:
         return value
 
     return read
+
+
+def between(low: float, high: float, above: bool = False) -> Callable[[str], float]:
+    """The `type` of an option that takes finite numbers from `low` (above: beyond it) to `high`; ArgumentTypeError for anything else."""
+
+    def read(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"expected a number, got {text!r}") from None
+        if not (low < value if above else low <= value) or not value <= high or math.isinf(value):
+            wanted = f"in {'(' if above else '['}{low:g}, {high:g}]" if math.isfinite(high) else f"{'above' if above else 'from'} {low:g}"
+            raise argparse.ArgumentTypeError(f"expected a number {wanted}, got {text}")
+        return value
+
+    return read
+
+
+def device_name(text: str) -> str:
+    """The `type` of --device: cpu, cuda or cuda:1; whether there is one is found out later. ArgumentTypeError for anything else."""
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", text):
+        raise argparse.ArgumentTypeError(f"expected cpu, cuda or cuda:N, got {text!r}")
+    return text
