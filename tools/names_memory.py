@@ -1,4 +1,4 @@
-"""Prints the table of docs/data.md: bytes an image that a source of many images keeps, takes while it opens, and copies into a worker.
+"""Prints the table of docs/data.md: bytes an image that a source keeps and takes while it opens, and MB it copies into a worker.
 
     python tools/names_memory.py --images 1000000
 
@@ -25,6 +25,7 @@ from recog_fast.data import FolderDataset, ListDataset, RecordDataset, TarDatase
 
 IMAGES_A_CLASS = 10
 ROOT_LENGTH = 24  # of the folder that holds the source, where the temporary folder allows
+WARM = 1000  # names a worker sees before its pages are counted
 MOST = {"zip": 100_000, "tar": 50_000}
 
 
@@ -94,8 +95,9 @@ def of_a_worker(dataset: Any) -> int:
     child = os.fork()
     if not child:
         gc.disable()
-        for _ in dataset.paths[:IMAGES_A_CLASS]:  # what the first name costs, whatever their number
+        for _ in dataset.paths[:WARM]:  # the interpreter's own pages
             pass
+        private_bytes()
         before = private_bytes()
         for _ in dataset.paths:
             pass
@@ -109,7 +111,7 @@ def of_a_worker(dataset: Any) -> int:
 
 
 def measure(kind: str, count: int, place: Path) -> tuple[float, float, float]:
-    """Bytes an image: kept, at most while opening, own pages of a worker."""
+    """Bytes an image: kept, at most while opening; MB of a worker's own pages, of all images."""
     make, open_source = SOURCES[kind]
     path = make(place, count)
     open_source(make(Path(tempfile.mkdtemp(dir=place)), IMAGES_A_CLASS))  # what is imported at the first use is nobody's
@@ -121,7 +123,7 @@ def measure(kind: str, count: int, place: Path) -> tuple[float, float, float]:
     kept = tracemalloc.get_traced_memory()[0]
     tracemalloc.stop()
     assert len(dataset.paths) == len(dataset) == count
-    return kept / count, peak / count, of_a_worker(dataset) / count
+    return kept / count, peak / count, of_a_worker(dataset) / 1e6
 
 
 def main() -> None:
@@ -130,7 +132,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where the temporary files go")
     parser.add_argument("--kinds", nargs="+", choices=list(SOURCES), default=list(SOURCES))
     options = parser.parse_args()
-    print("| source | images | kept | at most while opening | own pages of a forked worker that has seen all names |\n|---|---|---|---|---|")
+    print("| source | images | kept | at most while opening | MB of own pages, in all, of a forked worker that has seen all names |\n|---|---|---|---|---|")
     for kind in options.kinds:
         count = min(options.images, MOST.get(kind, options.images))
         with tempfile.TemporaryDirectory(dir=options.folder) as folder:
