@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -52,7 +53,10 @@ class Learnable(torch.nn.Module):
 
 @dataclass(frozen=True)
 class Problem:
-    """Rows of every rank (`sizes`) and a head; `labels`: "all" classes, "first" (one shard's alone), "unlabelled" (all rows)."""
+    """Rows of every rank (`sizes`) and a head.
+
+    labels: "all" classes, "first" (one shard's alone), "unlabelled" (all rows), "mixed" (every third row unlabelled).
+    """
 
     sizes: tuple[int, ...]
     classes: int = 30
@@ -75,8 +79,10 @@ def rows_of(problem: Problem, step: int) -> tuple[Tensor, Tensor, Tensor]:
     """x (N, D), labels (N,), weights (N,) of all ranks at a step."""
     g = torch.Generator().manual_seed(100 + step)
     n = sum(problem.sizes)
-    last = {"all": problem.classes, "first": 3, "unlabelled": 0}[problem.labels]
+    last = {"all": problem.classes, "first": 3, "unlabelled": 0, "mixed": problem.classes}[problem.labels]
     labels = torch.randint(-1, last, (n,), generator=g)
+    if problem.labels == "mixed":
+        labels[step % 3 :: 3] = -1
     x = torch.randn(n, D, generator=g) * (0.5 + torch.rand(n, 1, generator=g))
     return x.double() if problem.double else x, labels, torch.rand(n, generator=g)
 
@@ -147,6 +153,32 @@ def train(group: Any, problem: Problem) -> list[dict[str, Tensor]]:
         x, labels, weights = (t[own] for t in rows_of(problem, 99))
         out.append(use_of(head, x, labels.clamp_min(0), weights))
     return out
+
+
+# Rows of each rank at each step, of twelve: uneven, with ranks that have none, even.
+SPLITS: dict[int, tuple[tuple[int, ...], ...]] = {
+    1: ((12,),) * 3,
+    2: ((7, 5), (12, 0), (6, 6)),
+    3: ((5, 1, 6), (7, 0, 5), (4, 4, 4)),
+    4: ((1, 5, 2, 4), (0, 8, 0, 4), (3, 3, 3, 3)),
+}
+
+
+def split_steps(group: Any, world: int, problems: list[Problem]) -> list[list[dict[str, Tensor]]]:
+    """Of each problem what each step said, with the rows cut as SPLITS says, and the state at the end."""
+    found = []
+    for problem in problems:
+        head = build(problem, group)
+        optimizer = optimizer_of(problem, head)
+        rank = 0 if world == 1 else head.shards.rank  # type: ignore[union-attr]
+        with rf.ops.use_backend("reference") if problem.double else contextlib.nullcontext():
+            out = []
+            for step, sizes in enumerate(SPLITS[world]):
+                first = sum(sizes[:rank])
+                out.append(one_step(dataclasses.replace(problem, sizes=sizes), head, optimizer, step, slice(first, first + sizes[rank])))
+            out.append(state_of(head, optimizer))
+        found.append(out)
+    return found
 
 
 def samples(problem: Problem, head: rf.MarginHead, labels: Tensor, step: int) -> Tensor:

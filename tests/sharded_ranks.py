@@ -296,7 +296,7 @@ def spoiled_rows(problem: Problem, nonfinite: bool) -> tuple[Tensor, Tensor, Ten
 def deferred_steps(group: Any, problem: Problem, nonfinite: bool) -> dict[str, Any]:
     """A clean step, one with bad rows that nobody may look at, and what the next two forwards say; CPU tensors taken for a device's.
 
-    group None: the same with the bad rows left out beforehand.
+    group None: the same with the bad rows left out beforehand. With labels "mixed" or CurricularFace the step may wait.
     """
     x, labels, good = spoiled_rows(problem, nonfinite)
     if group is None:
@@ -312,7 +312,7 @@ def deferred_steps(group: Any, problem: Problem, nonfinite: bool) -> dict[str, A
         one_step(problem, head, optimizer, 0, slice(0, sum(problem.sizes)) if group is None else own)
         optimizer.zero_grad()
         leaf = x[own].clone().requires_grad_()
-        with no_waiting(group is not None):
+        with no_waiting(group is not None and problem.labels != "mixed" and problem.margin != "curricular"):
             keys = None if head.memory is None else leaf.detach()
             loss, stats = head(leaf, labels[own], keys=keys, return_stats=True)
             loss.backward()

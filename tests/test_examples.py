@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -17,7 +19,7 @@ from paths import ROOT
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 NEEDS = {"lightning_module": "lightning", "accelerate_loop": "accelerate"}
 DISTRIBUTED = ("ddp", "fsdp2")
-# Compiling with inductor takes a C++ compiler and a minute; the graph is the same.
+# Everywhere, without a C++ compiler; with inductor: test_the_compiled_backbone_of_the_default_backend.
 OPTIONS: dict[str, dict[str, Any]] = {"torch_compile": {"backend": "aot_eager", "steps": 12}}
 
 
@@ -42,6 +44,16 @@ def test_it_learns(name: str) -> None:
         pytest.importorskip(NEEDS[name])
     losses = load(name).main(**OPTIONS.get(name, {}))
     assert losses[-1] < 0.4 * losses[0]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="inductor needs a C++ compiler: none as CXX or g++")
+def test_the_compiled_backbone_of_the_default_backend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With nothing compiled before: 13 s of CPU."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    losses = load("torch_compile").main(steps=12)
+    assert losses[-1] < 0.4 * losses[0]
+    assert list(tmp_path.rglob("*.so"))  # it is inductor that ran
 
 
 def test_one_backward_is_the_same_as_several() -> None:

@@ -17,12 +17,18 @@ PROBLEMS = {
     "memory": Problem(UNEVEN[3], policy="qaface"),
     "float64": Problem(UNEVEN[4], double=True),
 }
+# What waits (docs/training-ranks.md) must be right all the same; a third of the rows is unlabelled, the first bad one too.
+WAITING = {
+    "uir": Problem(UNEVEN[3], labels="mixed", options={"unknown_weight": 0.3}),
+    "uir, adaface, float64": Problem(UNEVEN[4], labels="mixed", options={"unknown_weight": 0.3}, margin="adaface", double=True),
+    "curricular": Problem(UNEVEN[2], margin="curricular"),
+}
 
 
 @pytest.mark.parametrize("nonfinite", [False, True], ids=["labels", "a nan"])
-@pytest.mark.parametrize("name", list(PROBLEMS))
+@pytest.mark.parametrize("name", [*PROBLEMS, *WAITING])
 def test_no_step_waits_and_bad_rows_take_no_part_on_any_rank(processes: Ranks, name: str, nonfinite: bool) -> None:
-    problem = PROBLEMS[name]
+    problem = {**PROBLEMS, **WAITING}[name]
     found = processes.run(len(problem.sizes), deferred_steps, problem, nonfinite)
     truth = deferred_steps(None, problem, nonfinite)
     _, _, good = spoiled_rows(problem, nonfinite)

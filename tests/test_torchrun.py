@@ -26,7 +26,7 @@ from recog_fast.training.loop import train
 ranks = pytest.fixture(scope="module")(processes.ranks)
 
 KILLS = max(1, int(os.environ.get("RECOG_FAST_ELASTIC", "1")))
-STEPS = 40 * (KILLS + 1)
+STEPS = 40 * (KILLS + 2)
 RUN: dict[str, Any] = {
     "network_options": {"widths": [4, 8, 8, 8]}, "method": "qaface", "memory": {"start": 5, "inject_scale": 0.176}, "memory_momentum": 0.9,
     "sync_batchnorm": True, "num_workers": 1, "num_epoch": 1000, "max_steps": STEPS, "save_interval": 10, "lr": 0.01,
@@ -71,8 +71,16 @@ def until(run: subprocess.Popen[bytes], output: Path, step: int) -> bool:
     return True
 
 
-def test_a_killed_rank_costs_nothing_and_a_signal_ends_all(ranks: Ranks, tmp_path: Path, folder: Path) -> None:
-    """kill -9 (the run goes on by itself), SIGUSR1 to one rank (all save and end), resumed by one process: one trajectory."""
+def stopped(run: subprocess.Popen[bytes], output: Path, code: int) -> int:
+    """The step that a signalled run ended at, with its exit code and a checkpoint of that step."""
+    assert run.wait(120) == code, (output.parent / "run.log").read_text()[-2000:]
+    done = max(losses(output))
+    assert (output / "checkpoints" / f"step_{done:08d}").exists()
+    return done
+
+
+def test_a_killed_rank_costs_nothing_and_sigterm_ends_all(ranks: Ranks, tmp_path: Path, folder: Path) -> None:
+    """kill -9 (the run goes on by itself), SIGTERM to one rank (exit code 0), resumed, to torchrun (1), by one process: one trajectory."""
     settings(tmp_path, folder, **RUN)
     undisturbed, output = tmp_path / "undisturbed", tmp_path / "run"
     ranks.run(2, train_run, str(tmp_path / "settings.yaml"), {"output": str(undisturbed), "num_workers": 0})
@@ -86,15 +94,19 @@ def test_a_killed_rank_costs_nothing_and_a_signal_ends_all(ranks: Ranks, tmp_pat
             os.kill(workers(run.pid)[draw.randrange(2)], signal.SIGKILL)
             while max(losses(output), default=0) >= step and run.poll() is None:
                 time.sleep(0.02)  # until the restarted run drops what it does again
-        assert until(run, output, STEPS - 25)
-        os.kill(workers(run.pid)[1], signal.SIGUSR1)
-        assert run.wait(120) == 0, (tmp_path / "run.log").read_text()[-2000:]
+        assert until(run, output, STEPS - 65)
+        os.kill(workers(run.pid)[1], signal.SIGTERM)
+        first = stopped(run, output, 0)
+        assert STEPS - 65 <= first < STEPS - 5
+        settings(tmp_path, folder, **{**RUN, "resume": True})
+        run = start(tmp_path, output, 2)
+        assert until(run, output, first + 1), (tmp_path / "run.log").read_text()[-2000:]
+        run.terminate()
+        done = stopped(run, output, 1)
     finally:
         run.kill()
+    assert first < done < STEPS
     found = losses(output)
-    done = max(found)
-    assert STEPS - 25 <= done < STEPS
-    assert (output / "checkpoints" / f"step_{done:08d}").exists()
     assert found == pytest.approx({step: expected[step] for step in found}, rel=BUDGET)
     steps = min(STEPS, done + 5)
     train(settings(tmp_path, folder, **{**RUN, "resume": True}))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ def run_at(ranks: Ranks, size: int, file: Path, output: Path, **more: Any) -> li
     changes = {"output": str(output), **more.pop("changes", {})}
     if size == 1:
         return [train_run(None, str(file), changes, **more)]
-    return ranks.run(size, train_run, str(file), changes, more.get("per_rank"), more.get("plain", False), more.get("poisoned", -1), more.get("disk", 0))
+    return ranks.run(size, train_run, str(file), changes, more.get("per_rank"), more.get("plain", False), more.get("poisoned", -1), more.get("disk", 0), more.get("signal", 0))
 
 
 QAFACE = {"start": 1, "inject_scale": 0.176}
@@ -171,6 +172,21 @@ def test_a_full_disk_loses_nothing(ranks: Ranks, tmp_path: Path, folder: Path, s
     assert sorted(p.name for p in (output / "checkpoints").iterdir()) == left
     told = run_at(ranks, size, file, output, plain=True, changes={"resume": True, "max_steps": 6})
     assert {steps for steps, _ in told} == {6}, told
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=lambda number: number.name)
+def test_a_signal_to_one_rank_ends_all_and_the_run_resumes_exactly(ranks: Ranks, tmp_path: Path, folder: Path, number: signal.Signals) -> None:
+    """In the third step of the last rank: all save that step or the next; resumed, the very losses of an undisturbed run."""
+    settings(tmp_path, folder, **{**SAME, "margin": {"name": "AdaFace"}})
+    file, output = tmp_path / "settings.yaml", tmp_path / "run"
+    told = run_at(ranks, 3, file, output, plain=True, signal=int(number))
+    (done,) = {steps for steps, _ in told}
+    assert done in (3, 4), told
+    assert latest_checkpoint(output / "checkpoints", verified=True) == checkpoint_path(output / "checkpoints", done)
+    told = run_at(ranks, 3, file, output, plain=True, changes={"resume": True})
+    assert {steps for steps, _ in told} == {5}, told
+    run_at(ranks, 3, file, tmp_path / "undisturbed", plain=True)
+    assert losses(output) == losses(tmp_path / "undisturbed")
 
 
 def test_float16_leaves_out_what_overflows_on_one_rank(ranks: Ranks, tmp_path: Path, folder: Path) -> None:

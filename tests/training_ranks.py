@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import errno
 import io
+import os
 from collections.abc import Iterator
 from typing import Any
 from unittest import mock
@@ -21,13 +22,13 @@ from recog_fast.training.config import read_config
 
 
 class Plain(Backbone):
-    """Two layers without batch normalisation, for any number of rows; NaN in the last row of call `poisoned`."""
+    """Two layers without batch normalisation, for any number of rows; NaN in the last row of call `poisoned`, `signal` to itself in the third."""
 
-    def __init__(self, poisoned: int = -1) -> None:
+    def __init__(self, poisoned: int = -1, signal: int = 0) -> None:
         super().__init__(embedding_dim=16, input_size=32, feature_channels=16)
         self.conv = nn.Conv2d(3, 16, 16, stride=16)
         self.fc = nn.Linear(64, 16)
-        self.calls, self.poisoned = 0, poisoned
+        self.calls, self.poisoned, self.signal = 0, poisoned, signal
 
     def forward_features(self, images: Tensor) -> Tensor:
         return torch.tanh(self.conv(images))
@@ -37,6 +38,8 @@ class Plain(Backbone):
         self.calls += 1
         if self.calls - 1 == self.poisoned:
             embeddings = torch.cat([embeddings[:-1], embeddings[-1:] * torch.nan])
+        if self.calls == 3 and self.signal:
+            os.kill(os.getpid(), self.signal)
         return embeddings
 
 
@@ -60,10 +63,10 @@ def full_disk(times: int) -> Iterator[None]:
 
 def train_run(
     group: dist.ProcessGroup | None, file: str, changes: dict[str, Any] | None = None, per_rank: list[dict[str, Any]] | None = None,
-    plain: bool = False, poisoned: int = -1, disk: int = 0,
+    plain: bool = False, poisoned: int = -1, disk: int = 0, signal: int = 0,
 ) -> tuple[int, str]:  # fmt: skip
     """(steps, what this rank printed, or the error) of a run; poisoned: the call of the last rank whose last row is NaN, disk: of
-    its saves that fail; per_rank: settings of each rank alone."""
+    its saves that fail; signal: to it in its third step; per_rank: settings of each rank alone."""
     rank, size = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
     config = read_config(file, changes={**(changes or {}), **(per_rank[rank] if per_rank else {})})
     last = rank == size - 1
@@ -72,7 +75,7 @@ def train_run(
         # every part of a backbone is gathered by itself, however small
         stack.enter_context(mock.patch.object(backbone, "_SHARDED", 1))
         if plain:
-            stack.enter_context(mock.patch.object(loop, "build_backbone", side_effect=lambda _: Plain(poisoned if last else -1)))
+            stack.enter_context(mock.patch.object(loop, "build_backbone", side_effect=lambda _: Plain(poisoned, signal) if last else Plain()))
         if last:
             stack.enter_context(full_disk(disk))
         try:

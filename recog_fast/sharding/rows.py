@@ -29,17 +29,19 @@ def gather_batch(embeddings: Tensor, labels: Tensor, sample_weight: Tensor | Non
     """One all-gather of x (x^ and |x| follow from it, in double, on every rank alike), label and sample weight: embeddings (n, D),
     labels (n,) and sample_weight (n,) or None of this rank -> the rows of all ranks, in every tensor's own dtype.
 
-    flags: where rows were not looked at before (CUDA), they take this rank's bad ones, which have label -2 on every rank.
+    flags: where rows were not looked at before (CUDA), they note this rank's bad rows. Those whose label is out of range travel
+    as label -2, those with a non-finite value as zeros with label -3; on every rank both then have label -2, and the latter,
+    where it does not wait either, are `spoiled` too.
     """
     ids = labels.to(torch.int64)
     if flags is not None:
-        ids, bad = flags.screen(embeddings.detach(), ids, shard.group.num_classes)
-        ids = torch.where(bad, _SPOILED, ids)
-        embeddings = embeddings.detach().masked_fill(bad.unsqueeze(1), 0.0)
+        ids, spoiled = flags.screen(embeddings.detach(), ids, shard.group.num_classes)
+        ids = torch.where(spoiled, _SPOILED, ids)
+        embeddings = embeddings.detach().masked_fill(spoiled.unsqueeze(1), 0.0)
     rows, ids, *weights = shard.gather([embeddings, ids, *([] if sample_weight is None else [sample_weight])])
     # A rank that looked at once has none, and learns here of those of the others.
-    spoiled = ids == _SPOILED if defers(ids) else None
-    return GlobalBatch(rows, ids if spoiled is None else ids.clamp_min(BAD_LABEL), weights[0] if weights else None, spoiled)
+    of_all = ids == _SPOILED if defers(ids) else None
+    return GlobalBatch(rows, ids if of_all is None else ids.clamp_min(BAD_LABEL), weights[0] if weights else None, of_all)
 
 
 def initial_rows(shape: tuple[int, ...], start: int, stop: int) -> Tensor:
