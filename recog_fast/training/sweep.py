@@ -93,6 +93,7 @@ def sweep(path: str | Path, output: str | Path, overrides: Sequence[str] = (), p
     progress(done, total) is called at the start and after every run.
     Raises what `plan_sweep` and `train` raise, and ValueError under several ranks.
     """
+    one_process("sweep")
     return run_sweep(plan_sweep(path, output, overrides), output, progress)
 
 
