@@ -1,13 +1,16 @@
-"""What ranks run in test_shards_warnings.py."""
+"""What ranks run in test_shards_warnings.py and test_shards_exit.py."""
 
 from __future__ import annotations
 
+import gc
+import sys
 import warnings
 from typing import Any
 
 import torch
 
 import recog_fast as rf
+from recog_fast.sharding.group import free_groups
 
 
 def evicting_steps(group: Any) -> list[int]:
@@ -25,3 +28,18 @@ def evicting_steps(group: Any) -> list[int]:
             optimizer.step()
         found.append(sum("evicts" in str(one.message) for one in said))
     return found
+
+
+def references_at_exit(group: Any) -> list[int]:
+    """References to a process group: before a head, with head and HeadSGD, after both are dropped, and after what Python does at the end."""
+    counts = [sys.getrefcount(group)]
+    gc.disable()
+    head = rf.MarginHead(40, 8, group=group)
+    optimizer = rf.HeadSGD(head, lr=0.1)
+    counts.append(sys.getrefcount(group))
+    del head, optimizer
+    counts.append(sys.getrefcount(group))
+    free_groups()
+    counts.append(sys.getrefcount(group))
+    gc.enable()
+    return counts

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
+import gc
 import hashlib
 import re
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -14,6 +18,25 @@ import torch.distributed as dist
 from torch import Tensor
 
 _REFUSED, _STATISTICS, _EMBEDDINGS = 1, 2, 4  # flags of a header
+
+
+_living: weakref.WeakSet[ShardGroup] = weakref.WeakSet()
+
+
+@functools.cache
+def _at_exit() -> None:
+    atexit.register(free_groups)
+
+
+def free_groups() -> None:
+    """Lets go of the process groups of all heads, and of what else only the garbage collector frees; Python calls it when the process ends.
+
+    A head and its HeadSGD hold each other, and so do the parts of a DistributedDataParallel. Left to the interpreter's last moments, a
+    thread of their group asks for its lock, and a process that has done all its work ends by SIGABRT (torch 2.13, gloo).
+    """
+    for shards in list(_living):
+        shards.__dict__.update(group=None, hosts=None, _saver=None)
+    gc.collect()
 
 
 def class_range(num_classes: int, ranks: int, rank: int) -> tuple[int, int]:
@@ -46,6 +69,8 @@ class ShardGroup:
         self.hosts = _host_group(group)
         self._saver: ShardGroup | None = None
         self.timeout: timedelta | None = None  # of the saver's group; None: torch's own
+        _living.add(self)
+        _at_exit()
 
     def spread(self, num_classes: int) -> tuple[int, int]:
         """Takes the classes to share; (first, last + 1) of this rank."""
