@@ -32,6 +32,7 @@ def evicting_steps(group: Any) -> list[int]:
 
 def references_at_exit(group: Any) -> list[int]:
     """References to a process group: before a head, with head and HeadSGD, after both are dropped, and after what Python does at the end."""
+    free_groups()  # what earlier tests of this process left
     counts = [sys.getrefcount(group)]
     gc.disable()
     head = rf.MarginHead(40, 8, group=group)
