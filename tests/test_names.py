@@ -60,7 +60,7 @@ def same(names: Names, expected: list[str]) -> None:
 def test_names_are_those_of_lists(first: list[str], second: list[str]) -> None:
     packed = PackedNames(first)
     same(packed, first)
-    same(PackedNames(iter(first), "/root/of"), [f"/root/of/{name}" for name in first])
+    same(PackedNames(iter(first), "/data/of"), [f"/data/of/{name}" for name in first])
     same(joined_names([packed, second, PackedNames([])]), first + second)
     indices = np.arange(len(first))[::-2]
     same(chosen_names(packed, indices), first[::-2])
